@@ -1,0 +1,1 @@
+"""Between published checkpoints and our parameter trees: one table of names a network."""

@@ -1,0 +1,88 @@
+"""The path between data and noise: x_t = alpha(t) x + sigma(t) noise.
+
+Time runs from t = 0 (data) to t = 1 (standard normal noise), here and everywhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dmf.typing import Images, InputError, Times
+
+
+def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshapes values [b] to [b, 1, ...] with the rank of `like`, so that nothing broadcasts
+    by accident."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interpolant:
+    """A path x_t = alpha(t) x + sigma(t) noise (Stochastic Interpolants, arXiv:2303.08797).
+
+    Attributes:
+      alpha, sigma: coefficients of data and noise as functions of t in [0, 1].
+      alpha_rate, sigma_rate: their derivatives in t.
+      time_of: t as a function of z = log(sigma / alpha), the inverse of the path's log ratio
+        of noise to data. A normal z gives the path's "logit-normal" time.
+    """
+
+    alpha: Callable[[jax.Array], jax.Array]
+    sigma: Callable[[jax.Array], jax.Array]
+    alpha_rate: Callable[[jax.Array], jax.Array]
+    sigma_rate: Callable[[jax.Array], jax.Array]
+    time_of: Callable[[jax.Array], jax.Array]
+
+    def mix(self, x: Images, noise: Images, t: Times) -> Images:
+        """x_t, the point of the path at t."""
+        t = per_sample(t, x)
+        return self.alpha(t) * x + self.sigma(t) * noise
+
+    def velocity(self, x: Images, noise: Images, t: Times) -> Images:
+        """v_t = alpha'(t) x + sigma'(t) noise, the derivative of `mix` in t."""
+        t = per_sample(t, x)
+        return self.alpha_rate(t) * x + self.sigma_rate(t) * noise
+
+    def score(self, velocity: Images, x_t: Images, t: Times) -> Images:
+        """Gradient of the log density at x_t, from the marginal velocity there; t > 0.
+
+        SiT, arXiv:2401.08740, equation 9.
+        """
+        t = per_sample(t, x_t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        alpha_rate, sigma_rate = self.alpha_rate(t), self.sigma_rate(t)
+        spread = alpha_rate * sigma**2 - alpha * sigma_rate * sigma
+        return (alpha * velocity - alpha_rate * x_t) / spread
+
+
+_QUARTER_TURN = math.pi / 2
+
+LINEAR = Interpolant(
+    alpha=lambda t: 1 - t,
+    sigma=lambda t: t,
+    alpha_rate=lambda t: -jnp.ones_like(t),
+    sigma_rate=jnp.ones_like,
+    time_of=jax.nn.sigmoid,
+)
+COSINE = Interpolant(
+    alpha=lambda t: jnp.cos(_QUARTER_TURN * t),
+    sigma=lambda t: jnp.sin(_QUARTER_TURN * t),
+    alpha_rate=lambda t: -_QUARTER_TURN * jnp.sin(_QUARTER_TURN * t),
+    sigma_rate=lambda t: _QUARTER_TURN * jnp.cos(_QUARTER_TURN * t),
+    time_of=lambda z: jnp.arctan(jnp.exp(z)) / _QUARTER_TURN,
+)
+
+
+def check_interval(field: str, interval: tuple[float, float]) -> None:
+    """Raises InputError unless interval = (low, high) with 0 <= low <= high <= 1."""
+    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+        raise InputError(f"{field}={tuple(interval)}: give (low, high) with 0 <= low <= high <= 1")
+
+
+def inside(t: Times, interval: tuple[float, float]) -> jax.Array:
+    """[b] bool: whether t lies in the closed interval (low, high)."""
+    low, high = interval
+    return (t >= low) & (t <= high)

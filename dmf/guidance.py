@@ -1,0 +1,145 @@
+"""Guidance: of the velocity that training regresses on, and of the flow map that sampling follows.
+
+Training has one formula for every method,
+
+    v_g = omega v_t + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null),
+
+with coefficients per sample; a kind of guidance is a choice of coefficients and of whose u is
+meant. Its effective scale is omega / (1 - kappa) (MeanFlow, arXiv:2505.13447, section 4.2).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dmf.flow import check_interval, inside, per_sample
+from dmf.typing import Dropped, FlowMap, Images, InputError, Labels, PerSample, Times
+
+Coefficients = tuple[PerSample, PerSample]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoGuidance:
+    """v_g = v_t."""
+
+    teacher = False
+    needs_label = needs_null = False
+
+    def coefficients(self, t: Times, dropped: Dropped) -> Coefficients:
+        return jnp.ones_like(t), jnp.zeros_like(t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfGuidance:
+    """The network guides itself: (omega, kappa) where t lies in the closed interval and the label
+    is kept, v_t elsewhere.
+
+    MeanFlow gives (omega, kappa) directly; the "model guidance" of strength w in Decoupled
+    MeanFlow is omega 1, kappa w.
+    """
+
+    omega: float = 1.0
+    kappa: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    teacher = False
+
+    def __post_init__(self):
+        check_interval("guidance.interval", self.interval)
+        if not self.kappa < 1:
+            raise InputError(f"guidance.kappa={self.kappa}: the effective scale is "
+                             "omega / (1 - kappa), so kappa must be below 1")
+
+    @property
+    def needs_label(self) -> bool:
+        return self.kappa != 0
+
+    @property
+    def needs_null(self) -> bool:
+        return self.omega + self.kappa != 1
+
+    def coefficients(self, t: Times, dropped: Dropped) -> Coefficients:
+        active = inside(t, self.interval) & ~dropped
+        return jnp.where(active, self.omega, 1.0), jnp.where(active, self.kappa, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherGuidance:
+    """Distillation: v_g is the classifier-free guided velocity of a frozen teacher, of scale
+    `scale` in the closed interval and 1 outside, for every sample, its label dropped or not."""
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    teacher = True
+    needs_label = True
+
+    def __post_init__(self):
+        check_interval("guidance.interval", self.interval)
+
+    @property
+    def needs_null(self) -> bool:
+        return self.scale != 1
+
+    def coefficients(self, t: Times, dropped: Dropped) -> Coefficients:
+        return jnp.zeros_like(t), jnp.where(inside(t, self.interval), self.scale, 1.0)
+
+
+Guidance = NoGuidance | SelfGuidance | TeacherGuidance
+
+
+def guided_velocity(
+    guidance: Guidance,
+    flow_map: FlowMap,
+    x_t: Images,
+    t: Times,
+    y: Labels,
+    v_t: Images,
+    dropped: Dropped,
+    null_label: int,
+) -> Images:
+    """v_g, the velocity to regress on; it carries no gradient.
+
+    Args:
+      guidance: which coefficients, and which of the two network velocities are needed at all.
+      flow_map: the network (or its teacher) that guides.
+      x_t, t: points of the path and their times.
+      y: labels, already replaced by the null label where dropped.
+      v_t: the path's own velocity.
+      dropped: whether a sample's label was dropped.
+      null_label: the label that stands for none.
+    """
+    omega, kappa = guidance.coefficients(t, dropped)
+    v_g = per_sample(omega, v_t) * v_t
+    if guidance.needs_label:
+        v_g += per_sample(kappa, v_t) * flow_map(x_t, t, t, y)
+    if guidance.needs_null:
+        null = jnp.full_like(y, null_label)
+        v_g += per_sample(1 - omega - kappa, v_t) * flow_map(x_t, t, t, null)
+    return jax.lax.stop_gradient(v_g)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierFree:
+    """Classifier-free guidance at sampling: takes a flow map, returns the guided flow map.
+
+    u_null + scale (u_cond - u_null), both at the same (t, r), for t in the closed interval and
+    u_cond outside (arXiv:2207.12598, arXiv:2404.07724). Scale 1 costs one forward pass.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        check_interval("interval", self.interval)
+
+    def __call__(self, flow_map: FlowMap, null_label: int) -> FlowMap:
+        if self.scale == 1:
+            return flow_map
+
+        def guided(x_t: Images, t: Times, r: Times, y: Labels) -> Images:
+            u = flow_map(x_t, t, r, y)
+            u_null = flow_map(x_t, t, r, jnp.full_like(y, null_label))
+            scale = jnp.where(inside(t, self.interval), self.scale, 1.0)
+            return u_null + per_sample(scale, u) * (u - u_null)
+
+        return guided

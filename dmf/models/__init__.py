@@ -1,0 +1,1 @@
+"""Trainable networks: Linen inside, `init` and `apply` outside."""

@@ -1,0 +1,265 @@
+"""The diffusion transformer of SiT, MeanFlow and Decoupled MeanFlow.
+
+One network; conditioning is what makes the three models, and nothing else does:
+
+- "flow" (SiT): T(t) + Y(y) everywhere, r is ignored.
+- "meanflow": T(t) + H(t - r) + Y(y) everywhere, H a second time embedding.
+- "decoupled" (DMF): T(t) + Y(y) in the first `split_depth` blocks, T(r) + Y(y) in the others and
+  in the final layer. At r = t this is the flow model, with the same parameters.
+"""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dmf.models import layers
+from dmf.typing import Features, Images, InputError, Labels, Params, PerSample, PRNGKey, Times
+
+CONDITIONINGS = ("flow", "meanflow", "decoupled")
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+# DiT, arXiv:2212.09748, table 1; M as in MeanFlow, arXiv:2505.13447, table 4.
+SIZES = {
+    "S": {"depth": 12, "width": 384, "heads": 6},
+    "B": {"depth": 12, "width": 768, "heads": 12},
+    "M": {"depth": 16, "width": 1024, "heads": 16},
+    "L": {"depth": 24, "width": 1024, "heads": 16},
+    "XL": {"depth": 28, "width": 1152, "heads": 16},
+}
+
+
+class Segment(NamedTuple):
+    """Contiguous blocks start..stop-1 that see the same time: "t" or "r"."""
+
+    source: str
+    start: int
+    stop: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiT:
+    """A diffusion transformer over square images or latents; a `Network`.
+
+    Attributes:
+      input_size: height and width of its input.
+      channels: channels of its input and output.
+      patch_size: height and width of a patch.
+      depth, width, heads, mlp_ratio: of the transformer; `SIZES` holds the published ones.
+      num_classes: number of labels; the label table has one row more, for no label.
+      conditioning: "flow", "meanflow" or "decoupled".
+      split_depth: how many blocks see t when decoupled; the others see r.
+      qk_norm: RMSNorm on queries and keys.
+      learned_variance: whether there is a log-variance head (for the cauchy weighting).
+      alignment_depth: number of blocks before the projected tokens leave (REPA); 0 for none.
+      alignment_width, alignment_hidden: of the projector.
+      scan: run the blocks by `lax.scan`, for short compilation, or unrolled.
+      remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
+      dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
+    """
+
+    input_size: int
+    channels: int
+    patch_size: int = 2
+    depth: int
+    width: int
+    heads: int
+    mlp_ratio: float = 4.0
+    num_classes: int
+    conditioning: str = "flow"
+    split_depth: int | None = None
+    qk_norm: bool = False
+    learned_variance: bool = False
+    alignment_depth: int = 0
+    alignment_width: int = 768
+    alignment_hidden: int = 2048
+    scan: bool = True
+    remat: str = "none"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check = _check_field
+        for name in ("input_size", "channels", "patch_size", "depth", "width", "heads"):
+            check(getattr(self, name) >= 1, self, name, "give a whole number >= 1")
+        check(self.input_size % self.patch_size == 0, self, "patch_size",
+              f"it must divide model.input_size={self.input_size}")
+        check(self.width % self.heads == 0, self, "heads",
+              f"it must divide model.width={self.width}")
+        check(self.width % 4 == 0, self, "width", "the position table needs a multiple of 4")
+        check(self.num_classes >= 0, self, "num_classes", "give 0 (unconditional) or more")
+        check(self.conditioning in CONDITIONINGS, self, "conditioning",
+              f"choose one of {', '.join(CONDITIONINGS)}")
+        decoupled = self.conditioning == "decoupled"
+        check(decoupled or self.split_depth is None, self, "split_depth",
+              f"model.conditioning={self.conditioning} has none; set it to decoupled")
+        check(not decoupled or self.split_depth is not None, self, "split_depth",
+              f"the decoupled conditioning needs one, from 0 to model.depth={self.depth}")
+        check(not decoupled or 0 <= self.split_depth <= self.depth, self, "split_depth",
+              f"give a whole number from 0 to model.depth={self.depth}")
+        check(0 <= self.alignment_depth <= self.depth, self, "alignment_depth",
+              f"give a whole number from 0 (none) to model.depth={self.depth}")
+        check(self.remat in REMAT_POLICIES, self, "remat",
+              f"choose one of {', '.join(REMAT_POLICIES)}")
+        check(self.dtype in ("float32", "bfloat16"), self, "dtype", "choose float32 or bfloat16")
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of one sample."""
+        return self.input_size, self.input_size, self.channels
+
+    @property
+    def pattern(self) -> str:
+        """Which time each block sees, one letter a block; the final layer sees the output's."""
+        split = self.split_depth if self.conditioning == "decoupled" else self.depth
+        return "t" * split + "r" * (self.depth - split)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """The pattern as contiguous runs, also cut where the projected tokens leave."""
+        cut = [i >= self.alignment_depth for i in range(self.depth)]
+        runs = itertools.groupby(range(self.depth), lambda i: (self.pattern[i], cut[i]))
+        blocks = [(source, list(indices)) for (source, _), indices in runs]
+        return [Segment(source, i[0], i[-1] + 1) for source, i in blocks]
+
+    def init(self, key: PRNGKey) -> Params:
+        """Random parameters in float32: a nested dictionary, block parameters stacked by depth."""
+        x = jnp.zeros((1, *self.sample_shape))
+        t = jnp.zeros((1,))
+        y = jnp.zeros((1,), jnp.int32)
+        return _Transformer(self).init(key, x, t, t, y, method="everything")["params"]
+
+    def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
+        """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t."""
+        self._check_input(x_t)
+        return _Transformer(self).apply({"params": params}, x_t, t, r, y)[0]
+
+    def apply_with_features(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Labels
+    ) -> tuple[Images, Features]:
+        """u, and the tokens after block `alignment_depth`, projected, in float32."""
+        self._check_input(x_t)
+        transformer = _Transformer(self)
+        u, tokens = transformer.apply({"params": params}, x_t, t, r, y)
+        project = transformer.apply({"params": params}, tokens, method="project")
+        return u, project.astype(jnp.float32)
+
+    def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
+        """phi(t, r), in float32."""
+        return _Transformer(self).apply({"params": params}, t, r, method="variance")
+
+    def _check_input(self, x_t: Images) -> None:
+        if x_t.shape[1:] != self.sample_shape:
+            raise InputError(f"x_t has shape {x_t.shape}: this network takes [b, "
+                             f"{', '.join(map(str, self.sample_shape))}]")
+
+
+def _check_field(good: bool, model: DiT, field: str, remedy: str) -> None:
+    if not good:
+        raise InputError(f"model.{field}={getattr(model, field)}: {remedy}")
+
+
+class _Transformer(nn.Module):
+    config: DiT
+
+    def setup(self):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.patch_embedding = nn.Dense(config.width, kernel_init=layers.xavier, dtype=dtype)
+        self.time_embedding = layers.TimeEmbedding(config.width, dtype)
+        self.label_embedding = nn.Embed(
+            config.num_classes + 1, config.width, embedding_init=layers.small_normal, dtype=dtype
+        )
+        if config.conditioning == "meanflow":
+            self.interval_embedding = layers.TimeEmbedding(config.width, dtype)
+        self.blocks = self.param("blocks", self._init_blocks)
+        values = config.patch_size**2 * config.channels
+        self.final = layers.FinalLayer(values, dtype)
+        if config.learned_variance:
+            self.log_variance = layers.LogVariance()
+        if config.alignment_depth:
+            self.projector = layers.Projector(
+                config.alignment_hidden, config.alignment_width, dtype
+            )
+
+    def __call__(
+        self, x_t: Images, t: Times, r: Times, y: Labels
+    ) -> tuple[Images, Float[Array, "b l w"]]:
+        """u, and the tokens where the projector takes them (the last ones if it does not)."""
+        config = self.config
+        side = config.input_size // config.patch_size
+        table = layers.position_table(side, config.width)
+        tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
+        tokens += jnp.asarray(table, tokens.dtype)[None]
+        conditions = self._conditions(t, r, y)
+        inner = tokens
+        for segment in config.segments:
+            tokens = self._run(segment, tokens, conditions[segment.source])
+            inner = tokens if segment.stop == config.alignment_depth else inner
+        last = "r" if config.conditioning == "decoupled" else "t"
+        patches = self.final(tokens, conditions[last])
+        return layers.unpatchify(patches, config.patch_size).astype(x_t.dtype), inner
+
+    def variance(self, t: Times, r: Times) -> PerSample:
+        return self.log_variance(t, r)
+
+    def project(self, tokens: Float[Array, "b l w"]) -> Features:
+        return self.projector(tokens)
+
+    def everything(self, x_t: Images, t: Times, r: Times, y: Labels) -> Any:
+        """Touches every parameter, for initialisation."""
+        outputs = [self(x_t, t, r, y)]
+        if self.config.learned_variance:
+            outputs.append(self.variance(t, r))
+        if self.config.alignment_depth:
+            outputs.append(self.project(outputs[0][1]))
+        return outputs
+
+    def _conditions(self, t: Times, r: Times, y: Labels) -> dict[str, Float[Array, "b w"]]:
+        labels = self.label_embedding(y)
+        from_t = self.time_embedding(t) + labels
+        if self.config.conditioning == "meanflow":
+            from_t += self.interval_embedding(t - r)
+        if self.config.conditioning == "decoupled":
+            return {"t": from_t, "r": self.time_embedding(r) + labels}
+        return {"t": from_t}
+
+    def _block(self) -> layers.Block:
+        config = self.config
+        return layers.Block(
+            config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype), parent=None
+        )
+
+    def _init_blocks(self, key: PRNGKey) -> Params:
+        """Parameters of all blocks, each leaf stacked on a leading depth axis."""
+        tokens = jnp.zeros((1, 1, self.config.width))
+        condition = jnp.zeros((1, self.config.width))
+        return jax.vmap(lambda key: self._block().init(key, tokens, condition)["params"])(
+            jax.random.split(key, self.config.depth)
+        )
+
+    def _run(
+        self, segment: Segment, tokens: Float[Array, "b l w"], condition: Float[Array, "b w"]
+    ) -> Float[Array, "b l w"]:
+        """The blocks of one segment, scanned or unrolled, rematerialised as configured."""
+        block = self._block()
+
+        def step(tokens: jax.Array, params: Params) -> tuple[jax.Array, None]:
+            return block.apply({"params": params}, tokens, condition), None
+
+        if self.config.remat != "none":
+            # Inside a scan the loop itself keeps XLA from merging the recomputation away.
+            policy = REMAT_POLICIES[self.config.remat]
+            step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
+        if self.config.scan:
+            chosen = jax.tree.map(lambda p: p[segment.start : segment.stop], self.blocks)
+            return jax.lax.scan(step, tokens, chosen)[0]
+        for i in range(segment.start, segment.stop):
+            tokens, _ = step(tokens, jax.tree.map(lambda p, i=i: p[i], self.blocks))
+        return tokens

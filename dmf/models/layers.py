@@ -1,0 +1,190 @@
+"""The parts of a diffusion transformer (DiT, arXiv:2212.09748), in Linen."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dmf.models.attention import attention
+
+Tokens = Float[Array, "b l w"]
+Vectors = Float[Array, "b w"]
+
+xavier = nn.initializers.xavier_uniform()
+small_normal = nn.initializers.normal(0.02)
+zeros = nn.initializers.zeros
+
+
+def sinusoidal_features(t: Float[Array, "b"], count: int) -> Float[Array, "b count"]:
+    """[cos(w t), sin(w t)] with w from 1 down to 1e-4; `count` values in float32.
+
+    t is taken as it is, in [0, 1], not scaled to 1000.
+    """
+    half = count // 2
+    frequencies = jnp.asarray(10000.0 ** (-np.arange(half) / half), jnp.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_table(side: int, width: int) -> np.ndarray:
+    """[side * side, width] float32 sines and cosines of each token's place, row by row.
+
+    The first half of the channels encodes the column, the second half the row, each as
+    [sin, cos] of place / 10000^(i / (width / 4)); computed in float64.
+    """
+    frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    row, column = np.divmod(np.arange(side * side), side)
+    angles = [place[:, None] * frequencies for place in (column, row)]
+    return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
+
+
+def patchify(x: Float[Array, "b h w c"], patch: int) -> Tokens:
+    """Cuts images into non-overlapping patches, each flattened as (row, column, channel)."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, -1, patch * patch * c)
+
+
+def unpatchify(tokens: Tokens, patch: int) -> Float[Array, "b h h c"]:
+    """The inverse of `patchify`, for square images."""
+    b, count, values = tokens.shape
+    side, c = math.isqrt(count), values // patch**2
+    x = tokens.reshape(b, side, side, patch, patch, c)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, side * patch, side * patch, c)
+
+
+def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
+    """x (1 + scale) + shift, one shift and scale a sample."""
+    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+
+
+class TimeEmbedding(nn.Module):
+    """256 sinusoidal features of a time, then Linear, SiLU, Linear."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "b"]) -> Vectors:
+        x = sinusoidal_features(t, 256).astype(self.dtype)
+        x = nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="in")(x)
+        return nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="out")(
+            nn.silu(x)
+        )
+
+
+class Modulation(nn.Module):
+    """`count` vectors from the condition, Linear(SiLU(c)), zero at initialisation."""
+
+    count: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, c: Vectors) -> list[Vectors]:
+        features = (self.count, c.shape[-1])
+        out = nn.DenseGeneral(features, kernel_init=zeros, dtype=self.dtype, name="linear")(
+            nn.silu(c)
+        )
+        return [out[:, i] for i in range(self.count)]
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; with `qk_norm`, q and k pass an RMSNorm over the head width."""
+
+    heads: int
+    qk_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Tokens:
+        width = x.shape[-1]
+        features = (3, self.heads, width // self.heads)
+        qkv = nn.DenseGeneral(features, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        if self.qk_norm:
+            q, k = (
+                nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)(y)
+                for name, y in (("q_norm", q), ("k_norm", k))
+            )
+        out = attention(q, k, v)
+        return nn.DenseGeneral(
+            width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
+        )(out)
+
+
+class MLP(nn.Module):
+    """Linear, tanh GELU, Linear."""
+
+    ratio: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Tokens:
+        width = x.shape[-1]
+        hidden = int(width * self.ratio)
+        x = nn.Dense(hidden, kernel_init=xavier, dtype=self.dtype, name="in")(x)
+        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="out")(
+            nn.gelu(x, approximate=True)
+        )
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
+
+    heads: int
+    mlp_ratio: float
+    qk_norm: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens, c: Vectors) -> Tokens:
+        norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
+            6, self.dtype, name="modulation"
+        )(c)
+        attend = SelfAttention(self.heads, self.qk_norm, self.dtype, name="attention")
+        x += gate_1[:, None, :] * attend(modulate(norm(x), shift_1, scale_1))
+        mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
+        return x + gate_2[:, None, :] * mlp(modulate(norm(x), shift_2, scale_2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and the projection of each token to its patch, zero at first."""
+
+    patch_values: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens, c: Vectors) -> Tokens:
+        norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        shift, scale = Modulation(2, self.dtype, name="modulation")(c)
+        return nn.Dense(self.patch_values, kernel_init=zeros, dtype=self.dtype, name="linear")(
+            modulate(norm(x), shift, scale)
+        )
+
+
+class LogVariance(nn.Module):
+    """phi(t, r): 128 sinusoidal features of each time and one Linear, in float32, zero at first."""
+
+    @nn.compact
+    def __call__(self, t: Float[Array, "b"], r: Float[Array, "b"]) -> Float[Array, "b"]:
+        x = jnp.concatenate([sinusoidal_features(time, 128) for time in (t, r)], axis=-1)
+        return nn.Dense(1, kernel_init=zeros, name="linear")(x)[:, 0]
+
+
+class Projector(nn.Module):
+    """Three Linears with SiLU between, from tokens to the width of an encoder's features (REPA)."""
+
+    hidden: int
+    features: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Tokens) -> Float[Array, "b l features"]:
+        for i, width in enumerate((self.hidden, self.hidden, self.features)):
+            x = nn.silu(x) if i else x
+            x = nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name=f"linear_{i}")(x)
+        return x

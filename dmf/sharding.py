@@ -1,0 +1,132 @@
+"""Where arrays live: a mesh of devices, and rules by path and shape. Models know none of it.
+
+The mesh has three axes. A batch is split over "data" and "fsdp"; parameters over "fsdp", and over
+"tensor" where a rule names the dimension; optimizer state and averages over all three, so that
+what is only touched once a step is never replicated.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dmf.typing import InputError
+
+BATCH_AXES = ("data", "fsdp")
+STATE_AXES = ("fsdp", "data")
+
+# Which dimension of a leaf "tensor" splits: attention by heads, the MLP by its hidden width. The
+# first product of each pair is split by columns, the second by rows, so one sum follows both.
+TENSOR_RULES = (
+    (r"blocks/attention/qkv/kernel$", -2),
+    (r"blocks/attention/qkv/bias$", -2),
+    (r"blocks/attention/out/kernel$", -3),
+    (r"blocks/mlp/in/kernel$", -1),
+    (r"blocks/mlp/in/bias$", -1),
+    (r"blocks/mlp/out/kernel$", -2),
+)
+# Leaves stacked by depth: their first axis is scanned over, and never split.
+STACKED = re.compile(r"(^|/)blocks/")
+# Splitting a smaller leaf costs more in messages than it saves in memory.
+SMALLEST_SPLIT = 4096
+
+
+def make_mesh(
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over all devices.
+
+    Args:
+      data, fsdp, tensor: sizes; one of them may be -1 and takes what the others leave.
+      devices: those to use; all by default.
+
+    Raises:
+      InputError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    shown = "x".join(map(str, sizes.values()))
+    if list(sizes.values()).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
+        raise InputError(f"mesh={shown} (data x fsdp x tensor): each axis is at least 1, and at "
+                         "most one may be -1, for what the others leave")
+    given = math.prod(n for n in sizes.values() if n != -1)
+    sizes = {name: len(devices) // given if n == -1 else n for name, n in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise InputError(f"mesh={shown} (data x fsdp x tensor): it must hold all "
+                         f"{len(devices)} devices, one axis may be -1")
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The leading axis split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_divisor(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for each leaf of a tree of parameters (arrays or shapes)."""
+    return _shardings(mesh, tree, ("fsdp",))
+
+
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for each leaf of what has the shape of parameters: moments and averages."""
+    return _shardings(mesh, tree, STATE_AXES)
+
+
+def _shardings(mesh: Mesh, tree: Any, axes: tuple[str, ...]) -> Any:
+    def choose(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition(name, leaf.shape, dict(mesh.shape), axes))
+
+    return jax.tree_util.tree_map_with_path(choose, tree)
+
+
+def partition(
+    name: str, shape: tuple[int, ...], sizes: dict[str, int], axes: tuple[str, ...]
+) -> PartitionSpec:
+    """How one leaf is split.
+
+    Args:
+      name: its path, as "blocks/mlp/in/kernel".
+      shape: its shape.
+      sizes: the mesh's axes and their sizes.
+      axes: the axes to spread it over besides "tensor", together on one dimension: the largest
+        that they divide, or, if they divide none, that the first of them divides.
+    """
+    if np.prod(shape, dtype=int) < SMALLEST_SPLIT:
+        return PartitionSpec()
+    spec: list[Any] = [None] * len(shape)
+    for pattern, dimension in TENSOR_RULES:
+        if re.search(pattern, name) and shape[dimension] % sizes["tensor"] == 0:
+            spec[dimension] = "tensor"
+    first = 1 if STACKED.search(name) else 0
+    free = [i for i in range(first, len(shape)) if spec[i] is None]
+    for group in (axes, axes[:1]):
+        parts = math.prod(sizes[axis] for axis in group)
+        fitting = [i for i in free if shape[i] % parts == 0]
+        if fitting and parts > 1:
+            spec[max(fitting, key=lambda i: shape[i])] = group
+            break
+    return PartitionSpec(*spec)

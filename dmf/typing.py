@@ -1,0 +1,66 @@
+"""The few types that everything else speaks: arrays, batches, networks and flow maps.
+
+A flow map is a function `u(x_t, t, r, y)`: the average velocity between the times t and r, so
+that `x_r = x_t + (r - t) u`. Time 0 is data and time 1 is noise, with 0 <= r <= t <= 1. Images
+and latents are NHWC; times and per-sample losses are vectors of length b.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+Images = Float[Array, "b h w c"]
+Times = Float[Array, "b"]
+PerSample = Float[Array, "b"]
+Labels = Int[Array, "b"]
+Dropped = Bool[Array, "b"]
+Features = Float[Array, "b n d"]
+PRNGKey = Key[Array, ""]
+PRNGKeys = Key[Array, "b"]
+Params = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+
+FlowMap = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+class InputError(ValueError):
+    """What a user gave cannot be used; one line says which field, its value and what would do."""
+
+
+class Batch(NamedTuple):
+    """Training samples.
+
+    Attributes:
+      x: [b, h, w, c] float32, data at t = 0: latents, or pixels in [-1, 1].
+      y: [b] int32 labels in [0, num_classes); num_classes itself means "no label".
+      features: [b, n, d] patch features of a frozen encoder, for representation alignment.
+    """
+
+    x: jax.Array
+    y: jax.Array
+    features: jax.Array | None = None
+
+
+class Network(Protocol):
+    """A family of flow maps indexed by parameters; what objectives are written against."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels; also the null label, which stands for "no label"."""
+        ...
+
+    def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
+        """Average velocity from t to r; the instantaneous one where r = t."""
+        ...
+
+    def apply_with_features(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Labels
+    ) -> tuple[Images, Features]:
+        """The average velocity, and the projected tokens of an inner block."""
+        ...
+
+    def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
+        """The learned log of the expected squared error at (t, r)."""
+        ...

@@ -1,0 +1,60 @@
+"""From a sample's squared error to its loss.
+
+Every weighting takes the summed squared error [b], the number of values summed, and the learned
+log-variance phi [b] (None unless `learned`), and returns losses [b]. Nothing couples two samples.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dmf.typing import PerSample
+
+Weighting = Callable[[PerSample, int, PerSample | None], PerSample]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Uniform:
+    """The mean squared error itself."""
+
+    learned = False
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
+        return error / size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adaptive:
+    """e / sg((e + c)^p) on the summed square e (MeanFlow, arXiv:2505.13447, equation 22)."""
+
+    power: float = 1.0
+    offset: float = 0.01
+    learned = False
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
+        return error / jax.lax.stop_gradient((error + self.offset) ** self.power)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cauchy:
+    """log(m e^-phi + 1) + phi / 2 with m the mean squared error: the Cauchy negative
+    log-likelihood up to constants, minimal in phi at phi = log m (arXiv:2510.24474, section 4)."""
+
+    learned = True
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None) -> PerSample:
+        return jnp.log(error / size * jnp.exp(-phi) + 1) + phi / 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Released:
+    """log(m e^-phi + 0.01) + phi, as the published code of Decoupled MeanFlow computes it, but
+    per sample. It grows with phi whatever m is, so phi drifts to minus infinity and the loss
+    becomes log m. Choose it to repeat that run, `Cauchy` otherwise."""
+
+    learned = True
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None) -> PerSample:
+        return jnp.log(error / size * jnp.exp(-phi) + 0.01) + phi

@@ -1,0 +1,65 @@
+"""Packaging. The distribution is `dmf-jax`; the import and the command are `dmf`."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+root = pathlib.Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (root / "dmf/__init__.py").read_text()).group(1)
+
+digits = ["scikit-learn>=1.5"]
+report = ["matplotlib>=3.9"]
+test = [
+    *digits,
+    *report,
+    "beartype>=0.20",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.9",
+    "scipy>=1.13",
+]
+
+setup(
+    name="dmf-jax",
+    version=version,
+    description="Decoupled MeanFlow in JAX and Flax: images from flow models in 1 to 4 steps",
+    long_description=(root / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["dmf", "dmf.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "array-record>=0.5.1",
+        "clu>=0.0.12",
+        "etils[epath]>=1.12",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "tensorboardX>=2.6",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "gcs": ["gcsfs>=2024.6"],
+        "hub": ["huggingface-hub>=0.30"],
+        "tfds": ["tensorflow>=2.18"],
+        "digits": digits,
+        "report": report,
+        "test": test,
+        "dev": [*test, "pre-commit>=4"],
+    },
+    entry_points={"console_scripts": ["dmf=dmf.__main__:main"]},
+    classifiers=[
+        "License :: OSI Approved :: Apache Software License",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+    ],
+)
