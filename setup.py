@@ -35,6 +35,7 @@ setup(
         "etils[epath]>=1.12",
         "flax>=0.12",
         "grain>=0.2.12",
+        "importlib-resources>=6",  # tensorflow-datasets uses it without asking for it
         "jax>=0.10",
         "jaxtyping>=0.3",
         "ml-collections>=1.0",

@@ -9,7 +9,7 @@ metrics. A loss is therefore a pure function of its inputs, and no sample sees a
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,7 @@ class Point(NamedTuple):
     dropped: jax.Array
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Draws, then losses. `learned_variance` tells whether the network needs its head."""
 

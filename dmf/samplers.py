@@ -6,7 +6,7 @@ draw of standard normal noise (None for the deterministic samplers), and returns
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from dmf.typing import FlowMap, Images, InputError, Labels, PRNGKeys
 Time = Float[Array, ""]
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """One step from t to t_next, and the times it wants."""
 

@@ -6,7 +6,7 @@ and latents are NHWC; times and per-sample losses are vectors of length b.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -29,6 +29,10 @@ class InputError(ValueError):
     """What a user gave cannot be used; one line says which field, its value and what would do."""
 
 
+class RunError(RuntimeError):
+    """A run cannot go on; one line says what happened, at which step, and what to do."""
+
+
 class Batch(NamedTuple):
     """Training samples.
 
@@ -43,12 +47,22 @@ class Batch(NamedTuple):
     features: jax.Array | None = None
 
 
+@runtime_checkable
 class Network(Protocol):
     """A family of flow maps indexed by parameters; what objectives are written against."""
 
     @property
     def num_classes(self) -> int:
         """Number of labels; also the null label, which stands for "no label"."""
+        ...
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of one sample."""
+        ...
+
+    def init(self, key: PRNGKey) -> Params:
+        """Random parameters, float32."""
         ...
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:

@@ -190,7 +190,7 @@ class _Transformer(nn.Module):
 
     def __call__(
         self, x_t: Images, t: Times, r: Times, y: Labels
-    ) -> tuple[Images, Float[Array, "b l w"]]:
+    ) -> tuple[Images, Float[Array, "b l d"]]:
         """u, and the tokens where the projector takes them (the last ones if it does not)."""
         config = self.config
         side = config.input_size // config.patch_size
@@ -209,7 +209,7 @@ class _Transformer(nn.Module):
     def variance(self, t: Times, r: Times) -> PerSample:
         return self.log_variance(t, r)
 
-    def project(self, tokens: Float[Array, "b l w"]) -> Features:
+    def project(self, tokens: Float[Array, "b n w"]) -> Features:
         return self.projector(tokens)
 
     def everything(self, x_t: Images, t: Times, r: Times, y: Labels) -> Any:
@@ -221,7 +221,7 @@ class _Transformer(nn.Module):
             outputs.append(self.project(outputs[0][1]))
         return outputs
 
-    def _conditions(self, t: Times, r: Times, y: Labels) -> dict[str, Float[Array, "b w"]]:
+    def _conditions(self, t: Times, r: Times, y: Labels) -> dict[str, Float[Array, "b d"]]:
         labels = self.label_embedding(y)
         from_t = self.time_embedding(t) + labels
         if self.config.conditioning == "meanflow":
@@ -245,8 +245,8 @@ class _Transformer(nn.Module):
         )
 
     def _run(
-        self, segment: Segment, tokens: Float[Array, "b l w"], condition: Float[Array, "b w"]
-    ) -> Float[Array, "b l w"]:
+        self, segment: Segment, tokens: Float[Array, "b l d"], condition: Float[Array, "b d"]
+    ) -> Float[Array, "b l d"]:
         """The blocks of one segment, scanned or unrolled, rematerialised as configured."""
         block = self._block()
 

@@ -2,7 +2,6 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -10,8 +9,8 @@ from jaxtyping import Array, Float
 
 from dmf.models.attention import attention
 
-Tokens = Float[Array, "b l w"]
-Vectors = Float[Array, "b w"]
+Tokens = Float[Array, "b l d"]
+Vectors = Float[Array, "b d"]
 
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
@@ -158,7 +157,7 @@ class FinalLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, c: Vectors) -> Tokens:
+    def __call__(self, x: Tokens, c: Vectors) -> Float[Array, "b l p"]:
         norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
         return nn.Dense(self.patch_values, kernel_init=zeros, dtype=self.dtype, name="linear")(

@@ -1,0 +1,24 @@
+"""A flow model of the 8 x 8 handwritten digits: the start of the quickstart.
+
+    dmf train --config=configs/digits_sit.py --workdir=runs/digits_sit
+
+Hardware: 2 CPU cores. Scores: README.md, "What it does".
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+
+
+def get_config() -> ConfigDict:
+    """A transformer of 6 blocks of width 64 on 2 x 2 patches."""
+    config = default.get_config()
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.warmup_steps = 100
+    config.optimizer.schedule = "cosine"
+    config.optimizer.decay_steps = 1500
+    config.emas.main.decay = 0.99
+    config.run.steps = 1500
+    config.run.checkpoint_every = 500
+    config.sampling.steps = (1, 2, 4, 8, 32)
+    return config

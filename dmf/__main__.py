@@ -1,0 +1,39 @@
+"""`dmf VERB`: finds the verb and hands it the rest of the line. Nothing heavy is imported here."""
+
+import importlib
+import sys
+
+VERBS = {
+    "train": "train a flow model, MeanFlow or a flow map",
+    "sample": "make images from a run or an export",
+    "evaluate": "measure how far samples are from the data",
+    "export": "write parameters, config and model card as one directory",
+    "report": "compare evaluations: a table and a picture",
+}
+
+
+def usage() -> str:
+    """What `dmf --help` prints."""
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {does}" for verb, does in VERBS.items())
+    return f"usage: dmf VERB [--help] [FLAGS]\n\n{verbs}"
+
+
+def main() -> None:
+    """The command line; exits with 0, with 1 if a run failed, with 2 if the input is wrong."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        sys.exit(0 if arguments else 2)
+    verb, *rest = arguments
+    if verb not in VERBS:
+        print(f"dmf: {verb}: no such verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
+        sys.exit(2)
+    module = importlib.import_module(f"dmf.cli.{verb}")
+    from dmf.cli import run
+
+    sys.exit(run(module.main, verb, rest))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Command lines: parse, call, and turn every expected failure into one line."""
+
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from dmf.typing import InputError, RunError
+
+
+def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequence[str]) -> int:
+    """Calls a verb; the exit code is 0, 1 for a failed run, 2 for input that cannot be used, and
+    130 after an interruption."""
+    logging.set_verbosity(logging.ERROR)
+    try:
+        main(verb, arguments)
+    except (InputError, flags.Error) as error:
+        return _fail(verb, str(error), 2)
+    except RunError as error:
+        return _fail(verb, str(error), 1)
+    except KeyboardInterrupt:
+        return _fail(verb, "interrupted; the same command goes on from the last checkpoint", 130)
+    return 0
+
+
+def _fail(verb: str, message: str, code: int) -> int:
+    print(f"dmf {verb}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, does: str) -> Any:
+    """Reads the flags of a verb; `--help` prints them and ends.
+
+    Raises:
+      InputError: an unknown flag or config field, or a value of the wrong type.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"{does}\n{values.main_module_help() or ''}{values.get_help()}")
+        sys.exit(0)
+    try:
+        left = values([f"dmf {verb}", *arguments])[1:]
+    except (AttributeError, KeyError) as error:
+        raise InputError(f"{_field(arguments, str(error))}: no such field; configs/default.py "
+                         f"lists them all ({error})") from None
+    except (TypeError, ValueError, FileNotFoundError, SyntaxError) as error:
+        raise InputError(str(error)) from None
+    if left:
+        raise InputError(f"{left[0]}: not a flag; --help lists them")
+    return values
+
+
+def _field(arguments: Sequence[str], message: str) -> str:
+    """The override that a message is about, as typed."""
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    named = [o for o in overrides if o.split("=")[0].rsplit(".")[-1] in message]
+    return (named or overrides or ["--config"])[0]
+
+
+def config_flag(values: flags.FlagValues, arguments: Sequence[str]) -> None:
+    """--config=FILE and its overrides, --config.a.b=value.
+
+    A config file may import its neighbours, as `from configs import default`, wherever it lies.
+    """
+    files = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+    folders = [pathlib.Path(file).resolve().parent.parent for file in files]
+    sys.path.extend(map(str, [*folders, pathlib.Path.cwd()]))
+    config_flags.DEFINE_config_file(
+        "config", None, "a file with get_config()", flag_values=values, lock_config=True
+    )
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """Raises InputError for a flag that was not given."""
+    for name in names:
+        if values[name].value in (None, ""):
+            raise InputError(f"--{name}: it must be given; --help says what it is")
+
+
+def parse_beside_overrides(
+    verb: str, arguments: Sequence[str], values: flags.FlagValues, does: str
+) -> list[str]:
+    """Reads the flags of a verb; returns the overrides of the checkpoint's config beside them."""
+    others = [argument for argument in arguments if argument.startswith("--config.")]
+    parse(verb, [a for a in arguments if a not in others], values, does)
+    return others
+
+
+def overridden(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
+    """A config that came from a checkpoint, with --config.a.b=value applied.
+
+    Raises:
+      InputError: no such field, or a value of another type.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    return parse("", arguments, values, "").config

@@ -1,0 +1,49 @@
+"""From arrays in [-1, 1] to 8 bits, grids and PNG files."""
+
+import io
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from dmf.typing import InputError
+
+
+def to_uint8(x: Float[np.ndarray, "... h w c"]) -> UInt8[np.ndarray, "... h w c"]:
+    """[-1, 1] to 0..255, clipped and rounded to the nearest."""
+    return np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def grid(
+    images: UInt8[np.ndarray, "n h w c"], columns: int, *, gap: int = 1, zoom: int = 1
+) -> UInt8[np.ndarray, "H W c"]:
+    """Images row by row on white, `gap` pixels apart, each pixel repeated `zoom` times."""
+    n, h, w, c = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, c), 255, np.uint8)
+    for i, image in enumerate(images):
+        top = gap + (i // columns) * (h + gap)
+        left = gap + (i % columns) * (w + gap)
+        sheet[top : top + h, left : left + w] = image
+    return sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def fitting_zoom(side: int) -> int:
+    """How much to enlarge small images so that a person sees them."""
+    return max(1, 48 // side)
+
+
+def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
+    """Writes a grey (c = 1) or RGB (c = 3) image.
+
+    Raises:
+      InputError: another number of channels; latents need a decoder first.
+    """
+    channels = image.shape[-1]
+    if channels not in (1, 3):
+        raise InputError(f"an image of {channels} channels cannot be a PNG: decode latents first")
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    epath.Path(path).write_bytes(buffer.getvalue())

@@ -1,0 +1,134 @@
+"""Golden values: inputs and outputs of the published implementations, as our arrays.
+
+`load(name)` reads one file; `dit(golden, ...)` is the network of its random weights.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dmf.convert.dit import from_jax, from_pytorch
+from dmf.models.dit import DiT
+from dmf.sharding import batch_sharding, make_mesh, parameter_shardings
+from dmf.typing import Params
+
+FOLDER = pathlib.Path(__file__).parent / "golden"
+EXECUTIONS = [(scan, remat) for scan in (True, False) for remat in ("none", "dots", "full")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One file: its arrays by name, and the configuration they were made with."""
+
+    arrays: dict[str, np.ndarray]
+    config: dict
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def below(self, folder: str) -> dict[str, np.ndarray]:
+        """The arrays whose names begin with `folder/`, by the rest of their names."""
+        start = f"{folder}/"
+        return {k.removeprefix(start): v for k, v in self.arrays.items() if k.startswith(start)}
+
+    def images(self, name: str) -> jax.Array:
+        """An NCHW array as float32 NHWC."""
+        return jnp.asarray(np.moveaxis(self[name], 1, -1), jnp.float32)
+
+    def vector(self, name: str) -> jax.Array:
+        """[b, 1, 1, 1] or [b] as float32 [b]."""
+        return jnp.asarray(self[name].reshape(-1), jnp.float32)
+
+    def labels(self, name: str) -> jax.Array:
+        return jnp.asarray(self[name], jnp.int32)
+
+
+@functools.cache
+def load(name: str) -> Golden:
+    with np.load(FOLDER / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files}
+    return Golden(arrays, json.loads((FOLDER / f"{name}.json").read_text()))
+
+
+def dit(golden: Golden, **changes) -> DiT:
+    """The network of a golden file, with the fields that its file leaves open."""
+    published = golden.config["model"]
+    return DiT(
+        input_size=published["input_size"],
+        channels=published["in_channels"],
+        patch_size=published["patch_size"],
+        depth=published["depth"],
+        width=published["hidden_size"],
+        heads=published["num_heads"],
+        mlp_ratio=published["mlp_ratio"],
+        num_classes=published["num_classes"],
+        qk_norm=golden.config.get("qk_norm", False),
+        **changes,
+    )
+
+
+@functools.cache
+def decoupled(name: str, scan: bool = True, remat: str = "none") -> DiT:
+    """The network of a `dmf_*` file."""
+    golden = load(name)
+    return dit(
+        golden,
+        conditioning="decoupled",
+        split_depth=golden.config["dmf_depth"],
+        learned_variance=True,
+        scan=scan,
+        remat=remat,
+    )
+
+
+@functools.cache
+def meanflow(name: str, scan: bool = True, remat: str = "none") -> DiT:
+    """The network of a `meanflow_*` file."""
+    return dit(load(name), conditioning="meanflow", scan=scan, remat=remat)
+
+
+@functools.cache
+def decoupled_params(name: str) -> Params:
+    return on_device(from_pytorch(decoupled(name), load(name).below("params")))
+
+
+@functools.cache
+def meanflow_params(name: str) -> Params:
+    return on_device(from_jax(meanflow(name), load(name).below("params")))
+
+
+def on_device(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
+
+def spread(mesh_sizes: tuple[int, int, int] | None, params: Params, per_sample: tuple):
+    """Parameters and per-sample arrays as a training run lays them out on a mesh (None: whole)."""
+    if mesh_sizes is None:
+        return params, per_sample
+    mesh = make_mesh(*mesh_sizes)
+    params = jax.device_put(params, parameter_shardings(mesh, params))
+    return params, jax.device_put(per_sample, batch_sharding(mesh))
+
+
+def assert_near(ours, theirs, tolerance: float) -> None:
+    """|ours - theirs| <= tolerance |theirs|, by the Euclidean norm."""
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    assert ours.shape == theirs.shape
+    distance = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+    assert distance <= tolerance, f"off by {distance:.2e} of the norm"
+
+
+def assert_each_near(ours, theirs, tolerance: float) -> None:
+    """As `assert_near`, for each entry of the leading axis."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert_near(one, other, tolerance)
+
+
+def norm(tensors: dict[str, np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(w, dtype=np.float64)) for w in tensors.values())))
