@@ -40,7 +40,7 @@ setup(
         "jaxtyping>=0.3",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
         "tensorboardX>=2.6",

@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     config.emas.main.decay = 0.99
     config.run.steps = 1500
     config.run.checkpoint_every = 500
-    config.sampling.steps = (1, 2, 4, 8, 32)
+    config.sampling.steps = (1, 4, 32)
     return config

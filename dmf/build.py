@@ -6,7 +6,6 @@ hold, is an error that says so. A config file may add components of its own with
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -80,7 +79,7 @@ def _lookup(table: Mapping[str, Any], name: Any, field: str) -> Any:
     return table[name]
 
 
-def component(kind: str, config: Mapping[str, Any], field: str, **more: Any) -> Any:
+def component(kind: str, config: Mapping[str, Any] | ConfigDict, field: str, **more: Any) -> Any:
     """Builds the component that `config.name` stands for, its inner components first.
 
     Args:
@@ -300,10 +299,12 @@ def load(directory: epath.PathLike, *, ema: str = "main") -> tuple[FlowMap, Conf
       ema: which average of a run; an export holds one set of parameters.
 
     Returns:
-      u(x_t, t, r, y) -> [b, h, w, c], unguided; and the config it was trained with.
+      u(x_t, t, r, y) -> [b, h, w, c], unguided; and the config it was trained with. The flow map
+      is a pytree, so that it can be an argument of a jitted function: closed over, its parameters
+      would be compiled in.
 
     Raises:
       InputError: nothing is there, or no such average.
     """
     made, config, params = load_network(directory, ema)
-    return functools.partial(made.apply, params), config
+    return jax.tree_util.Partial(made.apply, params), config

@@ -33,7 +33,7 @@ def _average_item(name: str) -> str:
 
 
 @contextmanager
-def _clear_errors(path: epath.Path) -> Iterator[None]:
+def disk_errors(path: epath.Path) -> Iterator[None]:
     """Turns what a full or broken disk raises, in whatever library, into one line."""
     try:
         yield
@@ -63,7 +63,7 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
-        with _clear_errors(self._directory):
+        with disk_errors(self._directory):
             self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @property
@@ -84,7 +84,7 @@ class Checkpoints:
         }
         for name, average in state.averages.items():
             items[_average_item(name)] = ocp.args.StandardSave(average)
-        with _clear_errors(self._directory / str(step)):
+        with disk_errors(self._directory / str(step)):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
@@ -106,7 +106,7 @@ class Checkpoints:
         Raises:
           RunError: the disk is full or cannot be written.
         """
-        with _clear_errors(self._directory):
+        with disk_errors(self._directory):
             self._manager.wait_until_finished()
 
     def __enter__(self) -> "Checkpoints":
@@ -115,14 +115,14 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
             self.finish()
-        with suppress(Exception) if kind else _clear_errors(self._directory):
+        with suppress(Exception) if kind else disk_errors(self._directory):
             self._manager.close()
 
 
 def write_json(path: epath.Path, value: Any) -> None:
     """Writes JSON so that the file is either the old one or the whole new one."""
     partial = path.parent / f".{path.name}.partial"
-    with _clear_errors(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(value, indent=2) + "\n")
         partial.replace(path)
@@ -141,7 +141,8 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
     config = json.loads(path.read_text())
     version = config.pop("format", None)
     if version != FORMAT:
-        raise InputError(f"checkpoint={directory}: its format is {version}, this dmf reads {FORMAT}")
+        raise InputError(f"checkpoint={directory}: its format is {version}, and this "
+                         f"dmf reads {FORMAT}")
     return config
 
 
@@ -210,7 +211,8 @@ def restore_params(
             name: wanted.get(name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
             for name, leaf in stored.items()
         }
-        restored = flatten_dict(checkpointer.restore(path, unflatten_dict(target, sep="/")), sep="/")
+        restored = checkpointer.restore(path, unflatten_dict(target, sep="/"))
+    restored = flatten_dict(restored, sep="/")
     return unflatten_dict({k: v for k, v in restored.items() if k in wanted}, sep="/")
 
 
@@ -227,7 +229,7 @@ def write_export(
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"output={directory}: it exists and is not empty; choose another")
     partial = directory.parent / f".{directory.name}.partial"
-    with _clear_errors(directory):
+    with disk_errors(directory):
         if partial.exists():
             partial.rmtree()
         partial.mkdir(parents=True)

@@ -49,7 +49,7 @@ class Interpolant:
     def score(self, velocity: Images, x_t: Images, t: Times) -> Images:
         """Gradient of the log density at x_t, from the marginal velocity there; t > 0.
 
-        SiT, arXiv:2401.08740, equation 9.
+        SiT, arXiv:2401.08740, score from velocity.
         """
         t = per_sample(t, x_t)
         alpha, sigma = self.alpha(t), self.sigma(t)

@@ -5,7 +5,7 @@ Training has one formula for every method,
     v_g = omega v_t + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null),
 
 with coefficients per sample; a kind of guidance is a choice of coefficients and of whose u is
-meant. Its effective scale is omega / (1 - kappa) (MeanFlow, arXiv:2505.13447, section 4.2).
+meant. Its effective scale is omega / (1 - kappa) (MeanFlow, arXiv:2505.13447).
 """
 
 import dataclasses

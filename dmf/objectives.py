@@ -128,7 +128,7 @@ class Identity(NamedTuple):
 def mean_flow_identity(flow_map: FlowMap, point: Point, v_g: Images) -> Identity:
     """u and its target sg(v_g + (r - t) du/dt), with d/dt along (v_g, 1, 0) for (x_t, t, r).
 
-    MeanFlow, arXiv:2505.13447, equations 6 to 10.
+    MeanFlow, arXiv:2505.13447, the MeanFlow identity (equation 6) and its training target.
     """
     x_t, _, t, r, y, _ = point
     u, du_dt = jax.jvp(
@@ -145,7 +145,7 @@ def _root_mean_square(x: Images) -> PerSample:
 
 
 def cosine_distance(tokens: Features, features: Features) -> PerSample:
-    """Minus the mean cosine similarity of tokens and features (REPA, arXiv:2410.06940, eq. 8)."""
+    """Minus the mean cosine similarity of tokens and features (REPA, arXiv:2410.06940)."""
     unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (tokens, features)]
     return -jnp.mean(jnp.sum(unit[0] * unit[1], axis=-1), axis=-1)
 
@@ -263,7 +263,7 @@ class MeanFlow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoupledMeanFlow:
-    """Half flow matching, half MeanFlow, each on the whole batch (arXiv:2510.24474, section 4).
+    """Half flow matching, half MeanFlow, each on the whole batch (arXiv:2510.24474).
 
     Attributes:
       interpolant: the path.

@@ -84,7 +84,7 @@ class ConstantEma:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HalfLifeEma:
     """Decay by half-life, with a warm-up in proportion to the images seen (EDM,
-    arXiv:2206.00364, appendix F.1): 0.5^(batch / min(half-life, ramp x images seen)).
+    arXiv:2206.00364): 0.5^(batch / min(half-life, ramp x images seen)).
 
     Attributes:
       images: half-life in images.

@@ -19,9 +19,10 @@ def read(path: epath.PathLike) -> Evaluation:
     """
     try:
         evaluation = json.loads(epath.Path(path).read_text())
-        evaluation["results"], evaluation["reference_halves_distance"]  # noqa: B018
-    except (json.JSONDecodeError, KeyError, TypeError):
-        raise InputError(f"{path}: not a file that dmf evaluate wrote") from None
+    except json.JSONDecodeError:
+        evaluation = {}
+    if not {"results", "reference_halves_distance"} <= set(evaluation):
+        raise InputError(f"{path}: not a file that dmf evaluate wrote")
     return evaluation
 
 

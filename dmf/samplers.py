@@ -68,7 +68,7 @@ class Euler:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Restart:
     """Jumps to data, then noises the result afresh to t_next (the sampler of consistency models,
-    arXiv:2303.01469, algorithm 1)."""
+    arXiv:2303.01469, multistep sampling)."""
 
     interpolant: Interpolant = LINEAR
     stochastic = True
@@ -93,7 +93,7 @@ class Restart:
 class ConsistencyTrajectory:
     """Goes beyond t_next to s = t_next sqrt(1 - gamma^2), then adds the noise that leads back.
 
-    gamma 0 is `Euler`, gamma 1 is `Restart` (CTM, arXiv:2310.02279, algorithm 3). The noise has
+    gamma 0 is `Euler`, gamma 1 is `Restart` (CTM, arXiv:2310.02279). The noise has
     variance sigma(t_next)^2 - a^2 sigma(s)^2 with a = alpha(t_next) / alpha(s), which keeps the
     marginal of the path.
     """
@@ -158,7 +158,7 @@ class Heun:
 class Diffusion:
     """Euler-Maruyama on the reverse SDE of a flow model, with diffusion w(t) = 2 sigma(t).
 
-    SiT, arXiv:2401.08740, section 2.3: drift v - w/2 score. All steps but the last go from 1 to
+    SiT, arXiv:2401.08740: drift v - w/2 score. All steps but the last go from 1 to
     `last_time` in equal parts; the last goes to 0 along the drift and adds no noise.
     """
 

@@ -1,6 +1,6 @@
 """What training carries from step to step, made sharded and never whole on one device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -17,6 +17,8 @@ from dmf.typing import Params
 class TrainState:
     """The state of a run after `step` updates.
 
+    Leaves may also be shapes or shardings.
+
     Attributes:
       step: int32 scalar.
       params: of the network, float32.
@@ -24,10 +26,10 @@ class TrainState:
       averages: exponential moving averages of the parameters, by name.
     """
 
-    step: jax.Array
-    params: Params
+    step: Any
+    params: Any
     optimizer: Any
-    averages: Mapping[str, Params]
+    averages: Any
 
 
 def initial(params: Params, optimizer: optax.GradientTransformation, emas: list[str]) -> TrainState:

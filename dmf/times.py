@@ -16,7 +16,7 @@ TimeSampler = Callable[[PRNGKey, int, Interpolant], Times]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitNormal:
     """log(sigma / alpha) ~ N(mean, std): the sigmoid of a normal on the linear path, and
-    2/pi atan(exp z) on the cosine path (arXiv:2403.03206, section 3.1)."""
+    2/pi atan(exp z) on the cosine path (arXiv:2403.03206)."""
 
     mean: float = 0.0
     std: float = 1.0
@@ -42,7 +42,7 @@ class Uniform:
 class OrderedPair:
     """(t, r) = (max, min) of one draw from each sampler; a share of samples takes r = t.
 
-    MeanFlow (arXiv:2505.13447, section 4.3) uses one distribution twice and `equal_share` 0.75;
+    MeanFlow (arXiv:2505.13447) uses one distribution twice and `equal_share` 0.75;
     Decoupled MeanFlow (arXiv:2510.24474) two distributions and no equal share.
     """
 
@@ -64,7 +64,7 @@ class OrderedPair:
 
 
 def shifted(t: jax.Array, shift: float) -> jax.Array:
-    """s t / (1 + (s - 1) t): the resolution shift of a schedule (arXiv:2403.03206, eq. 23)."""
+    """s t / (1 + (s - 1) t): the resolution shift of a schedule (arXiv:2403.03206)."""
     return shift * t / (1 + (shift - 1) * t)
 
 

@@ -18,7 +18,14 @@ from ml_collections import ConfigDict
 
 from dmf import build, evaluation, images, logs
 from dmf import state as states
-from dmf.checkpoint import CONFIG_FILE, FORMAT, Checkpoints, latest_step, write_json
+from dmf.checkpoint import (
+    CONFIG_FILE,
+    FORMAT,
+    Checkpoints,
+    disk_errors,
+    latest_step,
+    write_json,
+)
 from dmf.optimizer import averaged
 from dmf.sharding import BATCH_AXES, batch_divisor, batch_sharding, replicated
 from dmf.state import TrainState
@@ -87,7 +94,7 @@ def training_step(
             name: averaged(ema, state.averages[name], params, state.step, batch_size)
             for name, ema in built.emas.items()
         }
-        metrics["gradient_norm"] = optax.global_norm(gradient)
+        metrics["gradient_norm"] = optax.tree.norm(gradient)
         metrics["learning_rate"] = jnp.asarray(built.optimizer.rate(state.step), jnp.float32)
         return TrainState(state.step + 1, params, moments, averages), metrics
 
@@ -180,9 +187,13 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     abstract = jax.eval_shape(make, {})
     where = states.shardings(built.mesh, abstract)
     run = config.run
-    with Checkpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every) as checkpoints:
+    with (
+        disk_errors(workdir),
+        Checkpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every) as checkpoints,
+    ):
         if start:
-            logs.say(f"resuming at step {start}")
+            done = "nothing left to do" if start >= run.steps else "going on"
+            logs.say(f"{workdir} is at step {start} of {run.steps}: {done}")
             state = checkpoints.restore(start, states.with_shardings(abstract, where))
         else:
             start, state = 0, states.create(make, built.mesh, pretrained)

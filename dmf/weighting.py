@@ -27,7 +27,8 @@ class Uniform:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Adaptive:
-    """e / sg((e + c)^p) on the summed square e (MeanFlow, arXiv:2505.13447, equation 22)."""
+    """e / sg((e + c)^p) on the summed square e (MeanFlow, arXiv:2505.13447, "adaptive
+    loss weighting")."""
 
     power: float = 1.0
     offset: float = 0.01
@@ -40,7 +41,7 @@ class Adaptive:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cauchy:
     """log(m e^-phi + 1) + phi / 2 with m the mean squared error: the Cauchy negative
-    log-likelihood up to constants, minimal in phi at phi = log m (arXiv:2510.24474, section 4)."""
+    log-likelihood up to constants, minimal in phi at phi = log m (arXiv:2510.24474)."""
 
     learned = True
 

@@ -1,6 +1,6 @@
 """Golden values: inputs and outputs of the published implementations, as our arrays.
 
-`load(name)` reads one file; `dit(golden, ...)` is the network of its random weights.
+`load(name)` reads one file; `decoupled`, `meanflow` and `aligned` are the networks of its weights.
 """
 
 import dataclasses
@@ -18,7 +18,26 @@ from dmf.sharding import batch_sharding, make_mesh, parameter_shardings
 from dmf.typing import Params
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
-EXECUTIONS = [(scan, remat) for scan in (True, False) for remat in ("none", "dots", "full")]
+# How a network runs, and on which mesh (data, fsdp, tensor; None: one device): none of it may
+# change a number. Every pair of scan and remat is here, and every mesh with both values of scan.
+EXECUTIONS = {
+    "scan-none-1": (True, "none", None),
+    "scan-dots-2x2x2": (True, "dots", (2, 2, 2)),
+    "scan-full-2x1x4": (True, "full", (2, 1, 4)),
+    "unrolled-none-2x1x4": (False, "none", (2, 1, 4)),
+    "unrolled-dots-1": (False, "dots", None),
+    "unrolled-full-2x2x2": (False, "full", (2, 2, 2)),
+}
+PLAIN = EXECUTIONS["scan-none-1"]
+# These tests compile much and compute little.
+jit = functools.partial(
+    jax.jit,
+    compiler_options={
+        "xla_backend_optimization_level": 0,
+        "xla_llvm_disable_expensive_passes": True,
+        "xla_cpu_use_fusion_emitters": False,
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +109,26 @@ def decoupled(name: str, scan: bool = True, remat: str = "none") -> DiT:
 def meanflow(name: str, scan: bool = True, remat: str = "none") -> DiT:
     """The network of a `meanflow_*` file."""
     return dit(load(name), conditioning="meanflow", scan=scan, remat=remat)
+
+
+@functools.cache
+def aligned(name: str, scan: bool = True, remat: str = "none") -> DiT:
+    """The network of a `sit_repa_*` file."""
+    golden = load(name)
+    return dit(
+        golden,
+        conditioning="flow",
+        alignment_depth=golden.config["repa_depth"],
+        alignment_width=golden.config["z_dims"][0],
+        alignment_hidden=golden.config["projector_dim"],
+        scan=scan,
+        remat=remat,
+    )
+
+
+@functools.cache
+def aligned_params(name: str) -> Params:
+    return on_device(from_pytorch(aligned(name), load(name).below("params")))
 
 
 @functools.cache

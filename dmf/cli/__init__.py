@@ -1,8 +1,10 @@
 """Command lines: parse, call, and turn every expected failure into one line."""
 
 import pathlib
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from absl import flags, logging
@@ -21,6 +23,8 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
         return _fail(verb, str(error), 2)
     except RunError as error:
         return _fail(verb, str(error), 1)
+    except OSError as error:
+        return _fail(verb, f"{error.filename or 'file'}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
         return _fail(verb, "interrupted; the same command goes on from the last checkpoint", 130)
     return 0
@@ -31,6 +35,26 @@ def _fail(verb: str, message: str, code: int) -> int:
     return code
 
 
+@contextmanager
+def _clear_errors(arguments: Sequence[str]) -> Iterator[None]:
+    """Says what is wrong with an override in one line."""
+    try:
+        yield
+    except (AttributeError, KeyError) as error:
+        guess = re.search(r'Did you mean "(\w+)"', str(error))
+        remedy = f"did you mean {guess[1]}?" if guess else "configs/default.py lists them all"
+        raise InputError(f"{_named(arguments, str(error))}: no such field; {remedy}") from None
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise InputError(str(error)) from None
+
+
+def _named(arguments: Sequence[str], message: str) -> str:
+    """The override that a message is about, as typed."""
+    overrides = [argument for argument in arguments if argument.startswith("--config.")]
+    named = [o for o in overrides if o.split("=")[0].rsplit(".")[-1] in message]
+    return (named or overrides or ["--config"])[0]
+
+
 def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, does: str) -> Any:
     """Reads the flags of a verb; `--help` prints them and ends.
 
@@ -38,37 +62,37 @@ def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, does: s
       InputError: an unknown flag or config field, or a value of the wrong type.
     """
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(f"{does}\n{values.main_module_help() or ''}{values.get_help()}")
+        print(f"{does}\n{values.get_help(include_special_flags=False)}")
         sys.exit(0)
-    try:
+    with _clear_errors(arguments):
         left = values([f"dmf {verb}", *arguments])[1:]
-    except (AttributeError, KeyError) as error:
-        raise InputError(f"{_field(arguments, str(error))}: no such field; configs/default.py "
-                         f"lists them all ({error})") from None
-    except (TypeError, ValueError, FileNotFoundError, SyntaxError) as error:
-        raise InputError(str(error)) from None
     if left:
         raise InputError(f"{left[0]}: not a flag; --help lists them")
     return values
-
-
-def _field(arguments: Sequence[str], message: str) -> str:
-    """The override that a message is about, as typed."""
-    overrides = [argument for argument in arguments if argument.startswith("--config.")]
-    named = [o for o in overrides if o.split("=")[0].rsplit(".")[-1] in message]
-    return (named or overrides or ["--config"])[0]
 
 
 def config_flag(values: flags.FlagValues, arguments: Sequence[str]) -> None:
     """--config=FILE and its overrides, --config.a.b=value.
 
     A config file may import its neighbours, as `from configs import default`, wherever it lies.
+
+    Raises:
+      InputError: no such file.
     """
-    files = [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
-    folders = [pathlib.Path(file).resolve().parent.parent for file in files]
-    sys.path.extend(map(str, [*folders, pathlib.Path.cwd()]))
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--config":
+            file = pathlib.Path(value.partition(":")[0])
+            if not file.is_file():
+                raise InputError(f"{argument}: no such file")
+            sys.path.extend(map(str, [file.resolve().parent.parent, pathlib.Path.cwd()]))
     config_flags.DEFINE_config_file(
-        "config", None, "a file with get_config()", flag_values=values, lock_config=True
+        "config",
+        None,
+        "a file with get_config()",
+        flag_values=values,
+        lock_config=True,
+        sys_argv=["dmf", *arguments],
     )
 
 
@@ -95,5 +119,8 @@ def overridden(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
       InputError: no such field, or a value of another type.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    with _clear_errors(arguments):
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=values, sys_argv=["dmf", *arguments]
+        )
     return parse("", arguments, values, "").config

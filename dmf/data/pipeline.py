@@ -9,7 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
@@ -21,6 +21,7 @@ from dmf.typing import Batch
 AHEAD = 2
 
 
+@runtime_checkable
 class Source(Protocol):
     """Random-access rows, read several at a time."""
 

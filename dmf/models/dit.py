@@ -27,7 +27,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-# DiT, arXiv:2212.09748, table 1; M as in MeanFlow, arXiv:2505.13447, table 4.
+# DiT, arXiv:2212.09748, table 1; M as in MeanFlow, arXiv:2505.13447.
 SIZES = {
     "S": {"depth": 12, "width": 384, "heads": 6},
     "B": {"depth": 12, "width": 768, "heads": 12},

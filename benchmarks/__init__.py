@@ -1,0 +1,1 @@
+"""Scripts that measure, print a table, and say on what machine."""

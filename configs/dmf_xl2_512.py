@@ -1,0 +1,28 @@
+"""DMF-XL/2+ at 512 (arXiv:2510.24474), from SiT-XL/2 + REPA of 2 M steps.
+
+    dmf train --config=configs/dmf_xl2_512.py --workdir=runs/dmf_xl2_512
+
+`--config.init.checkpoint=DIR` names the flow model. Hardware: 800 k steps of 256 on 16 GPUs.
+Published FID (edm2 protocol, 50,000 samples, no guidance at sampling): 2.12 at 1 step, 1.68 at 4;
+others quote 1.75 at 2.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.imagenet import imagenet
+
+
+def get_config() -> ConfigDict:
+    """As at 256, with qk-norm, a wider guidance interval and shifted sampling times."""
+    config = imagenet("XL", resolution=512)
+    config.init.checkpoint = "runs/sit_xl2_repa_512"
+    config.model.conditioning = "decoupled"
+    config.model.split_depth = 20
+    config.model.learned_variance = True
+    config.model.qk_norm = True
+    config.objective = default.decoupled_mean_flow(default.self_guidance(1.0, 0.6, (0.0, 0.8)))
+    config.run.steps = 800_000
+    config.sampling.steps = (1, 2, 4)
+    config.sampling.shift = 1.5
+    return config

@@ -1,0 +1,12 @@
+# To be sourced: a virtual environment of the project's own, with what is named installed.
+#   PYTHON=python3.12 chooses the interpreter, DMF_VENV another directory.
+set -euo pipefail
+python=${PYTHON:-python3}
+venv=${DMF_VENV:-.venv}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "PYTHON=$python: it must be Python 3.11 or later" >&2
+  exit 2
+}
+[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+. "$venv/bin/activate"
+python -m pip install --quiet --disable-pip-version-check --editable "$1"

@@ -1,0 +1,232 @@
+"""Rows and batches: what is on disk is the data, and a batch is a function of (seed, step)."""
+
+import jax
+import numpy as np
+import pytest
+import sklearn.datasets
+import tensorflow_datasets as tfds
+import tiny
+
+from dmf.data.pipeline import Pipeline
+from dmf.data.sources import open_source
+from dmf.sharding import batch_sharding, make_mesh
+from dmf.training import train
+from dmf.typing import InputError
+
+
+class Numbered:
+    """Rows that hold their own index, and a record of which were read."""
+
+    def __init__(self, count: int):
+        self.count, self.seen = count, []
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices):
+        self.seen.extend(indices)
+        x = np.array(indices, np.float32).reshape(-1, 1, 1, 1)
+        return x, np.array(indices, np.int32)
+
+
+class Squares(tfds.core.GeneratorBasedBuilder):
+    """Colour images of three classes, under a name that dmf has never heard of."""
+
+    VERSION = tfds.core.Version("1.2.3")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(40):
+            yield i, {"image": np.full((8, 8, 3), 6 * i, np.uint8), "label": i % 3}
+
+
+class Sounds(Squares):
+    """A dataset without images."""
+
+    def _info(self):
+        features = {"sound": tfds.features.Tensor(shape=(4,), dtype=np.float32)}
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        yield 0, {"sound": np.zeros(4, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A directory that holds both datasets as ArrayRecord."""
+    directory = tmp_path_factory.mktemp("datasets")
+    for builder in (Squares, Sounds):
+        builder(data_dir=directory, file_format="array_record").download_and_prepare()
+    return str(directory)
+
+
+def one_device() -> jax.sharding.Mesh:
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def rows(pipeline: Pipeline, step: int, mesh: jax.sharding.Mesh | None = None) -> list[int]:
+    return np.asarray(pipeline.batch(step, batch_sharding(mesh or one_device())).y).tolist()
+
+
+def test_digits_are_those_of_scikit_learn(tmp_path):
+    source = open_source("digits", directory=str(tmp_path))
+    x, labels = source.read(range(len(source)))
+    digits = sklearn.datasets.load_digits()
+    # TFDS stores rows in an order of its own: compare them as sets of (label, pixels).
+    pixels = np.rint((x + 1) * 127.5).astype(np.uint8).reshape(len(x), 64)
+    levels = np.rint(digits.data * 255 / 16).astype(np.uint8)
+    ours = np.column_stack([labels, pixels])
+    theirs = np.column_stack([digits.target, levels])
+    assert ours.shape == (1797, 65)
+    np.testing.assert_array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
+    assert x.dtype == np.float32
+    assert labels.dtype == np.int32
+    assert source.num_classes == 10
+    assert list(tmp_path.rglob("*.array_record*"))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_a_batch_is_the_same_on_every_mesh(shape):
+    pipeline = Pipeline(source=open_source("digits"), batch_size=16, seed=3)
+    alone = pipeline.batch(7, batch_sharding(one_device()))
+    spread = pipeline.batch(7, batch_sharding(make_mesh(*shape)))
+    assert spread.x.shape == (16, 8, 8, 1)
+    np.testing.assert_array_equal(alone.x, spread.x)
+    np.testing.assert_array_equal(alone.y, spread.y)
+
+
+def test_a_batch_depends_on_nothing_read_before():
+    fresh, used = (Pipeline(source=Numbered(50), batch_size=8, seed=1) for _ in range(2))
+    for step in (3, 0, 12):
+        rows(used, step)
+    assert rows(used, 5) == rows(fresh, 5)
+
+
+def test_every_epoch_visits_each_row_once_in_an_order_of_its_own():
+    pipeline = Pipeline(source=Numbered(24), batch_size=8, seed=0)
+    epochs = [sum((rows(pipeline, 3 * e + i) for i in range(3)), []) for e in range(3)]
+    assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_a_batch_that_spans_two_epochs_ends_one_and_starts_the_next():
+    pipeline = Pipeline(source=Numbered(10), batch_size=4, seed=0)
+    seen = sum((rows(pipeline, step) for step in range(5)), [])
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+
+
+def test_seeds_differ():
+    one, other = (Pipeline(source=Numbered(24), batch_size=24, seed=seed) for seed in (0, 1))
+    assert rows(one, 0) != rows(other, 0)
+
+
+def test_only_rows_of_addressable_devices_are_read(monkeypatch):
+    everything = rows(Pipeline(source=Numbered(100), batch_size=16), 2)
+    source = Numbered(100)
+    sharding = batch_sharding(make_mesh())
+    whole = sharding.addressable_devices_indices_map((16,))
+    # As on one of four hosts: two of the eight devices are ours.
+    mine = dict(list(whole.items())[2:4])
+    monkeypatch.setattr(
+        type(sharding), "addressable_devices_indices_map", lambda self, shape: mine
+    )
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda shape, sharding, part: [
+        part(index) for index in mine.values()
+    ])
+    batch = Pipeline(source=source, batch_size=16).batch(2, sharding)
+    assert source.seen == everything[4:8]
+    assert np.concatenate(batch.y).tolist() == everything[4:8]
+
+
+def test_replicated_rows_are_read_once():
+    source = Numbered(100)
+    rows(Pipeline(source=source, batch_size=16), 0, make_mesh(2, 1, 4))
+    assert len(source.seen) == 16
+
+
+def test_reading_ahead_gives_the_batches_of_the_steps():
+    pipeline = Pipeline(source=Numbered(50), batch_size=8, seed=4)
+    ahead = pipeline.batches(3, batch_sharding(make_mesh()))
+    taken = [np.asarray(next(ahead).y).tolist() for _ in range(4)]
+    ahead.close()
+    assert taken == [rows(pipeline, step) for step in range(3, 7)]
+
+
+def test_position_counts_rows_and_epochs():
+    position = Pipeline(source=Numbered(50), batch_size=8, seed=4).position(13)
+    assert position == {"step": 13, "rows": 104, "epoch": 2, "seed": 4, "dataset_rows": 50}
+
+
+def test_another_prepared_dataset_trains_through_the_same_path(prepared, tmp_path):
+    config = tiny.config({
+        "data.name": "squares", "data.directory": prepared, "data.split": "train[:75%]",
+        "model.channels": 3, "model.num_classes": 3, "run.steps": 2,
+    })
+    state = train(config, tmp_path / "run")
+    assert int(state.step) == 2
+    assert len(open_source("squares:1.2.3", directory=prepared)) == 40
+
+
+def test_pixels_go_from_minus_one_to_one(prepared):
+    x, y = open_source("squares", directory=prepared).read([0, 1])
+    levels = np.rint((x + 1) * 127.5)
+    assert set(np.unique(levels)) <= set(range(0, 240, 6))
+    np.testing.assert_array_equal(levels[:, 0, 0, 0] // 6 % 3, y)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "named"),
+    [
+        ("nothing_like_it", "train", ["data.name=nothing_like_it", "array_record", "prepare"]),
+        ("squares", "test", ["data.split=test", "has the splits train"]),
+        ("sounds", "train", ["data.name=sounds", "image", "it has sound"]),
+    ],
+)
+def test_what_cannot_be_read_says_what_to_do(prepared, name, split, named):
+    with pytest.raises(InputError) as error:
+        open_source(name, split=split, directory=prepared)
+    assert all(part in str(error.value) for part in named), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_records_that_need_tensorflow_ask_for_array_record(tmp_path):
+    builder = Squares(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    for path in tmp_path.rglob("*"):
+        if path.suffix == ".json" and path.name == "dataset_info.json":
+            path.write_text(path.read_text().replace("array_record", "tfrecord"))
+        elif "array_record" in path.name:
+            path.rename(path.with_name(path.name.replace("array_record", "tfrecord")))
+    with pytest.raises(InputError, match="tfrecord.*prepare it again.*array_record"):
+        open_source("squares", directory=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model.num_classes": 3}, ["(8, 8, 3)", "(8, 8, 1)", "model.channels"]),
+        ({"model.channels": 3}, ["model.num_classes=10", "squares has 3"]),
+    ],
+)
+def test_a_network_for_other_images_is_refused(prepared, tmp_path, fields, named):
+    config = tiny.config({"data.name": "squares", "data.directory": prepared, **fields})
+    with pytest.raises(InputError) as error:
+        train(config, tmp_path / "run")
+    assert all(part in str(error.value) for part in named), error.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_network_without_labels_takes_any_labels(prepared):
+    from dmf import build
+
+    source = build.source(tiny.config({"model.num_classes": 0}))
+    assert source.read([0, 1, 2])[1].tolist() == [0, 0, 0]

@@ -1,0 +1,125 @@
+"""A run small enough for a test: its config, and the command line around it."""
+
+import atexit
+import functools
+import importlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from configs import default
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+CONFIG = pathlib.Path(__file__)
+SCRATCH = pathlib.Path(tempfile.mkdtemp(prefix="dmf-tests-"))
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+
+# What one test compiled, the next one and its other processes find.
+COMPILED = {
+    "jax_compilation_cache_dir": str(SCRATCH / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0.2,
+}
+for _name, _value in COMPILED.items():
+    jax.config.update(_name, _value)
+
+
+def get_config() -> ConfigDict:
+    """Eight steps of two blocks of width 32, of which some kernels are large enough to split."""
+    config = default.get_config()
+    config.model.depth = 2
+    config.model.width = 32
+    config.model.heads = 2
+    config.data.batch_size = 16
+    config.optimizer.learning_rate = 1e-3
+    config.emas.main.decay = 0.5
+    config.run.steps = 8
+    config.run.log_every = 2
+    config.run.sample_every = 0
+    config.run.checkpoint_every = 4
+    config.sampling.steps = (1, 2)
+    config.evaluation.count = 72
+    config.evaluation.batch_size = 24
+    return config
+
+
+def config(overrides: dict[str, Any] | None = None, **components: ConfigDict) -> ConfigDict:
+    """The config with fields replaced by dotted name, and whole components by name."""
+    made = get_config()
+    for name, component in components.items():
+        made[name] = component
+    made.update_from_flattened_dict(overrides or {})
+    return made
+
+
+def flow_map(overrides: dict[str, Any] | None = None) -> ConfigDict:
+    """The config of a Decoupled MeanFlow run, split in the middle."""
+    fields = {
+        "model.conditioning": "decoupled",
+        "model.split_depth": 1,
+        "model.learned_variance": True,
+    }
+    return config(fields | (overrides or {}), objective=default.decoupled_mean_flow())
+
+
+def dmf(verb: str, *arguments: Any) -> int:
+    """Runs a verb of the command line in this process; returns its exit code."""
+    from dmf import cli
+
+    main = importlib.import_module(f"dmf.cli.{verb}").main
+    return cli.run(main, verb, [str(argument) for argument in arguments])
+
+
+def command(*arguments: Any, code: str | None = None) -> list[str]:
+    """The command line of another process: `dmf ARGUMENTS`, or Python code."""
+    start = ["-m", "dmf"] if code is None else ["-c", code]
+    return [sys.executable, *start, *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    """The environment of another process, which finds this checkout."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    compiled = {name.upper(): str(value) for name, value in COMPILED.items()}
+    return {**os.environ, **compiled, "PYTHONPATH": path}
+
+
+def process(
+    *arguments: Any, code: str | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Runs another process to its end."""
+    return subprocess.run(
+        command(*arguments, code=code),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **options,
+    )
+
+
+@functools.cache
+def flow_run() -> pathlib.Path:
+    """The workdir of a finished run of a flow model, made once; copy it to change it."""
+    from dmf.training import train
+
+    workdir = SCRATCH / "flow"
+    train(config({"run.sample_every": 4}), workdir)
+    return workdir
+
+
+@functools.cache
+def flow_map_run() -> pathlib.Path:
+    """The workdir of a finished Decoupled MeanFlow run that started from `flow_run`."""
+    from dmf.training import train
+
+    workdir = SCRATCH / "flow_map"
+    train(flow_map({"init.checkpoint": str(flow_run())}), workdir)
+    return workdir
