@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = digits_sit.get_config()
     config.model.conditioning = "meanflow"
     config.objective = default.mean_flow()
-    config.run.steps = 2350
-    config.optimizer.decay_steps = 2350
+    config.run.steps = 1950
+    config.optimizer.decay_steps = 1950
     config.sampling.steps = (1, 2, 4)
     return config

@@ -213,7 +213,13 @@ def training(config: ConfigDict) -> Training:
 
 def check_step(config: ConfigDict, network: Network, goal: Objective, on: Mesh) -> None:
     """Raises InputError where parts of a config do not go together."""
+    for field, least in (("steps", 1), ("log_every", 1), ("keep_last", 1), ("sample_every", 0),
+                         ("checkpoint_every", 0), ("keep_every", 0)):
+        if config.run[field] < least:
+            raise InputError(f"run.{field}={config.run[field]}: give {least} or more")
     size, parts = config.data.batch_size, batch_divisor(on)
+    if config.accumulation < 1:
+        raise InputError(f"accumulation={config.accumulation}: give 1 or more")
     if size < 1 or size % (parts * config.accumulation):
         raise InputError(f"data.batch_size={size}: it must be a multiple of {parts} (mesh axes "
                          f"data x fsdp) times accumulation={config.accumulation}")

@@ -71,11 +71,13 @@ def frechet_distance(a: RunningMoments, b: RunningMoments) -> float:
     )
 
 
-def halves_distance(features: Float[np.ndarray, "n d"], seed: int = 0) -> float:
-    """Frechet distance between two random halves of a set: what chance alone amounts to."""
-    order = np.random.default_rng(seed).permutation(len(features))
+def halves_distance(features: Float[np.ndarray, "n d"], *, splits: int = 10) -> float:
+    """Frechet distance between two random halves of a set, the mean of several splits: what
+    chance alone amounts to."""
     half = len(features) // 2
-    return frechet_distance(moments(features[order[:half]]), moments(features[order[half:]]))
+    orders = [np.random.default_rng(seed).permutation(len(features)) for seed in range(splits)]
+    parts = [(features[order[:half]], features[order[half:]]) for order in orders]
+    return float(np.mean([frechet_distance(moments(a), moments(b)) for a, b in parts]))
 
 
 def label_agreement(

@@ -21,7 +21,8 @@ def read(path: epath.PathLike) -> Evaluation:
         evaluation = json.loads(epath.Path(path).read_text())
     except json.JSONDecodeError:
         evaluation = {}
-    if not {"results", "reference_halves_distance"} <= set(evaluation):
+    wanted = {"results", "reference_halves_distance"}
+    if not isinstance(evaluation, dict) or not wanted <= evaluation.keys():
         raise InputError(f"{path}: not a file that dmf evaluate wrote")
     return evaluation
 
@@ -50,7 +51,7 @@ def _steps(n: int) -> str:
     return f"{n} step" if n == 1 else f"{n} steps"
 
 
-def _cell(row: Mapping[str, float]) -> str:
+def _cell(row: Mapping[str, Any]) -> str:
     agreement = row.get("label_agreement")
     share = "" if agreement is None else f" ({agreement:.0%})"
     return f"{row['frechet_distance']:.2f}{share}"
