@@ -21,15 +21,11 @@ def ordered_pair(first: ConfigDict, second: ConfigDict, equal_share: float = 0.0
     )
 
 
-def no_guidance() -> ConfigDict:
-    """Regress on the path's own velocity."""
-    return ConfigDict({"name": "none"})
-
-
 def self_guidance(
-    omega: float, kappa: float, interval: tuple[float, float] = (0.0, 1.0)
+    omega: float = 1.0, kappa: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)
 ) -> ConfigDict:
-    """The network guides itself, with effective scale omega / (1 - kappa)."""
+    """The network guides itself, with effective scale omega / (1 - kappa); 1 and 0 are none, and
+    cost nothing."""
     return ConfigDict({"name": "self", "omega": omega, "kappa": kappa, "interval": interval})
 
 
@@ -61,7 +57,7 @@ def mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
             "name": "mean_flow",
             "interpolant": "linear",
             "times": ordered_pair(logit_normal(-0.4), logit_normal(-0.4), 0.75),
-            "guidance": guidance or no_guidance(),
+            "guidance": guidance or self_guidance(),
             "label_dropout": 0.1,
             "weighting": {"name": "adaptive", "power": 1.0, "offset": 0.01},
         }
@@ -76,7 +72,7 @@ def decoupled_mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
             "interpolant": "linear",
             "time": logit_normal(),
             "times": ordered_pair(logit_normal(0.4), logit_normal(-1.2)),
-            "guidance": guidance or no_guidance(),
+            "guidance": guidance or self_guidance(),
             "label_dropout": 0.1,
             "weighting": {"name": "cauchy"},
         }

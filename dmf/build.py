@@ -194,7 +194,7 @@ def training(config: ConfigDict) -> Training:
         teacher, _, params = load_network(config.teacher.checkpoint, config.teacher.ema, on=on)
         frozen = {"teacher": params}
     goal = objective(config, teacher)
-    check_step(config, made, goal, on)
+    check(config, goal, on)
     if teacher is not None and teacher.sample_shape != made.sample_shape:
         raise InputError(f"teacher.checkpoint={config.teacher.checkpoint}: it takes "
                          f"{teacher.sample_shape}, config.model {made.sample_shape}")
@@ -211,7 +211,7 @@ def training(config: ConfigDict) -> Training:
     )
 
 
-def check_step(config: ConfigDict, network: Network, goal: Objective, on: Mesh) -> None:
+def check(config: ConfigDict, goal: Objective, on: Mesh) -> None:
     """Raises InputError where parts of a config do not go together."""
     for field, least in (("steps", 1), ("log_every", 1), ("keep_last", 1), ("sample_every", 0),
                          ("checkpoint_every", 0), ("keep_every", 0)):

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
@@ -40,9 +41,9 @@ class MetricsWriter:
         self._events.close()
 
 
-def read_metrics(workdir: epath.Path) -> list[dict[str, float]]:
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The rows of a run's metrics; a last line that a kill cut short is left out."""
-    path = workdir / METRICS_FILE
+    path = epath.Path(workdir) / METRICS_FILE
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:

@@ -1,0 +1,54 @@
+"""Gaussian data, for which everything is known in closed form.
+
+If x ~ N(mean, std^2) then x_t ~ N(alpha mean, alpha^2 std^2 + sigma^2), and the probability-flow
+equation keeps (x_t - mean_t) / std_t constant. That gives the flow map, the velocity and the score.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from dmf.flow import Interpolant, per_sample
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """Independent values, each N(mean, std^2)."""
+
+    interpolant: Interpolant
+    mean: float = 0.7
+    std: float = 0.4
+
+    def mean_at(self, t: jax.Array) -> jax.Array:
+        return self.interpolant.alpha(t) * self.mean
+
+    def std_at(self, t: jax.Array) -> jax.Array:
+        return jnp.sqrt((self.interpolant.alpha(t) * self.std) ** 2 + self.interpolant.sigma(t) ** 2)
+
+    def velocity(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        """mean_t' + std_t' (x_t - mean_t) / std_t."""
+        t = per_sample(t, x_t)
+        mean, mean_rate = jax.jvp(self.mean_at, (t,), (jnp.ones_like(t),))
+        std, std_rate = jax.jvp(self.std_at, (t,), (jnp.ones_like(t),))
+        return mean_rate + std_rate * (x_t - mean) / std
+
+    def score(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
+        t = per_sample(t, x_t)
+        return -(x_t - self.mean_at(t)) / self.std_at(t) ** 2
+
+    def carried(self, x_t: jax.Array, t: jax.Array, r: jax.Array) -> jax.Array:
+        """x_r, the solution at r of the probability-flow equation through x_t at t."""
+        t, r = per_sample(t, x_t), per_sample(r, x_t)
+        return self.mean_at(r) + self.std_at(r) * (x_t - self.mean_at(t)) / self.std_at(t)
+
+    def flow_map(self, x_t: jax.Array, t: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
+        """u(x_t, t, r): the mean velocity where t > r, the velocity where t = r."""
+        length = per_sample(t - r, x_t)
+        apart = length != 0
+        mean_velocity = (x_t - self.carried(x_t, t, r)) / jnp.where(apart, length, 1.0)
+        return jnp.where(apart, mean_velocity, self.velocity(x_t, t))
+
+    def flow_model(self, x_t: jax.Array, t: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
+        """The velocity at t, whatever r is."""
+        return self.velocity(x_t, t)

@@ -1,0 +1,124 @@
+"""From a config to components: every name of the table is made, and what cannot be is named."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from ml_collections import ConfigDict
+
+from configs import default
+from dmf import build, guidance, objectives, samplers, times, weighting
+from dmf.flow import COSINE, LINEAR
+from dmf.typing import InputError
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(kind, name) for kind, table in build.COMPONENTS.items() for name in table
+     if kind not in ("model", "interpolant")],
+)
+def test_every_component_is_made_by_its_name(kind, name):
+    fields = {"name": name}
+    if name == "ordered_pair":
+        fields |= {"first": {"name": "uniform"}, "second": {"name": "logit_normal"}}
+    made = build.component(kind, ConfigDict(fields), kind)
+    assert isinstance(made, build.COMPONENTS[kind][name])
+
+
+def test_components_hold_their_inner_components():
+    config = tiny.flow_map()
+    config.objective.guidance = default.self_guidance(1.0, 0.6, (0.1, 0.9))
+    config.objective.interpolant = "cosine"
+    made = build.objective(config)
+    assert made == objectives.DecoupledMeanFlow(
+        interpolant=COSINE,
+        time=times.LogitNormal(mean=0.0, std=1.0),
+        times=times.OrderedPair(
+            first=times.LogitNormal(mean=0.4, std=1.0),
+            second=times.LogitNormal(mean=-1.2, std=1.0),
+            equal_share=0.0,
+        ),
+        guidance=guidance.SelfGuidance(omega=1.0, kappa=0.6, interval=(0.1, 0.9)),
+        label_dropout=0.1,
+        weighting=weighting.Cauchy(),
+    )
+
+
+def test_a_stochastic_sampler_follows_the_path_of_training():
+    config = tiny.config({"objective.interpolant": "cosine"})
+    config.sampling.sampler = ConfigDict({"name": "ctm", "gamma": 0.3})
+    assert build.sampler(config) == samplers.ConsistencyTrajectory(gamma=0.3, interpolant=COSINE)
+    config.objective.interpolant = "linear"
+    assert build.sampler(config).interpolant == LINEAR
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c.objective.update(name="flow"), "objective.name=flow: choose one of"),
+        (lambda c: c.objective.update(interpolant="cubic"),
+         "objective.interpolant=cubic: choose one of cosine, linear"),
+        (lambda c: c.objective.time.update(name="beta"), "objective.time.name=beta: choose one"),
+        (lambda c: c.objective.time.update(width=3.0),
+         "objective.time.width=3.0: logit_normal has no such field; it has mean, std"),
+        (lambda c: c.objective.weighting.update(power=1.0),
+         "objective.weighting.power=1.0: uniform has no such field"),
+        (lambda c: c.optimizer.update(name="lion"), "optimizer.name=lion: choose one of adamw"),
+        (lambda c: c.emas.main.update(name="slow"), "emas.main.name=slow: choose one of"),
+        (lambda c: c.sampling.update(sampler={"name": "rk4"}), "sampling.sampler.name=rk4: choose"),
+        (lambda c: c.model.update(heads=3), "model.heads=3: it must divide model.width=32"),
+    ],
+)
+def test_what_cannot_be_built_is_named(change, named):
+    config = tiny.config().unlock()
+    change(config)
+    with pytest.raises(InputError, match=named.replace(".", r"\.")):
+        build.training(config)
+        build.sampler(config)
+
+
+def test_a_config_may_bring_a_component_of_its_own(monkeypatch):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Late:
+        after: float = 0.5
+
+        def __call__(self, key, batch_size, interpolant):
+            return jax.random.uniform(key, (batch_size,), minval=self.after)
+
+    monkeypatch.setitem(build.COMPONENTS, "time", dict(build.COMPONENTS["time"]))
+    build.register("time", "late", Late)
+    config = tiny.config(objective=default.flow_matching(ConfigDict({"name": "late"})))
+    config.objective.time.after = 0.75
+    assert build.objective(config).time == Late(after=0.75)
+    with pytest.raises(InputError, match="kind=clock: choose one of"):
+        build.register("clock", "late", Late)
+
+
+def test_a_loaded_flow_map_is_the_network_at_its_average():
+    import dmf
+
+    flow_map, config = dmf.load(tiny.flow_map_run())
+    network, _, params = build.load_network(tiny.flow_map_run(), "main")
+    live = build.load_network(tiny.flow_map_run(), "")[2]
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    t, r, y = jnp.linspace(0.3, 1.0, 8), jnp.linspace(0.0, 0.3, 8), jnp.arange(8)
+    u = flow_map(x, t, r, y)
+    np.testing.assert_array_equal(u, network.apply(params, x, t, r, y))
+    assert np.abs(u - network.apply(live, x, t, r, y)).max() > 1e-6
+    assert config.model.split_depth == 1
+    assert config.objective.name == "decoupled_mean_flow"
+
+
+def test_guidance_of_a_config_reaches_the_flow_map():
+    config = tiny.config({"sampling.guidance.scale": 3.0, "sampling.guidance.interval": (0.0, 0.5)})
+
+    def flow_map(x_t, t, r, y):
+        return jnp.broadcast_to(y[:, None, None, None].astype(jnp.float32), x_t.shape)
+
+    x, y = jnp.zeros((2, 8, 8, 1)), jnp.array([4, 4])
+    u = build.guided(config, flow_map)(x, jnp.array([0.25, 0.75]), jnp.zeros(2), y)
+    # 10 is the null label: 10 + 3 (4 - 10) inside, 4 outside.
+    np.testing.assert_allclose(u[:, 0, 0, 0], [-8.0, 4.0])

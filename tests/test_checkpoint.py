@@ -1,0 +1,161 @@
+"""What is on disk restores with Orbax alone, appears only when whole, and says what is wrong."""
+
+import errno
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+
+from dmf import build, checkpoint
+from dmf.checkpoint import Checkpoints, restore_params, write_export
+from dmf.state import TrainState
+from dmf.typing import InputError, RunError
+
+PARAMS = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(4)}
+
+
+def state(step: int = 0) -> TrainState:
+    scaled = jax.tree.map(lambda x: x * (step + 1), PARAMS)
+    averages = {"main": jax.tree.map(lambda x: -x, scaled), "slow": scaled}
+    return TrainState(jnp.int32(step), scaled, {"moment": jnp.full(3, step)}, averages)
+
+
+def abstract(tree):
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+
+
+def same(a, b) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A directory with the checkpoints of steps 3 and 5."""
+    with Checkpoints(tmp_path, keep_last=2) as checkpoints:
+        for step in (3, 5):
+            checkpoints.save(step, state(step), {"step": step, "rows": 16 * step})
+    return tmp_path
+
+
+def test_a_state_comes_back_as_it_was(saved):
+    with Checkpoints(saved) as checkpoints:
+        assert checkpoints.latest_step == 5
+        same(checkpoints.restore(5, abstract(state())), state(5))
+        same(checkpoints.restore(3, abstract(state())), state(3))
+
+
+def test_every_item_restores_with_orbax_alone(saved):
+    folder = saved / "checkpoints/5"
+    with ocp.StandardCheckpointer() as reader:
+        same(reader.restore(folder / "params"), state(5).params)
+        same(reader.restore(folder / "average_slow"), state(5).averages["slow"])
+    position = json.loads((folder / "position/metadata").read_text())
+    assert position == {"format": 1, "step": 5, "rows": 80}
+
+
+@pytest.mark.parametrize(("average", "wanted"), [
+    ("", state(5).params), ("main", state(5).averages["main"]),
+])
+def test_parameters_of_a_run_are_those_of_its_newest_checkpoint(saved, average, wanted):
+    same(restore_params(saved, abstract(PARAMS), average=average), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "named"),
+    [
+        ({"a": PARAMS["a"]}, "it has b, which config.model does not"),
+        ({**PARAMS, "c": jnp.ones(2)}, "it lacks c"),
+        ({**PARAMS, "b": jnp.ones(7)}, r"b has shape \(4,\) there and \(7,\) here"),
+    ],
+)
+def test_another_architecture_is_refused(saved, wanted, named):
+    with pytest.raises(InputError, match=f"of another architecture, {named}"):
+        restore_params(saved, abstract(wanted))
+
+
+def test_names_that_may_be_missing_or_in_vain(saved):
+    wanted = {"a": PARAMS["a"], "c": jnp.ones(2)}
+    found = restore_params(saved, abstract(wanted), missing=("c",), surplus=("b",))
+    same(found, {"a": state(5).params["a"]})
+
+
+def test_an_average_that_is_not_there_is_refused(saved):
+    with pytest.raises(InputError, match=r"ema=fast.*main, slow"):
+        restore_params(saved, abstract(PARAMS), average="fast")
+
+
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no checkpoint"):
+        restore_params(tmp_path, abstract(PARAMS))
+    with pytest.raises(InputError, match=r"holds no config\.json"):
+        checkpoint.read_config(tmp_path)
+
+
+def test_a_later_format_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"format": 99}')
+    with pytest.raises(InputError, match="format is 99.*reads 1"):
+        checkpoint.read_config(tmp_path)
+
+
+def test_an_export_restores_with_orbax_alone(tmp_path):
+    assert tiny.dmf("export", f"--checkpoint={tiny.flow_run()}", f"--output={tmp_path}/out") == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "README.md", "config.json", "params"
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    with ocp.StandardCheckpointer() as reader:
+        exported = reader.restore(tmp_path / "out/params")
+        average = reader.restore(tiny.flow_run() / "checkpoints/8/average_main")
+    same(exported, average)
+    card = (tmp_path / "out/README.md").read_text()
+    count = sum(leaf.size for leaf in jax.tree.leaves(exported))
+    assert f"{count:,}" in card
+    assert "8 steps of 16" in card
+
+
+def test_an_export_is_a_checkpoint(tmp_path):
+    tiny.dmf("export", f"--checkpoint={tiny.flow_map_run()}", f"--output={tmp_path}/out")
+    _, config, params = build.load_network(tmp_path / "out", "main")
+    _, run_config, average = build.load_network(tiny.flow_map_run(), "main")
+    same(params, average)
+    assert build.plain(config) == build.plain(run_config)
+    moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
+    same(build.load_network(moved, "main")[2], average)
+
+
+def test_an_export_does_not_write_over_anything(tmp_path):
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(InputError, match="exists and is not empty; choose another"):
+        write_export(tmp_path, PARAMS, {}, "card")
+    assert [p.name for p in tmp_path.iterdir()] == ["note"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_says_so_and_leaves_nothing_half_made(tmp_path, monkeypatch, number):
+    def full(*arguments, **options):
+        raise OSError(number, "it is full")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(RunError, match="no space left to write .*free some space"):
+        write_export(tmp_path / "out", PARAMS, {}, "card")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_the_checkpoints_before(saved, monkeypatch):
+    with Checkpoints(saved, keep_last=5) as checkpoints:
+        def full(*arguments, **options):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(RunError, match="no space left.*earlier checkpoints are whole"):
+            checkpoints.save(7, state(7), {"step": 7})
+    assert checkpoint.latest_step(saved) == 5
+    same(restore_params(saved, abstract(PARAMS)), state(5).params)

@@ -1,0 +1,168 @@
+"""Guidance by its formula: who is guided, by how much, and that targets carry no gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf.flow import per_sample
+from dmf.guidance import (
+    ClassifierFree,
+    NoGuidance,
+    SelfGuidance,
+    TeacherGuidance,
+    guided_velocity,
+)
+from dmf.samplers import sample
+from dmf.typing import InputError
+
+NULL = 3
+INTERVAL = (0.25, 0.75)
+# Inside, at both ends, below, above; then inside with the label dropped.
+T = jnp.asarray([0.5, 0.25, 0.75, 0.2, 0.8, 0.5])
+DROPPED = jnp.asarray([False, False, False, False, False, True])
+Y = jnp.asarray([0, 1, 2, 0, 1, NULL])
+ACTIVE = np.asarray([True, True, True, False, False, False])
+WITHIN = np.asarray([True, True, True, False, False, True])
+X_T = jax.random.normal(jax.random.key(0), (6, 2, 2, 1))
+V_T = jax.random.normal(jax.random.key(1), (6, 2, 2, 1))
+
+
+def flow_map(x_t: jax.Array, t: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
+    """Depends on all it is given, and tells the null label from the others."""
+    level = 1.0 + y.astype(jnp.float32) + 10.0 * t - 3.0 * r
+    return jnp.sin(x_t) + per_sample(level, x_t)
+
+
+def velocity(y: jax.Array) -> np.ndarray:
+    return np.asarray(flow_map(X_T, T, T, y))
+
+
+CONDITIONAL = velocity(Y)
+UNCONDITIONAL = velocity(jnp.full_like(Y, NULL))
+
+
+def guided(guidance) -> np.ndarray:
+    return np.asarray(guided_velocity(guidance, flow_map, X_T, T, Y, V_T, DROPPED, NULL))
+
+
+def column(values) -> np.ndarray:
+    return np.asarray(values, np.float32).reshape(-1, 1, 1, 1)
+
+
+def test_no_guidance_is_the_velocity_of_the_path():
+    np.testing.assert_array_equal(guided(NoGuidance()), V_T)
+
+
+@pytest.mark.parametrize(("omega", "kappa"), [(1.0, 0.6), (2.0, 0.0), (1.5, 0.5), (0.5, 0.5)])
+def test_self_guidance_where_active_and_the_path_elsewhere(omega, kappa):
+    inside = omega * V_T + kappa * CONDITIONAL + (1 - omega - kappa) * UNCONDITIONAL
+    expected = np.where(column(ACTIVE), inside, V_T)
+    ours = guided(SelfGuidance(omega=omega, kappa=kappa, interval=INTERVAL))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5, 3.0])
+def test_teacher_guides_every_sample(scale):
+    effective = column(np.where(WITHIN, scale, 1.0))
+    expected = UNCONDITIONAL + effective * (CONDITIONAL - UNCONDITIONAL)
+    ours = guided(TeacherGuidance(scale=scale, interval=INTERVAL))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_effective_scale_of_self_guidance():
+    """With u(t, t, y) = v_g the fixed point is v_null + omega / (1 - kappa) (v_t - v_null)."""
+    guidance = SelfGuidance(omega=1.2, kappa=0.4)
+    scale = 1.2 / (1 - 0.4)
+    fixed = UNCONDITIONAL + scale * (V_T - UNCONDITIONAL)
+
+    def consistent(x_t, t, r, y):
+        return jnp.where(per_sample(y == NULL, x_t), UNCONDITIONAL, fixed)
+
+    kept = jnp.zeros(6, bool)
+    labels = jnp.zeros(6, jnp.int32)
+    ours = guided_velocity(guidance, consistent, X_T, T, labels, V_T, kept, NULL)
+    np.testing.assert_allclose(ours, fixed, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "calls"),
+    [
+        (NoGuidance(), 0),
+        (SelfGuidance(omega=1.0, kappa=0.0), 0),
+        (SelfGuidance(omega=2.0, kappa=0.0), 1),
+        (SelfGuidance(omega=0.5, kappa=0.5), 1),
+        (SelfGuidance(omega=1.0, kappa=0.5), 2),
+        (TeacherGuidance(scale=1.0), 1),
+        (TeacherGuidance(scale=2.0), 2),
+    ],
+)
+def test_networks_are_called_only_where_needed(guidance, calls):
+    seen = []
+
+    def counted(x_t, t, r, y):
+        seen.append(y)
+        return flow_map(x_t, t, r, y)
+
+    guided_velocity(guidance, counted, X_T, T, Y, V_T, DROPPED, NULL)
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize(
+    "guidance", [SelfGuidance(omega=1.5, kappa=0.3), TeacherGuidance(scale=2.0)]
+)
+def test_guided_velocity_carries_no_gradient(guidance):
+    def total(weight):
+        def scaled(x_t, t, r, y):
+            return weight * flow_map(x_t, t, r, y)
+
+        return jnp.sum(guided_velocity(guidance, scaled, X_T, T, Y, V_T, DROPPED, NULL) ** 2)
+
+    value, slope = jax.value_and_grad(total)(jnp.float32(1.0))
+    assert slope == 0
+    assert total(jnp.float32(2.0)) != value
+
+
+def test_scale_1_returns_the_flow_map_itself():
+    assert ClassifierFree(scale=1.0)(flow_map, NULL) is flow_map
+
+
+def test_classifier_free_guidance_inside_its_closed_interval():
+    r = T / 2
+    u = np.asarray(flow_map(X_T, T, r, Y))
+    u_null = np.asarray(flow_map(X_T, T, r, jnp.full_like(Y, NULL)))
+    expected = np.where(column(WITHIN), u_null + 2.5 * (u - u_null), u)
+    ours = ClassifierFree(scale=2.5, interval=INTERVAL)(flow_map, NULL)(X_T, T, r, Y)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "guide", [ClassifierFree(scale=1.0), ClassifierFree(scale=2.5, interval=(0.1, 0.2))]
+)
+def test_a_step_without_guidance_still_moves(guide):
+    """Neither time of the two steps lies in the interval."""
+    plain = sample(flow_map, X_T, Y, steps=2)
+    ours = sample(guide(flow_map, NULL), X_T, Y, steps=2)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+    assert jnp.abs(ours - X_T).min() > 0.1
+
+
+def test_guidance_changes_the_samples_it_covers():
+    plain = sample(flow_map, X_T, Y, steps=2)
+    ours = sample(ClassifierFree(scale=2.0, interval=(0.5, 0.5))(flow_map, NULL), X_T, Y, steps=2)
+    changed = jnp.abs(ours - plain).max(axis=(1, 2, 3)) > 0.1
+    np.testing.assert_array_equal(changed, Y != NULL)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SelfGuidance(kappa=1.0), r"^guidance\.kappa=1\.0: "),
+        (lambda: SelfGuidance(interval=(0.6, 0.4)), r"^guidance\.interval=\(0\.6, 0\.4\): "),
+        (lambda: TeacherGuidance(interval=(0.0, 2.0)), r"^guidance\.interval=\(0\.0, 2\.0\): "),
+        (lambda: ClassifierFree(interval=(-1.0, 1.0)), r"interval=\(-1\.0, 1\.0\): "),
+    ],
+)
+def test_bad_values_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

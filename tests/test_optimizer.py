@@ -1,0 +1,152 @@
+"""The optimizer and the averages against closed forms, and accumulation against none."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from dmf.optimizer import AdamW, ConstantEma, HalfLifeEma, averaged
+from dmf.training import train
+from dmf.typing import InputError
+
+PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5], [3.0]])}
+
+
+def updated(optimizer: AdamW, gradient, steps: int = 1):
+    transform = optimizer.transform()
+    params, state = PARAMS, transform.init(PARAMS)
+    for _ in range(steps):
+        updates, state = transform.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_adamw_is_the_published_update(steps):
+    rate, b1, b2, eps, decay = 0.1, 0.8, 0.9, 1e-3, 0.02
+    gradient = {"a": np.array([0.3, -0.1]), "b": np.array([[0.2], [0.4]])}
+    optimizer = AdamW(
+        learning_rate=rate, b1=b1, b2=b2, eps=eps, weight_decay=decay, clip_norm=0.0
+    )
+    ours = updated(optimizer, jax.tree.map(jnp.float32, gradient), steps)
+    for name, p in PARAMS.items():
+        p, m, v = np.asarray(p, np.float64), 0.0, 0.0
+        for t in range(1, steps + 1):
+            m = b1 * m + (1 - b1) * gradient[name]
+            v = b2 * v + (1 - b2) * gradient[name] ** 2
+            m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+            p = p - rate * (m_hat / (np.sqrt(v_hat) + eps) + decay * p)
+        np.testing.assert_allclose(ours[name], p, rtol=1e-6)
+
+
+def test_a_gradient_is_clipped_to_the_global_norm():
+    # With a large epsilon the step is proportional to the gradient, so that clipping shows.
+    plain = AdamW(learning_rate=1.0, eps=1e6, clip_norm=0.0)
+    clipped = AdamW(learning_rate=1.0, eps=1e6, clip_norm=2.5)
+    gradient = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[0.0], [4.0]])}  # of norm 5
+    small = jax.tree.map(lambda g: g * 0.1, gradient)
+
+    def moved(optimizer, gradient):
+        transform = optimizer.transform()
+        return float(transform.update(gradient, transform.init(PARAMS), PARAMS)[0]["b"][1, 0])
+
+    assert moved(clipped, gradient) == pytest.approx(moved(plain, gradient) / 2, rel=1e-5)
+    assert moved(clipped, small) == moved(plain, small)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "share"),
+    [
+        ("constant", 0, 0.0), ("constant", 5, 0.5), ("constant", 10, 1.0), ("constant", 900, 1.0),
+        ("cosine", 5, 0.5), ("cosine", 10, 1.0), ("cosine", 60, 0.5), ("cosine", 110, 0.0),
+        ("cosine", 35, (1 + np.cos(np.pi / 4)) / 2), ("cosine", 500, 0.0),
+        ("linear", 5, 0.5), ("linear", 10, 1.0), ("linear", 35, 0.75), ("linear", 110, 0.0),
+    ],
+)
+def test_the_learning_rate_warms_up_and_decays(schedule, step, share):
+    optimizer = AdamW(learning_rate=4e-3, warmup_steps=10, schedule=schedule, decay_steps=110)
+    assert float(optimizer.rate(jnp.int32(step))) == pytest.approx(4e-3 * share, abs=1e-9)
+
+
+def test_without_a_warm_up_the_first_step_has_the_full_rate():
+    optimizer = AdamW(learning_rate=4e-3, schedule="cosine", decay_steps=100)
+    assert float(optimizer.rate(jnp.int32(0))) == pytest.approx(4e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"schedule": "triangle"}, "optimizer.schedule=triangle: choose one of constant"),
+        ({"schedule": "cosine", "warmup_steps": 9, "decay_steps": 9}, "optimizer.decay_steps=9"),
+        ({"learning_rate": 0.0}, "optimizer.learning_rate=0.0"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused(fields, named):
+    with pytest.raises(InputError, match=named):
+        AdamW(**fields)
+
+
+def series(ema, values, batch_size=4):
+    average = {"w": jnp.float32(values[0])}
+    for step, value in enumerate(values[1:]):
+        average = averaged(ema, average, {"w": jnp.float32(value)}, step, batch_size)
+    return float(average["w"])
+
+
+def test_a_constant_average_is_a_geometric_sum():
+    values = np.array([1.0, 4.0, -2.0, 0.5, 3.0])
+    weights = 0.7 ** np.arange(4, -1, -1) * np.array([1, 0.3, 0.3, 0.3, 0.3])
+    assert series(ConstantEma(decay=0.7), values) == pytest.approx(weights @ values, rel=1e-6)
+
+
+def test_an_average_halves_its_distance_in_one_half_life():
+    # From 1 to 0, in batches of 4: 25 steps are the 100 images of one half-life.
+    values = np.array([1.0] + [0.0] * 25)
+    assert series(HalfLifeEma(images=100.0, ramp=0.0), values) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_the_half_life_ramps_up_with_the_images_seen():
+    ema = HalfLifeEma(images=1000.0, ramp=0.05)
+    for step, half_life in ((0, 0), (1, 0.2), (100, 20), (5000, 1000), (90_000, 1000)):
+        decay = 0.5 ** (4 / half_life) if half_life else 0.0
+        assert float(ema.rate(jnp.int32(step), 4)) == pytest.approx(decay, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: ConstantEma(decay=1.0), lambda: HalfLifeEma(images=0.0), lambda: HalfLifeEma(ramp=-1.0)
+])
+def test_an_average_that_cannot_be_is_refused(make):
+    with pytest.raises(InputError, match=r"emas\.\*\."):
+        make()
+
+
+def test_a_run_keeps_several_averages(tmp_path):
+    emas = {
+        "still": {"name": "constant", "decay": 0.999999},
+        "live": {"name": "constant", "decay": 0.0},
+        "ramped": {"name": "half_life", "images": 64.0, "ramp": 0.5},
+    }
+    config = tiny.config({"run.steps": 3, "sampling.ema": "live"}, emas=emas)
+    state = train(config, tmp_path)
+    assert set(state.averages) == set(emas)
+    at = {name: average["patch_embedding"]["kernel"] for name, average in state.averages.items()}
+    live = np.asarray(state.params["patch_embedding"]["kernel"])
+    np.testing.assert_array_equal(at["live"], live)
+    assert 0 < np.abs(at["ramped"] - live).max() < np.abs(at["still"] - live).max()
+
+
+@pytest.mark.parametrize("fields", [{"mesh.data": 8}, {"mesh.data": 2, "mesh.fsdp": 2}])
+def test_accumulation_changes_nothing(tmp_path, fields):
+    fields = {
+        **({"mesh.tensor": 2} if "mesh.fsdp" in fields else {}), **fields,
+        "data.batch_size": 32, "run.steps": 3, "optimizer.eps": 1e-3,
+    }
+    flat = {}
+    for parts in (1, 2, 4):
+        config = tiny.config(fields | {"accumulation": parts})
+        params = train(config, tmp_path / str(parts)).params
+        flat[parts] = jax.flatten_util.ravel_pytree(jax.device_get(params))[0]
+    np.testing.assert_allclose(flat[2], flat[1], atol=1e-6)
+    np.testing.assert_allclose(flat[4], flat[1], atol=1e-6)

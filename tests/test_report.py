@@ -1,0 +1,56 @@
+"""A report: the table holds every number, the picture is one, and other files are refused."""
+
+import json
+
+import PIL.Image
+import pytest
+import tiny
+
+from dmf import report
+from dmf.typing import InputError
+
+
+def evaluation(distances, agreement=None):
+    extra = {} if agreement is None else {"label_agreement": agreement}
+    rows = [{"steps": n, "frechet_distance": d, **extra} for n, d in distances.items()]
+    return {"results": rows, "reference_halves_distance": 0.28}
+
+
+FLOW = evaluation({1: 5.854, 4: 0.7})
+MAP = evaluation({1: 0.476, 2: 0.27}, agreement=0.934)
+
+
+def test_a_table_has_a_row_an_evaluation_and_a_column_a_number_of_steps():
+    lines = report.table({"flow": FLOW, "map": MAP}).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
+    assert cells[0][1:] == ["1 step", "2 steps", "4 steps"]
+    assert cells[2] == ["flow", "5.85", "", "0.70"]
+    assert cells[3] == ["map", "0.48 (93%)", "0.27 (93%)", ""]
+    assert "0.28" in lines[-1]
+
+
+def test_the_command_prints_the_table_and_draws_the_picture(tmp_path, capsys):
+    for name, one in (("flow", FLOW), ("map", MAP)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(one))
+    arguments = [f"{name}={tmp_path}/{name}.json" for name in ("flow", "map")]
+    assert tiny.dmf("report", f"--output={tmp_path}/report", *arguments) == 0
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "report/report.md").read_text()
+    assert "| map | 0.48 (93%)" in printed
+    picture = PIL.Image.open(tmp_path / "report/distance.png")
+    assert picture.size == (900, 600)
+    assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 10
+
+
+@pytest.mark.parametrize("text", ["{}", "not json", '{"results": []}', "[1, 2]"])
+def test_another_file_is_refused(tmp_path, text):
+    (tmp_path / "other.json").write_text(text)
+    with pytest.raises(InputError, match="other.json: not a file that dmf evaluate wrote"):
+        report.read(tmp_path / "other.json")
+
+
+@pytest.mark.parametrize("arguments", [[], ["flow"], ["flow=nowhere.json"]])
+def test_a_report_of_nothing_is_refused(tmp_path, capsys, arguments):
+    assert tiny.dmf("report", f"--output={tmp_path}/report", *arguments) == 2
+    assert "give NAME=FILE" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()

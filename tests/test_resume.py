@@ -1,0 +1,129 @@
+"""A run that was stopped is the run that never was, on whatever mesh it goes on."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from dmf import build, logs
+from dmf.checkpoint import latest_step
+from dmf.sharding import make_mesh
+from dmf.training import train
+from dmf.typing import InputError
+
+EVERY_STEP = {"run.steps": 20, "run.log_every": 1, "run.checkpoint_every": 5}
+
+
+def rows(workdir) -> list[dict[str, float]]:
+    return logs.read_metrics(epath.Path(workdir))
+
+
+def same(a, b) -> None:
+    """Both trees hold the same bits."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 20 steps that nothing stopped: (state, losses)."""
+    workdir = tmp_path_factory.mktemp("whole")
+    state = train(tiny.config(EVERY_STEP), workdir)
+    return state, [row["loss"] for row in rows(workdir)]
+
+
+def test_a_killed_run_ends_as_one_never_killed(whole, tmp_path):
+    fields = [f"--config.{name}={value}" for name, value in EVERY_STEP.items()]
+    arguments = ["train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}/run", *fields]
+    process = subprocess.Popen(
+        tiny.command(*arguments),
+        env=tiny.environment(), cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if re.match("step 1[2-9]/", line):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL, lines
+    kept = latest_step(tmp_path / "run")
+    assert kept is not None
+    assert 5 <= kept < 20
+
+    state = train(tiny.config(EVERY_STEP), tmp_path / "run")
+    same(state, whole[0])
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 21))
+    assert [row["loss"] for row in rows(tmp_path / "run")] == whole[1]
+
+
+def test_a_finished_run_goes_on_with_more_steps(whole, tmp_path):
+    train(tiny.config(EVERY_STEP | {"run.steps": 7, "run.checkpoint_every": 50}), tmp_path)
+    assert latest_step(tmp_path) == 7
+    state = train(tiny.config(EVERY_STEP | {"run.log_every": 5}), tmp_path)
+    same(state, whole[0])
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 8), 10, 15, 20]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    shutil.copytree(tiny.flow_run(), tmp_path / "run")
+    before = rows(tmp_path / "run")
+    state = train(tiny.config({"run.sample_every": 4}), tmp_path / "run")
+    assert int(state.step) == 8
+    assert rows(tmp_path / "run") == before
+    same(state.params, build.load_network(tiny.flow_run(), "")[2])
+
+
+def test_a_run_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):
+    shapes = {5: (1, 1, 1), 13: (2, 2, 2), 20: (8, 1, 1)}
+    for steps, shape in shapes.items():
+        mesh = make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        monkeypatch.setattr(build, "mesh", lambda config, mesh=mesh: mesh)
+        state = train(tiny.config(EVERY_STEP | {"run.steps": steps}), tmp_path)
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+    found = [row["loss"] for row in rows(tmp_path)]
+    assert len(found) == 20
+    np.testing.assert_allclose(found, whole[1], rtol=1e-5)
+
+
+def test_a_mesh_may_change_on_resume_by_configuration(tmp_path):
+    train(tiny.config({"run.steps": 2}), tmp_path)
+    state = train(tiny.config({"run.steps": 3, "mesh.data": 2, "mesh.fsdp": 4}), tmp_path)
+    assert int(state.step) == 3
+
+
+def test_metrics_written_after_the_last_checkpoint_are_dropped(tmp_path):
+    workdir = epath.Path(tmp_path)
+    writer = logs.MetricsWriter(workdir, 0)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {"loss": step / 3})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a kill
+    assert [row["step"] for row in logs.read_metrics(workdir)] == [1, 2, 3, 4]
+    logs.MetricsWriter(workdir, 2).close()
+    assert logs.read_metrics(workdir) == [
+        {"step": 1, "loss": 0.3333333}, {"step": 2, "loss": 0.6666667}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"optimizer.learning_rate": 0.5}, "optimizer.learning_rate is 0.001 and not 0.5"),
+        ({"seed": 1}, "seed is 0 and not 1"),
+        ({"model.depth": 3}, "model.depth is 2 and not 3"),
+        ({"emas.main.decay": 0.1}, "emas.main.decay is 0.5 and not 0.1"),
+    ],
+)
+def test_nothing_but_length_cadence_and_mesh_may_change(fields, named):
+    before = (tiny.flow_run() / "config.json").read_bytes()
+    with pytest.raises(InputError, match=f"holds another run, whose {named}"):
+        train(tiny.config(fields), tiny.flow_run())
+    assert (tiny.flow_run() / "config.json").read_bytes() == before

@@ -1,0 +1,209 @@
+"""Samplers on Gaussian data, whose exact flow map and whose moments are known."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gaussian_data import Gaussian
+
+from dmf.flow import COSINE, LINEAR
+from dmf.samplers import (
+    ConsistencyTrajectory,
+    Diffusion,
+    Euler,
+    Heun,
+    Restart,
+    noise_like,
+    sample,
+)
+from dmf.typing import InputError
+
+PATHS = {"linear": LINEAR, "cosine": COSINE}
+over_paths = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
+MANY = (512, 8, 8, 4)
+
+
+def start(shape: tuple[int, ...] = (3, 2, 2, 1)) -> tuple[jax.Array, jax.Array]:
+    return jax.random.normal(jax.random.key(0), shape), jnp.zeros(shape[0], jnp.int32)
+
+
+def fresh(shape: tuple[int, ...], index: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(jax.random.key(1), index), shape)
+
+
+def samples(gaussian: Gaussian, sampler, steps: int, shape=MANY, flow_map=None) -> jax.Array:
+    z, y = start(shape)
+    return jax.jit(
+        lambda z: sample(
+            flow_map or gaussian.flow_map,
+            z,
+            y,
+            steps=steps,
+            sampler=sampler,
+            step_noise=functools.partial(fresh, shape),
+        )
+    )(z)
+
+
+def assert_moments(x: jax.Array, gaussian: Gaussian, tolerance: float) -> None:
+    """131,072 values: their mean is known to 0.0011 and their standard deviation to 0.0008."""
+    np.testing.assert_allclose(x.mean(), gaussian.mean, atol=tolerance)
+    np.testing.assert_allclose(x.std(), gaussian.std, atol=tolerance)
+
+
+@over_paths
+@pytest.mark.parametrize("steps", [1, 5])
+def test_euler_is_exact_for_an_exact_flow_map(path, steps):
+    gaussian = Gaussian(interpolant=path)
+    z, y = start()
+    exact = gaussian.carried(z, jnp.ones(3), jnp.zeros(3))
+    ours = sample(gaussian.flow_map, z, y, steps=steps, shift=1.5)
+    np.testing.assert_allclose(ours, exact, atol=1e-5)
+
+
+@over_paths
+@pytest.mark.parametrize(("sampler", "order"), [(Euler(), 1), (Heun(), 2)])
+def test_order_of_convergence_on_a_flow_model(path, sampler, order):
+    """log(error) falls along log(steps) with the slope -order."""
+    counts = np.asarray([16, 32, 64, 128])
+    with jax.enable_x64(True):
+        gaussian = Gaussian(interpolant=path)
+        z, y = start()
+        exact = gaussian.carried(z, jnp.ones(3), jnp.zeros(3))
+        errors = [
+            jnp.linalg.norm(sample(gaussian.flow_model, z, y, steps=int(n), sampler=sampler) - exact)
+            for n in counts
+        ]
+        slope = np.polyfit(np.log(counts), np.log(np.asarray(errors)), 1)[0]
+    assert abs(slope + order) < 0.1
+
+
+@over_paths
+@pytest.mark.parametrize(
+    "kind", [Restart, ConsistencyTrajectory, functools.partial(ConsistencyTrajectory, gamma=0.9)]
+)
+def test_fresh_noise_keeps_the_moments_of_the_data(path, kind):
+    gaussian = Gaussian(interpolant=path)
+    assert_moments(samples(gaussian, kind(interpolant=path), 4), gaussian, 0.004)
+
+
+@over_paths
+@pytest.mark.parametrize("kind", [Restart, ConsistencyTrajectory])
+def test_one_step_keeps_the_moments_of_the_path(path, kind):
+    gaussian = Gaussian(interpolant=path)
+    z, y = start(MANY)
+    t, t_next = jnp.float32(1.0), jnp.float32(0.6)
+    x = kind(interpolant=path).step(gaussian.flow_map, z, t, t_next, y, fresh(MANY, 0))
+    np.testing.assert_allclose(x.mean(), gaussian.mean_at(t_next), atol=0.008)
+    np.testing.assert_allclose(x.std(), gaussian.std_at(t_next), atol=0.006)
+
+
+@over_paths
+def test_diffusion_approaches_the_moments_of_the_data(path):
+    gaussian = Gaussian(interpolant=path)
+    x = samples(gaussian, Diffusion(interpolant=path), 200, flow_map=gaussian.flow_model)
+    assert_moments(x, gaussian, 0.02)
+
+
+@over_paths
+def test_diffusion_does_not_follow_the_starting_noise(path):
+    gaussian = Gaussian(interpolant=path)
+    shape = (64, 4, 4, 1)
+    z, y = start(shape)
+    followed = sample(gaussian.flow_model, z, y, steps=50)
+    diffused = samples(
+        gaussian, Diffusion(interpolant=path), 50, shape=shape, flow_map=gaussian.flow_model
+    )
+    correlation = [np.corrcoef(x.ravel(), z.ravel())[0, 1] for x in (followed, diffused)]
+    assert correlation[0] > 0.999
+    assert correlation[1] < 0.8
+
+
+@over_paths
+@pytest.mark.parametrize(("gamma", "limit"), [(0.0, Euler), (1.0, Restart)])
+def test_limits_of_the_share_of_fresh_noise(path, gamma, limit):
+    gaussian, shape = Gaussian(interpolant=path), (3, 2, 2, 1)
+    sampler = limit() if limit is Euler else limit(interpolant=path)
+    ours = samples(gaussian, ConsistencyTrajectory(gamma=gamma, interpolant=path), 4, shape)
+    np.testing.assert_allclose(ours, samples(gaussian, sampler, 4, shape), atol=1e-3)
+
+
+def test_last_step_adds_no_noise():
+    """So what is returned lies on data: here a single point."""
+    point = Gaussian(interpolant=LINEAR, std=0.0)
+    for sampler in (Restart(), ConsistencyTrajectory()):
+        x = samples(point, sampler, 3, (3, 2, 2, 1))
+        np.testing.assert_allclose(x, point.mean, atol=1e-6)
+
+
+def test_loop_applies_the_step_along_the_schedule():
+    """With the index of the step, so that every step has its own noise."""
+    gaussian, sampler, shape = Gaussian(interpolant=LINEAR), Restart(), (3, 2, 2, 1)
+    x, y = start(shape)
+    schedule = sampler.schedule(4, 1.5)
+    for i in range(4):
+        step = (schedule[i], schedule[i + 1], y, fresh(shape, i))
+        x = sampler.step(gaussian.flow_map, x, *step)
+    z, _ = start(shape)
+    ours = sample(
+        gaussian.flow_map,
+        z,
+        y,
+        steps=4,
+        sampler=sampler,
+        shift=1.5,
+        step_noise=functools.partial(fresh, shape),
+    )
+    np.testing.assert_allclose(ours, x, atol=1e-6)
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [(Euler(), 3), (Heun(), 5)])
+def test_cost_in_calls_of_the_network(sampler, calls):
+    seen = []
+
+    def counted(x_t, t, r, y):
+        seen.append(t)
+        return x_t
+
+    z, y = start()
+    with jax.disable_jit():
+        sample(counted, z, y, steps=3, sampler=sampler)
+    assert len(seen) == calls
+
+
+def test_schedule_of_the_diffusion_ends_with_a_short_step():
+    schedule = np.asarray(Diffusion().schedule(5, 1.0))
+    np.testing.assert_allclose(schedule[[0, -2, -1]], [1, 1e-4, 0], rtol=1e-5)
+    np.testing.assert_allclose(np.diff(schedule[:-1]), (1e-4 - 1) / 4, rtol=1e-5)
+
+
+def test_state_is_float32_for_a_bfloat16_network():
+    def coarse(x_t, t, r, y):
+        assert x_t.dtype == jnp.float32
+        return x_t.astype(jnp.bfloat16)
+
+    z, y = start()
+    x = sample(coarse, z.astype(jnp.bfloat16), y, steps=2)
+    assert x.dtype == jnp.float32
+
+
+def test_noise_of_a_row_depends_on_its_key_alone():
+    keys = jax.random.split(jax.random.key(5), 4)
+    noise = noise_like(keys, (2, 3, 1))
+    assert noise.shape == (4, 2, 3, 1)
+    np.testing.assert_array_equal(noise[2:3], noise_like(keys[2:3], (2, 3, 1)))
+    assert len(np.unique(noise)) == noise.size
+
+
+def test_bad_values_are_named():
+    z, y = start()
+    for make, message in (
+        (lambda: sample(lambda x, t, r, y: x, z, y, sampler=Restart()), r"^step_noise=None: Res"),
+        (lambda: sample(lambda x, t, r, y: x, z, y, steps=0), r"^steps=0: "),
+        (lambda: Diffusion().schedule(1, 1.0), r"^steps=1: "),
+        (lambda: ConsistencyTrajectory(gamma=1.5), r"^gamma=1\.5: "),
+    ):
+        with pytest.raises(InputError, match=message):
+            make()

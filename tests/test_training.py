@@ -1,0 +1,206 @@
+"""A run: where its state lives, what it writes, and where it starts from."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+from etils import epath
+
+from dmf import build, logs, training
+from dmf import state as states
+from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
+from dmf.typing import InputError
+
+MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
+AFTER_EACH_STEP = {"run.log_every": 1, "run.checkpoint_every": 0, "run.steps": 20}
+
+
+def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    return make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def metrics(workdir) -> list[dict[str, float]]:
+    return logs.read_metrics(epath.Path(workdir))
+
+
+def losses(workdir) -> list[float]:
+    return [row["loss"] for row in metrics(workdir)]
+
+
+@pytest.mark.parametrize("make", [tiny.config, tiny.flow_map], ids=["flow", "flow_map"])
+def test_losses_are_the_same_on_every_mesh(make, tmp_path, monkeypatch):
+    curves = {}
+    for name, shape in MESHES.items():
+        monkeypatch.setattr(build, "mesh", lambda config, shape=shape: mesh_of(shape))
+        training.train(make(AFTER_EACH_STEP), tmp_path / name)
+        curves[name] = losses(tmp_path / name)
+    assert len(curves["1"]) == 20
+    assert curves["1"][-1] < curves["1"][0]
+    np.testing.assert_allclose(curves["8"], curves["1"], rtol=1e-5)
+    np.testing.assert_allclose(curves["2x2x2"], curves["1"], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """Sizes (whole, on one device) of a state, the state, and the state after a step."""
+    config = tiny.config({"mesh.data": 2, "mesh.fsdp": 4})
+    built = build.training(config)
+    optimizer = built.optimizer.transform()
+
+    def make():
+        return states.initial(built.network.init(jax.random.key(0)), optimizer, ["main"])
+
+    where = states.shardings(built.mesh, jax.eval_shape(make))
+    step = training.training_step(built, jax.random.key(1), where)
+    before = states.create(make, built.mesh)
+    layout = jax.tree.map(lambda leaf: (leaf.size, leaf.addressable_shards[0].data.size), before)
+    batch = built.pipeline.batch(0, batch_sharding(built.mesh))
+    after, _ = step(before, batch, built.frozen)
+    return layout, before, after
+
+
+def test_no_large_leaf_of_a_state_is_whole_on_a_device(one_step):
+    layout, _, after = one_step
+    for name, parts in (("params", 4), ("optimizer", 8), ("averages", 8)):
+        sizes = jax.tree.leaves(getattr(layout, name), is_leaf=lambda x: type(x) is tuple)
+        large = [(whole, part) for whole, part in sizes if whole >= SMALLEST_SPLIT]
+        assert len(large) >= 3, "the test needs leaves that are large enough to split"
+        assert all(part * parts == whole for whole, part in large), name
+        still = [leaf for leaf in jax.tree.leaves(getattr(after, name))
+                 if leaf.size >= SMALLEST_SPLIT]
+        assert all(leaf.addressable_shards[0].data.size * parts == leaf.size for leaf in still)
+
+
+def test_a_step_takes_over_the_memory_of_the_state_before(one_step):
+    _, before, after = one_step
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+    assert int(after.step) == 1
+
+
+def test_the_same_config_gives_the_same_parameters(tmp_path):
+    again = training.train(tiny.config(), tmp_path)
+    _, _, params = build.load_network(tiny.flow_run(), "")
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_a_run_writes_what_it_says():
+    workdir = tiny.flow_run()
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored.pop("format") == 1
+    assert stored == build.plain(tiny.config({"run.sample_every": 4}))
+    assert "blocks/attention/qkv/kernel" in (workdir / "parameters.txt").read_text()
+    assert any((workdir / "events").iterdir())
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["8"]
+    assert sorted(p.name for p in (workdir / "samples").iterdir()) == [
+        "00000004.png", "00000008.png"
+    ]
+    # Two rows of ten classes for each of the two numbers of steps, enlarged six times.
+    assert PIL.Image.open(workdir / "samples/00000008.png").size == (6 * 91, 6 * 37)
+
+
+def test_metrics_hold_every_reported_step():
+    rows = metrics(tiny.flow_run())
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    expected = {"step", "loss", "flow_matching_error", "gradient_norm", "learning_rate",
+                "images_per_second", "steps_per_second"}
+    for row in rows:
+        assert set(row) == expected
+        assert row["learning_rate"] == pytest.approx(1e-3)
+        assert row["images_per_second"] == pytest.approx(16 * row["steps_per_second"], rel=1e-5)
+        assert row["gradient_norm"] > 0
+        assert row["loss"] == pytest.approx(row["flow_matching_error"], rel=1e-5)
+
+
+def test_metrics_of_a_flow_map_hold_the_raw_errors():
+    for row in metrics(tiny.flow_map_run()):
+        assert {"du_dt_norm", "mean_flow_error", "velocity_error", "log_variance"} <= set(row)
+        halves = row["flow_matching_loss"] + row["mean_flow_loss"]
+        assert row["loss"] == pytest.approx(halves / 2, rel=1e-5)
+
+
+def test_mean_flow_trains(tmp_path):
+    from configs import default
+
+    fields = {"model.conditioning": "meanflow", "run.steps": 2}
+    config = tiny.config(fields, objective=default.mean_flow(default.self_guidance(0.5, 0.5)))
+    training.train(config, tmp_path)
+    (row,) = metrics(tmp_path)
+    assert {"du_dt_norm", "mean_flow_error", "velocity_error"} <= set(row)
+    assert np.isfinite(row["loss"])
+
+
+def test_checkpoints_are_kept_as_asked(tmp_path):
+    cadence = {"run.checkpoint_every": 2, "run.steps": 9, "run.keep_last": 2, "run.keep_every": 4}
+    training.train(tiny.config(cadence), tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
+
+
+def start_of(config) -> dict:
+    """The parameters that a run of `config` starts from."""
+    built = build.training(config)
+    pretrained = build.pretrained(config, built.network, built.mesh)
+    return {**built.network.init(jax.random.key(0)), **pretrained}
+
+
+@pytest.mark.parametrize("ema", ["main", ""])
+def test_a_flow_map_starts_as_the_flow_model(ema):
+    config = tiny.flow_map({"init.checkpoint": str(tiny.flow_run()), "init.ema": ema})
+    flow_model, _, flow_params = build.load_network(tiny.flow_run(), ema)
+    params = start_of(config)
+    fresh = build.network(config).init(jax.random.key(0))
+    assert params.keys() - flow_params.keys() == {"log_variance"}
+    for name, stored in flow_params.items():
+        jax.tree.map(np.testing.assert_array_equal, params[name], stored)
+    jax.tree.map(np.testing.assert_array_equal, params["log_variance"], fresh["log_variance"])
+
+    x = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
+    t, y = jnp.linspace(0.1, 1.0, 8), jnp.arange(8)
+    u = build.network(config).apply(params, x, t, t, y)
+    np.testing.assert_allclose(u, flow_model.apply(flow_params, x, t, t, y), atol=1e-6)
+
+
+def test_a_run_trains_from_its_initial_checkpoint(tmp_path):
+    fields = {"optimizer.learning_rate": 1e-12, "run.steps": 1}
+    config = tiny.flow_map(fields | {"init.checkpoint": str(tiny.flow_run())})
+    params = training.train(config, tmp_path).params
+    flow_params = build.load_network(tiny.flow_run(), "main")[2]
+    for name, stored in flow_params.items():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), params[name], stored
+        )
+
+
+def test_a_frozen_teacher_guides(tmp_path):
+    from configs import default
+
+    config = tiny.flow_map({
+        "init.checkpoint": str(tiny.flow_run()), "teacher.checkpoint": str(tiny.flow_run()),
+        "run.steps": 2,
+    })
+    config.objective.guidance = default.teacher_guidance(2.0, (0.0, 0.8))
+    before = build.load_network(tiny.flow_run(), "main")[2]
+    state = training.train(config, tmp_path)
+    assert int(state.step) == 2
+    assert build.training(config).frozen["teacher"].keys() == before.keys()
+    # The teacher is not in the checkpoint.
+    saved = {p.name for p in (tmp_path / "checkpoints/2").iterdir() if p.is_dir()}
+    assert saved == {"params", "optimizer", "average_main", "position"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"model.learned_variance": False}, "model.learned_variance=False.*set it to True"),
+        ({"sampling.ema": "slow"}, "sampling.ema=slow: config.emas has main"),
+        ({"accumulation": 3}, "data.batch_size=16.*accumulation=3"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(tmp_path, fields, named):
+    with pytest.raises(InputError, match=named):
+        training.train(tiny.flow_map(fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
