@@ -7,7 +7,8 @@ hold, is an error that says so. A config file may add components of its own with
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
@@ -191,7 +192,8 @@ def training(config: ConfigDict) -> Training:
     on = mesh(config)
     teacher, frozen = None, {}
     if config.teacher.checkpoint:
-        teacher, _, params = load_network(config.teacher.checkpoint, config.teacher.ema, on=on)
+        with _about("teacher"):
+            teacher, _, params = load_network(config.teacher.checkpoint, config.teacher.ema, on=on)
         frozen = {"teacher": params}
     goal = objective(config, teacher)
     check(config, goal, on)
@@ -243,7 +245,17 @@ def pretrained(config: ConfigDict, network: Network, on: Mesh) -> Params:
     """
     if not config.init.checkpoint:
         return {}
-    return restore(network, config.init.checkpoint, config.init.ema, on=on, missing=_ADDED)
+    with _about("init"):
+        return restore(network, config.init.checkpoint, config.init.ema, on=on, missing=_ADDED)
+
+
+@contextmanager
+def _about(part: str) -> Iterator[None]:
+    """Says which part of the config a complaint is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{part}.{error}") from None
 
 
 def restore(

@@ -156,6 +156,9 @@ def _stored(directory: epath.Path, average: str) -> epath.Path:
     """Where the parameters of a run (its newest checkpoint) or of an export lie."""
     if (directory / LIVE).exists():
         return directory / LIVE
+    if not directory.exists():
+        raise InputError(f"checkpoint={directory}: there is no such directory; give the workdir of "
+                         "a run or an exported directory")
     step = latest_step(directory)
     if step is None:
         raise InputError(f"checkpoint={directory}: no checkpoint was saved there yet")

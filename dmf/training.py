@@ -3,7 +3,7 @@
 import collections
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,30 +128,38 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
 
 
 class _Watch:
-    """Metrics on the device, read late; stops the run at the first loss that is not finite."""
+    """Metrics on the device, fetched late and averaged over the steps since the last report; stops
+    the run at the first loss that is not finite."""
 
-    def __init__(self, saved: Callable[[], int | None]):
+    def __init__(self, due: Callable[[int], bool], saved: Callable[[], int | None]):
+        self._due, self._saved = due, saved
         self._waiting: collections.deque[tuple[int, Metrics]] = collections.deque()
-        self._saved = saved
+        self._seen: list[Mapping[str, float]] = []
 
     def add(self, step: int, metrics: Metrics) -> None:
         self._waiting.append((step, metrics))
 
-    def read(self, *, all_of_them: bool) -> dict[str, float]:
-        """Means since the last reading. The newest step may still be running: it waits for the
-        next reading, unless all are asked for."""
-        count = len(self._waiting) - (0 if all_of_them else 1)
-        taken = [self._waiting.popleft() for _ in range(max(count, 0))]
+    def read(self, last: int) -> Iterator[tuple[int, dict[str, float]]]:
+        """Fetches all steps up to `last`; gives (step, means) for those where a report is due."""
+        count = sum(step <= last for step, _ in self._waiting)
+        taken = [self._waiting.popleft() for _ in range(count)]
         values = jax.device_get([metrics for _, metrics in taken])
         for (step, _), row in zip(taken, values, strict=True):
-            if not all(math.isfinite(row[name]) for name in ("loss", "gradient_norm")):
-                saved = self._saved()
-                kept = f"the checkpoint of step {saved}" if saved is not None else "no checkpoint"
-                raise RunError(f"the loss is not finite at step {step} (loss {row['loss']}, "
-                               f"gradient norm {row['gradient_norm']}): stopped, {kept} is kept; "
-                               "try a lower optimizer.learning_rate or a longer warm-up")
-        names = values[0] if values else {}
-        return {name: float(np.mean([row[name] for row in values])) for name in names}
+            self._check(step, row)
+            self._seen.append(row)
+            if self._due(step):
+                means = {name: float(np.mean([row[name] for row in self._seen])) for name in row}
+                self._seen = []
+                yield step, means
+
+    def _check(self, step: int, row: Mapping[str, Any]) -> None:
+        if all(math.isfinite(row[name]) for name in ("loss", "gradient_norm")):
+            return
+        saved = self._saved()
+        kept = f"the checkpoint of step {saved}" if saved is not None else "no checkpoint"
+        raise RunError(f"the loss is not finite at step {step} (loss {row['loss']}, gradient norm "
+                       f"{row['gradient_norm']}): stopped, {kept} is kept; try a lower "
+                       "optimizer.learning_rate or a longer warm-up")
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -229,7 +237,7 @@ def _loop(
     run, total = config.run, config.run.steps
     batch_size = built.pipeline.batch_size
     writer = logs.MetricsWriter(workdir, start)
-    watch = _Watch(lambda: checkpoints.latest_step)
+    watch = _Watch(lambda at: _due(at, run.log_every, total), lambda: checkpoints.latest_step)
     show = _preview(config, built, workdir)
     clock = logs.Clock(start, total)
     batches = built.pipeline.batches(start, batch_sharding(built.mesh))
@@ -238,11 +246,12 @@ def _loop(
             state, metrics = step(state, batch, built.frozen)
             watch.add(count, metrics)
             saving = _due(count, run.checkpoint_every, total)
-            if _due(count, run.log_every, total) or saving:
-                # A state is saved only after its own loss and gradient were seen to be finite.
-                means = watch.read(all_of_them=saving or count == total)
-                if means:
-                    _report(writer, clock, count, total, batch_size, means)
+            # A report waits for the next step to be under way, so that the device never waits for
+            # it; but a state is saved only after its own loss and gradient were seen to be finite.
+            ready = count if saving or count == total else count - 1
+            if saving or _due(ready, run.log_every, total):
+                for at, means in watch.read(ready):
+                    _report(writer, clock, at, total, batch_size, means)
             if saving:
                 checkpoints.save(count, state, built.pipeline.position(count))
             if _due(count, run.sample_every, total):

@@ -1,5 +1,6 @@
 """Command lines: parse, call, and turn every expected failure into one line."""
 
+import logging as stdlib_logging
 import pathlib
 import re
 import sys
@@ -17,6 +18,8 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
     """Calls a verb; the exit code is 0, 1 for a failed run, 2 for input that cannot be used, and
     130 after an interruption."""
     logging.set_verbosity(logging.ERROR)
+    # What Orbax's threads run into is raised here too, and need not be told twice.
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     try:
         main(verb, arguments)
     except (InputError, flags.Error) as error:
