@@ -24,7 +24,8 @@ class Gaussian:
         return self.interpolant.alpha(t) * self.mean
 
     def std_at(self, t: jax.Array) -> jax.Array:
-        return jnp.sqrt((self.interpolant.alpha(t) * self.std) ** 2 + self.interpolant.sigma(t) ** 2)
+        alpha, sigma = self.interpolant.alpha(t), self.interpolant.sigma(t)
+        return jnp.sqrt((alpha * self.std) ** 2 + sigma**2)
 
     def velocity(self, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """mean_t' + std_t' (x_t - mean_t) / std_t."""

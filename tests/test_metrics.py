@@ -79,9 +79,10 @@ def test_one_sample_has_no_covariance():
 def test_two_halves_of_a_set_differ_by_what_chance_amounts_to():
     features = RANDOM.normal(size=(4000, 3))
     chance = metrics.halves_distance(features)
-    assert 0 < chance < 0.01
     assert chance == metrics.halves_distance(features)
-    assert chance != metrics.halves_distance(features, seed=1)
+    # Two samples of n: d 2/n from the means, and a quarter of |C_a - C_b|^2 = 2 d (d + 1) / n.
+    assert chance == pytest.approx(3 * 2 / 2000 + 2 * 3 * 4 / 2000 / 4, rel=0.5)
+    assert metrics.halves_distance(features, splits=1) != chance
 
 
 def test_label_agreement_is_the_share_of_right_labels():

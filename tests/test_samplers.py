@@ -2,6 +2,7 @@
 
 import functools
 
+import golden_values as gv
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +36,7 @@ def fresh(shape: tuple[int, ...], index: jax.Array) -> jax.Array:
 
 def samples(gaussian: Gaussian, sampler, steps: int, shape=MANY, flow_map=None) -> jax.Array:
     z, y = start(shape)
-    return jax.jit(
+    return gv.jit(
         lambda z: sample(
             flow_map or gaussian.flow_map,
             z,
@@ -72,10 +73,8 @@ def test_order_of_convergence_on_a_flow_model(path, sampler, order):
         gaussian = Gaussian(interpolant=path)
         z, y = start()
         exact = gaussian.carried(z, jnp.ones(3), jnp.zeros(3))
-        errors = [
-            jnp.linalg.norm(sample(gaussian.flow_model, z, y, steps=int(n), sampler=sampler) - exact)
-            for n in counts
-        ]
+        carry = functools.partial(sample, gaussian.flow_model, z, y, sampler=sampler)
+        errors = [jnp.linalg.norm(carry(steps=int(n)) - exact) for n in counts]
         slope = np.polyfit(np.log(counts), np.log(np.asarray(errors)), 1)[0]
     assert abs(slope + order) < 0.1
 

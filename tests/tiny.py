@@ -89,9 +89,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, **compiled, "PYTHONPATH": path}
 
 
-def process(
-    *arguments: Any, code: str | None = None, **options: Any
-) -> subprocess.CompletedProcess[str]:
+def process(*arguments: Any, code: str | None = None) -> subprocess.CompletedProcess[str]:
     """Runs another process to its end."""
     return subprocess.run(
         command(*arguments, code=code),
@@ -101,7 +99,6 @@ def process(
         text=True,
         timeout=300,
         check=False,
-        **options,
     )
 
 

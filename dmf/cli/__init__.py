@@ -4,6 +4,7 @@ import logging as stdlib_logging
 import pathlib
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
     logging.set_verbosity(logging.ERROR)
     # What Orbax's threads run into is raised here too, and need not be told twice.
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+    threading.excepthook = lambda error: None
     try:
         main(verb, arguments)
     except (InputError, flags.Error) as error:

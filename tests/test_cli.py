@@ -1,0 +1,157 @@
+"""The command line, from a run to numbers, pictures and an export, and what it says for help."""
+
+import json
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+
+import dmf
+from dmf import __main__, build, evaluation
+
+
+def made(run) -> str:
+    return f"--checkpoint={run}"
+
+
+def start(monkeypatch, *arguments: str) -> int:
+    """`dmf ARGUMENTS` in this process; the exit code."""
+    monkeypatch.setattr("sys.argv", ["dmf", *arguments])
+    with pytest.raises(SystemExit) as end:
+        __main__.main()
+    return end.value.code
+
+
+def test_help_lists_the_verbs(monkeypatch, capsys):
+    assert start(monkeypatch, "--help") == 0
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in ("train", "sample", "evaluate", "export", "report"))
+
+
+@pytest.mark.parametrize("verb", __main__.VERBS)
+def test_every_verb_explains_its_flags(monkeypatch, capsys, verb):
+    assert start(monkeypatch, verb, "--help") == 0
+    text = capsys.readouterr().out
+    assert f"dmf {verb} --" in text
+    flags = {"train": "--workdir", "report": "--output"}.get(verb, "--checkpoint")
+    assert text.count(flags) >= 2
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"], ["dance", "--help"]])
+def test_an_unknown_verb_ends_with_2(monkeypatch, capsys, arguments):
+    assert start(monkeypatch, *arguments) == 2
+    printed = "".join(capsys.readouterr())
+    assert "train" in printed
+    assert "sample" in printed
+
+
+def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    overrides = ["--config.run.steps=2", "--config.sampling.steps=(1,)", "--config.seed=5"]
+    train = ["train", f"--config={tiny.CONFIG}", f"--workdir={workdir}", *overrides]
+    assert tiny.dmf(*train) == 0
+    progress = capsys.readouterr().err
+    assert "step 2/2  loss" in progress
+    assert "steps/s" in progress
+    assert "left" in progress
+    config = build.read_config(workdir)
+    assert (config.run.steps, config.sampling.steps, config.seed) == (2, [1], 5)
+
+
+def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
+    output = tmp_path / "deep/numbers.json"
+    arguments = [made(tiny.flow_run()), "--steps=1,3", "--count=80", f"--output={output}"]
+    assert tiny.dmf("evaluate", *arguments) == 0
+    assert capsys.readouterr().out.strip() == str(output)
+    found = json.loads(output.read_text())
+    assert [row["steps"] for row in found["results"]] == [1, 3]
+    for row in found["results"]:
+        assert row["frechet_distance"] > 0
+        assert 0 <= row["label_agreement"] <= 1
+    assert found["reference"] == {"name": "digits", "split": "train", "count": 1797}
+    assert found["settings"]["count"] == 80
+    assert found["ema"] == "main"
+    assert 0.2 < found["reference_halves_distance"] < 0.4
+
+
+def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):
+    arguments = [made(tiny.flow_run()), f"--output={tmp_path}/numbers.json"]
+    assert tiny.dmf("evaluate", *arguments) == 0
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    assert [row["steps"] for row in found["results"]] == [1, 2]
+
+
+def test_a_flow_model_is_measured_as_a_flow_map(tmp_path):
+    overrides = ["--config.model.conditioning=decoupled", "--config.model.split_depth=1"]
+    distances = {}
+    for name, others in (("flow", []), ("map", overrides)):
+        output = tmp_path / f"{name}.json"
+        arguments = [made(tiny.flow_run()), "--steps=2", f"--output={output}", *others]
+        assert tiny.dmf("evaluate", *arguments) == 0
+        distances[name] = json.loads(output.read_text())["results"][0]["frechet_distance"]
+    assert distances["flow"] != distances["map"]
+
+
+def test_a_grid_of_samples_is_a_picture(tmp_path):
+    arguments = [made(tiny.flow_run()), f"--output={tmp_path}/grid.png", "--count=20"]
+    assert tiny.dmf("sample", *arguments, "--steps=1") == 0
+    assert PIL.Image.open(tmp_path / "grid.png").size == (6 * 91, 6 * 19)
+
+
+def test_samples_are_arrays_with_the_labels_asked_for(tmp_path):
+    common = [made(tiny.flow_run()), "--steps=1", "--count=7"]
+    for name, more in (("some", ["--labels=3,10"]), ("all", []), ("other", ["--seed=1"])):
+        assert tiny.dmf("sample", *common, f"--output={tmp_path}/{name}.npz", *more) == 0
+    some, everything, other = (
+        np.load(tmp_path / f"{name}.npz") for name in ("some", "all", "other")
+    )
+    assert some["arr_0"].shape == (7, 8, 8, 1)
+    assert some["arr_0"].dtype == np.uint8
+    assert some["labels"].tolist() == [3, 10, 3, 10, 3, 10, 3]
+    assert everything["labels"].tolist() == list(range(7))
+    assert (everything["arr_0"] != other["arr_0"]).mean() > 0.9
+
+
+def test_guidance_of_the_command_line_reaches_the_samples(tmp_path):
+    common = [made(tiny.flow_run()), "--steps=1", "--count=8"]
+    scale = "--config.sampling.guidance.scale=9.0"
+    for name, more in (("plain", []), ("guided", [scale])):
+        assert tiny.dmf("sample", *common, f"--output={tmp_path}/{name}.npz", *more) == 0
+    plain, guided = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("plain", "guided"))
+    assert (plain != guided).any()
+
+
+@pytest.mark.parametrize("sampler", ["euler", "ctm"])
+def test_samples_depend_on_seed_and_index_alone(sampler):
+    network, config, params = build.load_network(tiny.flow_run())
+    config.sampling.sampler = {"name": sampler}
+    labels = evaluation.labels_of(np.arange(20), 10)
+    on = build.make_mesh(2, 2, 2)
+
+    def samples(batch_size: int, seed: int = 0, **options) -> np.ndarray:
+        generate = evaluation.generator(network, config, steps=2, seed=seed, **options)
+        parts = evaluation.generate_all(generate, params, labels, batch_size)
+        return np.concatenate(list(parts))
+
+    twenty = samples(20)
+    np.testing.assert_allclose(samples(7), twenty, atol=1e-6)
+    np.testing.assert_allclose(samples(8, on=on), twenty, atol=1e-6)
+    assert np.abs(samples(20, seed=1) - twenty).max() > 0.1
+
+
+def test_an_export_evaluates_samples_and_loads_as_its_run(tmp_path):
+    assert tiny.dmf("export", made(tiny.flow_map_run()), f"--output={tmp_path}/out") == 0
+    for name, where in (("run", tiny.flow_map_run()), ("export", tmp_path / "out")):
+        output = f"--output={tmp_path}/{name}.npz"
+        assert tiny.dmf("sample", made(where), "--steps=1", "--count=8", output) == 0
+    run, export = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("run", "export"))
+    np.testing.assert_array_equal(run, export)
+    assert tiny.dmf("evaluate", made(tmp_path / "out"), "--steps=1") == 0
+    assert (tmp_path / "out/evaluation.json").exists()
+    flow_map, _ = dmf.load(tmp_path / "out")
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
+    ones = jax.numpy.ones(8)
+    of_run = dmf.load(tiny.flow_map_run())[0](x, ones, 0 * ones, jax.numpy.arange(8))
+    np.testing.assert_array_equal(flow_map(x, ones, 0 * ones, jax.numpy.arange(8)), of_run)
