@@ -113,14 +113,14 @@ def test_a_batch_depends_on_nothing_read_before():
 
 def test_every_epoch_visits_each_row_once_in_an_order_of_its_own():
     pipeline = Pipeline(source=Numbered(24), batch_size=8, seed=0)
-    epochs = [sum((rows(pipeline, 3 * e + i) for i in range(3)), []) for e in range(3)]
+    epochs = [[row for i in range(3) for row in rows(pipeline, 3 * e + i)] for e in range(3)]
     assert all(sorted(epoch) == list(range(24)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
 def test_a_batch_that_spans_two_epochs_ends_one_and_starts_the_next():
     pipeline = Pipeline(source=Numbered(10), batch_size=4, seed=0)
-    seen = sum((rows(pipeline, step) for step in range(5)), [])
+    seen = [row for step in range(5) for row in rows(pipeline, step)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
 
 

@@ -1,4 +1,4 @@
-"""The layers: a module imports only from layers below its own, and a few names stay in few files."""
+"""The layers: a module imports only from layers below its own, and some names stay in few files."""
 
 import ast
 import pathlib
@@ -7,8 +7,7 @@ import pytest
 import tiny
 
 PACKAGE = tiny.ROOT / "dmf"
-# From the bottom up. Neighbours on one line are beside each other only where the text says so:
-# modules of one group may import each other, modules of two groups of one layer may not.
+# From the bottom up. Modules of one group may import each other, two groups of a layer may not.
 LAYERS = (
     ({"typing", "sharding"},),
     ({"flow", "times"}, {"kernels"}, {"logs"}),

@@ -18,12 +18,9 @@ from dmf.typing import InputError, RunError
 def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequence[str]) -> int:
     """Calls a verb; the exit code is 0, 1 for a failed run, 2 for input that cannot be used, and
     130 after an interruption."""
-    logging.set_verbosity(logging.ERROR)
-    # What Orbax's threads run into is raised here too, and need not be told twice.
-    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    threading.excepthook = lambda error: None
     try:
-        main(verb, arguments)
+        with _quiet_threads():
+            main(verb, arguments)
     except (InputError, flags.Error) as error:
         return _fail(verb, str(error), 2)
     except RunError as error:
@@ -33,6 +30,18 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
     except KeyboardInterrupt:
         return _fail(verb, "interrupted; the same command goes on from the last checkpoint", 130)
     return 0
+
+
+@contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """What Orbax's threads run into is raised in ours too, and need not be told at length."""
+    logging.set_verbosity(logging.FATAL)
+    stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
+    hook, threading.excepthook = threading.excepthook, lambda error: None
+    try:
+        yield
+    finally:
+        threading.excepthook = hook
 
 
 def _fail(verb: str, message: str, code: int) -> int:
