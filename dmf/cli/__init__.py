@@ -37,11 +37,12 @@ def _quiet_threads() -> Iterator[None]:
     """What Orbax's threads run into is raised in ours too, and need not be told at length."""
     logging.set_verbosity(logging.FATAL)
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    hook, threading.excepthook = threading.excepthook, lambda error: None
+    hooks = threading.excepthook, sys.excepthook
+    threading.excepthook = sys.excepthook = lambda *error: None
     try:
         yield
     finally:
-        threading.excepthook = hook
+        threading.excepthook, sys.excepthook = hooks
 
 
 def _fail(verb: str, message: str, code: int) -> int:
