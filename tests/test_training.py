@@ -1,5 +1,6 @@
 """A run: where its state lives, what it writes, and where it starts from."""
 
+import dataclasses
 import json
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from etils import epath
 
 from dmf import build, logs, training
 from dmf import state as states
+from dmf.objectives import FlowMatching
 from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
 from dmf.typing import InputError
 
@@ -61,11 +63,21 @@ def sizes(leaf: jax.Array) -> Sizes:
     return Sizes(leaf.size, leaf.addressable_shards[0].data.size)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Telling(FlowMatching):
+    """Tells a little of the noise that a step drew."""
+
+    def loss(self, network, params, batch, draws, frozen):
+        losses, metrics = super().loss(network, params, batch, draws, frozen)
+        return losses, metrics | {"noise": draws.noise[:, 0, 0, 0]}
+
+
 @pytest.fixture(scope="module")
 def one_step():
-    """The sizes of a state's leaves, the state, and the state after a step."""
+    """The sizes of a state's leaves, the state, the state after a step, and what was drawn in
+    that step and in the one after it."""
     config = tiny.config({"mesh.data": 2, "mesh.fsdp": 4})
-    built = build.training(config)
+    built = build.training(config)._replace(objective=Telling())
     optimizer = built.optimizer.transform()
 
     def make():
@@ -76,12 +88,17 @@ def one_step():
     before = states.create(make, built.mesh)
     layout = jax.tree.map(sizes, before)
     batch = built.pipeline.batch(0, batch_sharding(built.mesh))
-    after, _ = step(before, batch, built.frozen)
-    return layout, before, after
+    after, first = step(before, batch, built.frozen)
+    second = step(jax.tree.map(jnp.copy, after), batch, built.frozen)[1]
+    drawn = [
+        jnp.mean(Telling().draw(jax.random.fold_in(jax.random.key(1), i), batch).noise[:, 0, 0, 0])
+        for i in range(2)
+    ]
+    return layout, before, after, ([first["noise"], second["noise"]], drawn)
 
 
 def test_no_large_leaf_of_a_state_is_whole_on_a_device(one_step):
-    layout, _, after = one_step
+    layout, _, after, _ = one_step
     for where in (layout, jax.tree.map(sizes, after)):
         for name, parts in (("params", 4), ("optimizer", 8), ("averages", 8)):
             leaves = jax.tree.leaves(
@@ -93,10 +110,16 @@ def test_no_large_leaf_of_a_state_is_whole_on_a_device(one_step):
 
 
 def test_a_step_takes_over_the_memory_of_the_state_before(one_step):
-    _, before, after = one_step
+    _, before, after, _ = one_step
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
     assert int(after.step) == 1
+
+
+def test_every_step_draws_anew_from_the_key_and_its_number(one_step):
+    told, drawn = one_step[-1]
+    np.testing.assert_allclose(told, drawn, rtol=1e-5)
+    assert abs(told[0] - told[1]) > 1e-3
 
 
 def test_the_same_config_gives_the_same_parameters(tmp_path):
