@@ -46,7 +46,7 @@ class Cauchy:
     learned = True
 
     def __call__(self, error: PerSample, size: int, phi: PerSample | None) -> PerSample:
-        return jnp.log(error / size * jnp.exp(-phi) + 1) + phi / 2
+        return jnp.log1p(error / size * jnp.exp(-phi)) + phi / 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

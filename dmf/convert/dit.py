@@ -11,7 +11,7 @@ from dmf.convert.names import to_ours as tensors_to_ours
 from dmf.convert.names import to_theirs as tensors_to_theirs
 from dmf.models.dit import DiT
 from dmf.models.layers import position_table
-from dmf.typing import Params
+from dmf.typing import InputError, Params
 
 POSITIONS = "pos_embed"
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -99,6 +99,9 @@ def from_pytorch(model: DiT, tensors: Mapping[str, np.ndarray]) -> Params:
       InputError: a tensor is missing, unknown or of another shape.
     """
     kept = {_unwrapped(name): tensor for name, tensor in tensors.items()}
+    if len(kept) < len(tensors):
+        raise InputError(f"{len(tensors)} tensors have only {len(kept)} names without the wrappers "
+                         f"{', '.join(_WRAPPERS)}")
     kept.pop(POSITIONS, None)
     return tensors_to_ours(pytorch_table(model), kept, _abstract(model))
 
@@ -125,6 +128,6 @@ def _abstract(model: DiT) -> Params:
 
 
 def _unwrapped(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.removeprefix(wrapper)
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
     return name
