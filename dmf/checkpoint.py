@@ -28,6 +28,11 @@ CHECKPOINTS = "checkpoints"
 LIVE = "params"
 
 
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    """The directory as Orbax wants it."""
+    return epath.Path(directory).expanduser().resolve()
+
+
 def _average_item(name: str) -> str:
     return f"average_{name}"
 
@@ -56,7 +61,7 @@ class Checkpoints:
     """The checkpoints of one run, written in the background, the oldest dropped."""
 
     def __init__(self, workdir: epath.PathLike, *, keep_last: int = 1, keep_every: int = 0):
-        self._directory = epath.Path(workdir) / CHECKPOINTS
+        self._directory = _absolute(workdir) / CHECKPOINTS
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep_last,
             keep_period=keep_every or None,
@@ -148,7 +153,7 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
 
 def latest_step(workdir: epath.PathLike) -> int | None:
     """The step of the newest whole checkpoint of a run; None without one."""
-    folder = epath.Path(workdir) / CHECKPOINTS
+    folder = _absolute(workdir) / CHECKPOINTS
     return ocp.CheckpointManager(folder).latest_step() if folder.exists() else None
 
 
@@ -191,7 +196,7 @@ def restore_params(
     Raises:
       InputError: nothing is there, or another architecture; the message names a parameter.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     path = _stored(directory, average)
     with ocp.StandardCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(path).item_metadata
@@ -228,7 +233,7 @@ def write_export(
       InputError: the directory exists and is not empty.
       RunError: the disk is full or cannot be written.
     """
-    directory = epath.Path(directory)
+    directory = _absolute(directory)
     if directory.exists() and any(directory.iterdir()):
         raise InputError(f"output={directory}: it exists and is not empty; choose another")
     partial = directory.parent / f".{directory.name}.partial"
@@ -237,7 +242,7 @@ def write_export(
             partial.rmtree()
         partial.mkdir(parents=True)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial.resolve() / LIVE, params)
+            checkpointer.save(partial / LIVE, params)
             checkpointer.wait_until_finished()
         write_json(partial / CONFIG_FILE, {"format": FORMAT, **config})
         (partial / CARD_FILE).write_text(card)

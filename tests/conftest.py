@@ -2,12 +2,22 @@
 and types of `dmf` checked at every call."""
 
 import os
+import pathlib
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The last of two equal flags counts, so flags that are already set win.
-os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count=8 {os.environ.get('XLA_FLAGS', '')}"
+# Tests compile much and compute little. The last of two equal flags counts, so that flags that
+# are already set win.
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    os.environ.get("XLA_FLAGS", ""),
 )
+os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# What one test compiled, the next one, its other processes and the next run find.
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 import jax
 import jaxtyping

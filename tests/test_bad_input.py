@@ -185,9 +185,11 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_goes_on(tmp_path):
         "train", f"--config={tiny.CONFIG}", f"--workdir={run}",
         "--config.run.steps=12", "--config.run.sample_every=4",
     ]
-    # No file may grow beyond 32 kB: room for the metrics, none for a checkpoint.
+    # No file may grow beyond 32 kB: room for the metrics, none for a checkpoint. JAX would complain
+    # of its own files.
     limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); "
+        "import os, resource, sys; os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); "
         "from dmf.__main__ import main; sys.argv[0] = 'dmf'; main()"
     )
     done = tiny.process(*arguments, code=limited)

@@ -11,7 +11,6 @@ import sys
 import tempfile
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from configs import default
@@ -20,14 +19,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = pathlib.Path(__file__)
 SCRATCH = pathlib.Path(tempfile.mkdtemp(prefix="dmf-tests-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
-
-# What one test compiled, the next one and its other processes find.
-COMPILED = {
-    "jax_compilation_cache_dir": str(SCRATCH / "compiled"),
-    "jax_persistent_cache_min_compile_time_secs": 0.2,
-}
-for _name, _value in COMPILED.items():
-    jax.config.update(_name, _value)
 
 
 def get_config() -> ConfigDict:
@@ -85,8 +76,7 @@ def command(*arguments: Any, code: str | None = None) -> list[str]:
 def environment() -> dict[str, str]:
     """The environment of another process, which finds this checkout."""
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    compiled = {name.upper(): str(value) for name, value in COMPILED.items()}
-    return {**os.environ, **compiled, "PYTHONPATH": path}
+    return {**os.environ, "PYTHONPATH": path}
 
 
 def process(*arguments: Any, code: str | None = None) -> subprocess.CompletedProcess[str]:
