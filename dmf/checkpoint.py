@@ -8,6 +8,7 @@ under their name only when they are whole.
 
 import errno
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -29,8 +30,9 @@ LIVE = "params"
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
-    """The directory as Orbax wants it."""
-    return epath.Path(directory).expanduser().resolve()
+    """The directory as Orbax wants it; buckets (gs://...) are absolute already."""
+    path = epath.Path(directory)
+    return path if "://" in os.fspath(path) else path.expanduser().resolve()
 
 
 def _average_item(name: str) -> str:

@@ -60,6 +60,15 @@ def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
     assert (config.run.steps, config.sampling.steps, config.seed) == (2, [1], 5)
 
 
+def test_directories_may_be_relative(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train = ["train", f"--config={tiny.CONFIG}", "--config.run.steps=2"]
+    assert tiny.dmf(*train, "--workdir=runs/first") == 0
+    assert tiny.dmf(*train, "--workdir=runs/next", "--config.init.checkpoint=runs/first") == 0
+    assert tiny.dmf("export", "--checkpoint=runs/next", "--output=runs/export") == 0
+    assert tiny.dmf("sample", "--checkpoint=runs/export", "--output=grid.png") == 0
+
+
 def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
     output = tmp_path / "deep/numbers.json"
     arguments = [made(tiny.flow_run()), "--steps=1,3", "--count=80", f"--output={output}"]
