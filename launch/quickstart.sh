@@ -10,11 +10,11 @@ dmf train --config=configs/digits_sit.py --workdir=runs/digits_sit
 dmf evaluate --checkpoint=runs/digits_sit --steps=1,2,4,8,32
 
 # The same parameters, the last blocks told the time they go to.
-dmf evaluate --checkpoint=runs/digits_sit --steps=1,2,4,8 --output=runs/untrained.json \
+dmf evaluate --checkpoint=runs/digits_sit --steps=1,2,4 --output=runs/untrained.json \
   --config.model.conditioning=decoupled --config.model.split_depth=4
 
 dmf train --config=configs/digits_dmf.py --workdir=runs/digits_dmf
-dmf evaluate --checkpoint=runs/digits_dmf --steps=1,2,4,8
+dmf evaluate --checkpoint=runs/digits_dmf --steps=1,2,4
 
 dmf sample --checkpoint=runs/digits_dmf --steps=1 --count=60 --output=runs/report/samples.png
 dmf report --output=runs/report \
