@@ -71,6 +71,7 @@ def plot(path: epath.Path, evaluations: Mapping[str, Evaluation]) -> None:
     """Distance against steps, both logarithmic, one curve an evaluation."""
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator
     except ImportError:
         raise InputError("distance.png: pictures need matplotlib; pip install "
                          "'dmf-jax[report]'") from None
@@ -88,6 +89,8 @@ def plot(path: epath.Path, evaluations: Mapping[str, Evaluation]) -> None:
     axes.axhline(halves, color="grey", linestyle=":", label="two halves of the data")
     ticks = sorted({row["steps"] for e in evaluations.values() for row in e["results"]})
     axes.set_xticks(ticks, [str(n) for n in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("sampling steps")
     axes.set_ylabel("Frechet distance")
