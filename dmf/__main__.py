@@ -32,7 +32,10 @@ def main() -> None:
     module = importlib.import_module(f"dmf.cli.{verb}")
     from dmf.cli import run
 
-    sys.exit(run(module.main, verb, rest))
+    code = run(module.main, verb, rest)
+    # What background threads of a failed run still say while the process ends was said already.
+    sys.excepthook = lambda *error: None
+    sys.exit(code)
 
 
 if __name__ == "__main__":

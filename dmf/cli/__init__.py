@@ -18,17 +18,18 @@ from dmf.typing import InputError, RunError
 def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequence[str]) -> int:
     """Calls a verb; the exit code is 0, 1 for a failed run, 2 for input that cannot be used, and
     130 after an interruption."""
-    try:
-        with _quiet_threads():
+    with _quiet_threads():
+        try:
             main(verb, arguments)
-    except (InputError, flags.Error) as error:
-        return _fail(verb, str(error), 2)
-    except RunError as error:
-        return _fail(verb, str(error), 1)
-    except OSError as error:
-        return _fail(verb, f"{error.filename or 'file'}: {error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return _fail(verb, "interrupted; the same command goes on from the last checkpoint", 130)
+        except (InputError, flags.Error) as error:
+            return _fail(verb, str(error), 2)
+        except RunError as error:
+            return _fail(verb, str(error), 1)
+        except OSError as error:
+            return _fail(verb, f"{error.filename or 'file'}: {error.strerror or error}", 1)
+        except KeyboardInterrupt:
+            again = "interrupted; the same command goes on from the last checkpoint"
+            return _fail(verb, again, 130)
     return 0
 
 
