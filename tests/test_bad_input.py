@@ -197,6 +197,7 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_goes_on(tmp_path):
     line = done.stderr.strip().splitlines()[-1]
     assert "no space left to write" in line
     assert "run the same command again" in line
+    assert "Traceback" not in done.stderr
     assert latest_step(run) == 8
     assert before["run"]["steps"] == 8
 

@@ -38,12 +38,12 @@ def _quiet_threads() -> Iterator[None]:
     """What Orbax's threads run into is raised in ours too, and need not be told at length."""
     logging.set_verbosity(logging.FATAL)
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    hooks = threading.excepthook, sys.excepthook
-    threading.excepthook = sys.excepthook = lambda *error: None
+    hooks = threading.excepthook, sys.excepthook, sys.unraisablehook
+    threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *error: None
     try:
         yield
     finally:
-        threading.excepthook, sys.excepthook = hooks
+        threading.excepthook, sys.excepthook, sys.unraisablehook = hooks
 
 
 def _fail(verb: str, message: str, code: int) -> int:
