@@ -33,6 +33,7 @@ setup(
         "array-record>=0.5.1",
         "clu>=0.0.12",
         "etils[epath]>=1.12",
+        "flatbuffers>=24",  # jax.export serializes with it without asking for it
         "flax>=0.12",
         "grain>=0.2.12",
         "importlib-resources>=6",  # tensorflow-datasets uses it without asking for it
@@ -43,6 +44,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "safetensors>=0.8",
         "tensorboardX>=2.6",
         "tensorflow-datasets>=4.9.9",
     ],

@@ -1,148 +1,26 @@
-"""Every field of a config, with its default. The other files start here and say what differs.
+"""A small flow model of the digits: every field with its default, as `dmf/defaults.py` explains.
 
     dmf train --config=configs/default.py --workdir=DIR --config.run.steps=1000
-
-trains a small flow model on the embedded digits. Fields that name a component (`name=...`) take
-that component's own fields beside the name; `dmf/build.py` lists the components.
 """
 
-from ml_collections import ConfigDict, config_dict
+from dmf.defaults import (
+    decoupled_mean_flow,
+    flow_matching,
+    get_config,
+    logit_normal,
+    mean_flow,
+    ordered_pair,
+    self_guidance,
+    teacher_guidance,
+)
 
-
-def logit_normal(mean: float = 0.0, std: float = 1.0) -> ConfigDict:
-    """Times whose log ratio of noise to data is normal."""
-    return ConfigDict({"name": "logit_normal", "mean": mean, "std": std})
-
-
-def ordered_pair(first: ConfigDict, second: ConfigDict, equal_share: float = 0.0) -> ConfigDict:
-    """(t, r) = (max, min) of two draws; a share of samples takes r = t."""
-    return ConfigDict(
-        {"name": "ordered_pair", "first": first, "second": second, "equal_share": equal_share}
-    )
-
-
-def self_guidance(
-    omega: float = 1.0, kappa: float = 0.0, interval: tuple[float, float] = (0.0, 1.0)
-) -> ConfigDict:
-    """The network guides itself, with effective scale omega / (1 - kappa); 1 and 0 are none, and
-    cost nothing."""
-    return ConfigDict({"name": "self", "omega": omega, "kappa": kappa, "interval": interval})
-
-
-def teacher_guidance(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -> ConfigDict:
-    """The frozen network of `config.teacher.checkpoint` guides."""
-    return ConfigDict({"name": "teacher", "scale": scale, "interval": interval})
-
-
-def flow_matching(
-    time: ConfigDict | None = None, alignment_coefficient: float = 0.0
-) -> ConfigDict:
-    """Train a flow model; with an alignment coefficient, aligned to an encoder (REPA)."""
-    return ConfigDict(
-        {
-            "name": "flow_matching",
-            "interpolant": "linear",
-            "time": time or logit_normal(),
-            "label_dropout": 0.1,
-            "alignment_coefficient": alignment_coefficient,
-            "weighting": {"name": "uniform"},
-        }
-    )
-
-
-def mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
-    """Train MeanFlow from scratch."""
-    return ConfigDict(
-        {
-            "name": "mean_flow",
-            "interpolant": "linear",
-            "times": ordered_pair(logit_normal(-0.4), logit_normal(-0.4), 0.75),
-            "guidance": guidance or self_guidance(),
-            "label_dropout": 0.1,
-            "weighting": {"name": "adaptive", "power": 1.0, "offset": 0.01},
-        }
-    )
-
-
-def decoupled_mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
-    """Turn a flow model into a flow map."""
-    return ConfigDict(
-        {
-            "name": "decoupled_mean_flow",
-            "interpolant": "linear",
-            "time": logit_normal(),
-            "times": ordered_pair(logit_normal(0.4), logit_normal(-1.2)),
-            "guidance": guidance or self_guidance(),
-            "label_dropout": 0.1,
-            "weighting": {"name": "cauchy"},
-        }
-    )
-
-
-def get_config() -> ConfigDict:
-    """The defaults: a small flow model of the digits."""
-    return ConfigDict(
-        {
-            "seed": 0,
-            "model": {
-                "input_size": 8,
-                "channels": 1,
-                "patch_size": 2,
-                "depth": 6,
-                "width": 64,
-                "heads": 4,
-                "mlp_ratio": 4.0,
-                "num_classes": 10,
-                "conditioning": "flow",
-                "split_depth": config_dict.placeholder(int),
-                "qk_norm": False,
-                "learned_variance": False,
-                "alignment_depth": 0,
-                "alignment_width": 768,
-                "alignment_hidden": 2048,
-                "scan": True,
-                "remat": "none",
-                "dtype": "float32",
-            },
-            # Where training starts: a run or an export. `ema` names the average of a run.
-            "init": {"checkpoint": "", "ema": "main"},
-            "teacher": {"checkpoint": "", "ema": "main"},
-            "data": {"name": "digits", "split": "train", "directory": "", "batch_size": 128},
-            "objective": flow_matching(),
-            "optimizer": {
-                "name": "adamw",
-                "learning_rate": 1e-4,
-                "b1": 0.9,
-                "b2": 0.95,
-                "eps": 1e-8,
-                "weight_decay": 0.0,
-                "clip_norm": 1.0,
-                "warmup_steps": 0,
-                "schedule": "constant",
-                "decay_steps": 0,
-            },
-            # Parts that a batch is cut into, one after the other, to save memory.
-            "accumulation": 1,
-            "emas": {"main": {"name": "constant", "decay": 0.9999}},
-            # Devices along each axis; -1 takes what the others leave. May change on resume.
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
-            # Length and cadence, in steps; 0 is never. May change on resume.
-            "run": {
-                "steps": 1000,
-                "log_every": 100,
-                "sample_every": 500,
-                "checkpoint_every": 500,
-                "keep_last": 1,
-                "keep_every": 0,
-            },
-            # How images are made, while training and from the result.
-            "sampling": {
-                "sampler": {"name": "euler"},
-                "steps": (1, 2, 4),
-                "shift": 1.0,
-                "guidance": {"scale": 1.0, "interval": (0.0, 1.0)},
-                "ema": "main",
-            },
-            "evaluation": {"count": 5000, "batch_size": 500, "seed": 0},
-        }
-    )
+__all__ = [
+    "decoupled_mean_flow",
+    "flow_matching",
+    "get_config",
+    "logit_normal",
+    "mean_flow",
+    "ordered_pair",
+    "self_guidance",
+    "teacher_guidance",
+]

@@ -19,7 +19,7 @@ _HOME = {
     "InputError": "dmf.typing",
     "MeanFlow": "dmf.objectives",
     "Network": "dmf.typing",
-    "load": "dmf.build",
+    "load": "dmf.loading",
     "sample": "dmf.samplers",
 }
 

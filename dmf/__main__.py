@@ -7,7 +7,8 @@ VERBS = {
     "train": "train a flow model, MeanFlow or a flow map",
     "sample": "make images from a run or an export",
     "evaluate": "measure how far samples are from the data",
-    "export": "write parameters, config and model card as one directory",
+    "convert": "bring in a checkpoint of another project",
+    "export": "take parameters out: Orbax, safetensors or StableHLO",
     "report": "compare evaluations: a table and a picture",
 }
 

@@ -1,121 +1,23 @@
-"""From a config to components: the only place, with `training` and `evaluation`, that reads one.
-
-A component of a config is a dictionary with a `name` and the fields of the class that the name
-stands for in `COMPONENTS`. A field that the class does not have, or a name that the table does not
-hold, is an error that says so. A config file may add components of its own with `register`.
-"""
+"""From a config to what a run is made of, built and checked before anything is written."""
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
-from dmf import checkpoint, flow, guidance, objectives, optimizer, samplers, times, weighting
+from dmf import guidance
+from dmf.components import COMPONENTS, component, field_value, lookup, network
 from dmf.data.pipeline import Pipeline
 from dmf.data.sources import ImageSource, open_source
-from dmf.models.dit import DiT
+from dmf.loading import ADDED, load_network, restore
 from dmf.objectives import Objective
 from dmf.optimizer import AdamW, Ema
 from dmf.samplers import Sampler
-from dmf.sharding import batch_divisor, make_mesh, parameter_shardings
-from dmf.state import with_shardings
+from dmf.sharding import batch_divisor, make_mesh
 from dmf.typing import FlowMap, InputError, Network, Params
-
-COMPONENTS: dict[str, dict[str, Any]] = {
-    "model": {"dit": DiT},
-    "objective": {
-        "flow_matching": objectives.FlowMatching,
-        "mean_flow": objectives.MeanFlow,
-        "decoupled_mean_flow": objectives.DecoupledMeanFlow,
-    },
-    "interpolant": {"linear": flow.LINEAR, "cosine": flow.COSINE},
-    "time": {"logit_normal": times.LogitNormal, "uniform": times.Uniform},
-    "times": {"ordered_pair": times.OrderedPair},
-    "guidance": {
-        "none": guidance.NoGuidance,
-        "self": guidance.SelfGuidance,
-        "teacher": guidance.TeacherGuidance,
-    },
-    "weighting": {
-        "uniform": weighting.Uniform,
-        "adaptive": weighting.Adaptive,
-        "cauchy": weighting.Cauchy,
-        "released": weighting.Released,
-    },
-    "optimizer": {"adamw": AdamW},
-    "emas": {"constant": optimizer.ConstantEma, "half_life": optimizer.HalfLifeEma},
-    "sampler": {
-        "euler": samplers.Euler,
-        "restart": samplers.Restart,
-        "ctm": samplers.ConsistencyTrajectory,
-        "heun": samplers.Heun,
-        "sde": samplers.Diffusion,
-    },
-}
-# Fields that hold a component of a kind with another name.
-_KIND = {"first": "time", "second": "time"}
-# Parameters that an objective may want and a flow model lacks, and the other way round.
-_ADDED = ("log_variance", "interval_embedding", "projector")
-_DROPPED = ("log_variance", "projector")
-
-
-def register(kind: str, name: str, component: Any) -> None:
-    """Adds a component to `COMPONENTS[kind]`, for config files that bring their own.
-
-    Raises:
-      InputError: there is no such kind.
-    """
-    _lookup(COMPONENTS, kind, "kind")[name] = component
-
-
-def _lookup(table: Mapping[str, Any], name: Any, field: str) -> Any:
-    if name not in table:
-        raise InputError(f"{field}={name}: choose one of {', '.join(sorted(table))}")
-    return table[name]
-
-
-def component(kind: str, config: Mapping[str, Any] | ConfigDict, field: str, **more: Any) -> Any:
-    """Builds the component that `config.name` stands for, its inner components first.
-
-    Args:
-      kind: which table of `COMPONENTS`.
-      config: `name` and the component's fields.
-      field: where the config stands, for messages.
-      more: fields that do not come from the config.
-
-    Raises:
-      InputError: an unknown name or field, or values that the component refuses.
-    """
-    values = dict(config)
-    made = _lookup(COMPONENTS[kind], values.pop("name", None), f"{field}.name")
-    known = {f.name for f in dataclasses.fields(made)}
-    for name, value in values.items():
-        if name not in known:
-            raise InputError(f"{field}.{name}={value}: {config['name']} has no such field; it has "
-                             f"{', '.join(sorted(known)) or 'none'}")
-        values[name] = _value(name, value, f"{field}.{name}")
-    return made(**values, **more)
-
-
-def _value(name: str, value: Any, field: str) -> Any:
-    kind = _KIND.get(name, name)
-    if isinstance(value, Mapping | ConfigDict):
-        return component(kind, value, field)
-    if kind in COMPONENTS:
-        return _lookup(COMPONENTS[kind], value, field)
-    return tuple(value) if isinstance(value, list | tuple) else value
-
-
-def network(config: ConfigDict) -> Network:
-    """The network of `config.model`."""
-    fields = dict(config.model)
-    return component("model", {"name": fields.pop("name", "dit"), **fields}, "model")
 
 
 def objective(config: ConfigDict, teacher: Network | None = None) -> Objective:
@@ -130,15 +32,16 @@ def sampler(config: ConfigDict) -> Sampler:
     """The sampler of `config.sampling`, on the path that the objective trains."""
     chosen = component("sampler", config.sampling.sampler, "sampling.sampler")
     if chosen.stochastic:
-        path = _lookup(COMPONENTS["interpolant"], config.objective.interpolant, "interpolant")
+        path = lookup(COMPONENTS["interpolant"], config.objective.interpolant, "interpolant")
         chosen = dataclasses.replace(chosen, interpolant=path)
     return chosen
 
 
 def guided(config: ConfigDict, flow_map: FlowMap) -> FlowMap:
     """The flow map under the guidance of `config.sampling`."""
-    fields = {name: _value(name, value, name) for name, value in config.sampling.guidance.items()}
-    return guidance.ClassifierFree(**fields)(flow_map, config.model.num_classes)
+    chosen = {name: field_value(name, value, name)
+              for name, value in config.sampling.guidance.items()}
+    return guidance.ClassifierFree(**chosen)(flow_map, config.model.num_classes)
 
 
 def emas(config: ConfigDict) -> dict[str, Ema]:
@@ -246,7 +149,7 @@ def pretrained(config: ConfigDict, network: Network, on: Mesh) -> Params:
     if not config.init.checkpoint:
         return {}
     with _about("init"):
-        return restore(network, config.init.checkpoint, config.init.ema, on=on, missing=_ADDED)
+        return restore(network, config.init.checkpoint, config.init.ema, on=on, missing=ADDED)
 
 
 @contextmanager
@@ -256,73 +159,3 @@ def _about(part: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{part}.{error}") from None
-
-
-def restore(
-    network: Network,
-    directory: epath.PathLike,
-    ema: str,
-    *,
-    on: Mesh,
-    missing: tuple[str, ...] = (),
-) -> Params:
-    """Parameters of a run or export for `network`, placed on the mesh."""
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
-    target = with_shardings(abstract, parameter_shardings(on, abstract))
-    return checkpoint.restore_params(
-        directory, target, average=ema, missing=missing, surplus=_DROPPED
-    )
-
-
-def plain(config: ConfigDict) -> dict[str, Any]:
-    """A config as JSON holds it: tuples as lists, nothing else."""
-    return json.loads(config.to_json_best_effort())
-
-
-def read_config(directory: epath.PathLike) -> ConfigDict:
-    """The config that a run or an export was made with."""
-    config = ConfigDict(checkpoint.read_config(directory))
-    if config.model.split_depth is None:
-        # JSON forgets the type of a field that is not set.
-        config.model.split_depth = config_dict.placeholder(int)
-    return config
-
-
-def load_network(
-    directory: epath.PathLike,
-    ema: str = "main",
-    *,
-    on: Mesh | None = None,
-    config: ConfigDict | None = None,
-) -> tuple[Network, ConfigDict, Params]:
-    """The network, config and parameters of a run or an export.
-
-    Args:
-      directory: a workdir or an export.
-      ema: which average of a run; empty for the trained parameters themselves.
-      on: the mesh to place parameters on; all devices along "data" by default.
-      config: in place of the stored one, to see the same parameters as another network.
-    """
-    config = read_config(directory) if config is None else config
-    made = network(config)
-    on = make_mesh() if on is None else on
-    return made, config, restore(made, directory, ema, on=on, missing=("log_variance",))
-
-
-def load(directory: epath.PathLike, *, ema: str = "main") -> tuple[FlowMap, ConfigDict]:
-    """The flow map of a run or an export, ready to call, and its config.
-
-    Args:
-      directory: a workdir, whose newest checkpoint is read, or an export.
-      ema: which average of a run; an export holds one set of parameters.
-
-    Returns:
-      u(x_t, t, r, y) -> [b, h, w, c], unguided; and the config it was trained with. The flow map
-      is a pytree, so that it can be an argument of a jitted function: closed over, its parameters
-      would be compiled in.
-
-    Raises:
-      InputError: nothing is there, or no such average.
-    """
-    made, config, params = load_network(directory, ema)
-    return jax.tree_util.Partial(made.apply, params), config

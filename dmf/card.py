@@ -1,43 +1,74 @@
-"""The model card that goes with exported parameters."""
+"""The model card that goes with parameters."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from dmf.typing import Params
 
 _CARD = """# {title}
 
-Exported by [dmf](https://pypi.org/project/dmf-jax/), Decoupled MeanFlow in JAX.
+Written by [dmf](https://pypi.org/project/dmf-jax/), Decoupled MeanFlow in JAX.
 
 | | |
 |---|---|
-| network | diffusion transformer, depth {depth}, width {width}, {heads} heads, patch {patch_size} |
-| input | {input_size} x {input_size} x {channels}, {num_classes} classes |
-| conditioning | {conditioning}{split} |
-| parameters | {parameters:,} |
-| trained on | {data}, {objective} objective, {steps} steps of {batch_size} |
+{rows}
 
-`params/` is an Orbax checkpoint (`orbax.checkpoint.StandardCheckpointer().restore`), and
-`config.json` the config it was trained with.
+{usage}"""
 
+ORBAX = """`params/` is an Orbax checkpoint (`orbax.checkpoint.StandardCheckpointer().restore`), and
+`config.json` the config.
+"""
+FLOW_MAP = """
     dmf sample --checkpoint=DIR --steps=4 --output=samples.png
 
-    flow_map, config = dmf.load(DIR)   # u(x_t, t, r, y), t = 1 is noise
+    flow_map, config = dmf.load("DIR")   # u(x_t, t, r, y), t = 1 is noise
+"""
+SAFETENSORS = """`model.safetensors` has the names, shapes and layouts of {spelling}, float32;
+`config.json` is the config. `dmf convert` reads it back.
 """
 
 
-def model_card(config: ConfigDict, params: Params, *, step: int | None) -> str:
-    """The card of parameters trained with `config` for `step` steps (None if not known)."""
-    model = config.model
-    split = model.conditioning == "decoupled"
-    return _CARD.format(
-        title=f"{config.data.name}: {'flow map' if split else model.conditioning}",
-        **{name: model[name] for name in ("depth", "width", "heads", "patch_size", "input_size")},
-        **{name: model[name] for name in ("channels", "num_classes", "conditioning")},
-        split=f", split depth {model.split_depth}" if split else "",
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        data=config.data.name,
-        objective=config.objective.name,
-        steps="?" if step is None else step,
-        batch_size=config.data.batch_size,
-    )
+def trained(config: Mapping[str, Any], step: int | None) -> str:
+    """Where parameters of a run come from."""
+    data, steps = config["data"], "?" if step is None else f"{step:,}"
+    return (f"trained on {data['name']}, {config['objective']['name']} objective, {steps} steps of "
+            f"{data['batch_size']}")
+
+
+def model_card(config: Mapping[str, Any], params: Params, *, origin: str, usage: str) -> str:
+    """The card of a flow map or of a frozen network.
+
+    Args:
+      config: as it is stored.
+      params: the parameters.
+      origin: where they come from.
+      usage: what to do with the files.
+    """
+    rows = _flow_map(config) if "model" in config else _frozen(config["encoder"])
+    title = rows.pop("title")
+    rows |= {"parameters": f"{sum(w.size for w in jax.tree.leaves(params)):,}", "origin": origin}
+    lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return _CARD.format(title=title, rows=lines, usage=usage)
+
+
+def _flow_map(config: Mapping[str, Any]) -> dict[str, Any]:
+    model = config["model"]
+    split = model["conditioning"] == "decoupled"
+    kind = "flow map" if split else model["conditioning"]
+    shape = "depth {depth}, width {width}, {heads} heads, patch {patch_size}".format(**model)
+    return {
+        "title": f"{config['data']['name']}: {kind}",
+        "network": f"diffusion transformer, {shape}",
+        "input": "{0} x {0} x {1}, {2} classes".format(
+            model["input_size"], model["channels"], model["num_classes"]
+        ),
+        "conditioning": model["conditioning"]
+        + (f", split depth {model['split_depth']}" if split else ""),
+    }
+
+
+def _frozen(encoder: Mapping[str, Any]) -> dict[str, Any]:
+    fields = {name: value for name, value in encoder.items() if name != "name"}
+    return {"title": encoder["name"], **fields}

@@ -150,7 +150,19 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
     if version != FORMAT:
         raise InputError(f"checkpoint={directory}: its format is {version}, and this "
                          f"dmf reads {FORMAT}")
+    config.pop("origin", None)
     return config
+
+
+def is_ours(directory: epath.PathLike) -> bool:
+    """Whether it is a run, or an export with Orbax parameters."""
+    path = epath.Path(directory)
+    return (path / CONFIG_FILE).exists() and any((path / d).exists() for d in (LIVE, CHECKPOINTS))
+
+
+def read_origin(directory: epath.PathLike) -> str:
+    """Where the parameters of an export come from; empty for a run."""
+    return json.loads((epath.Path(directory) / CONFIG_FILE).read_text()).get("origin", "")
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
@@ -226,28 +238,44 @@ def restore_params(
     return unflatten_dict({k: v for k, v in restored.items() if k in wanted}, sep="/")
 
 
-def write_export(
-    directory: epath.PathLike, params: Params, config: Mapping[str, Any], card: str
-) -> None:
-    """Writes parameters, config and model card as one directory, whole or not at all.
+@contextmanager
+def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
+    """A directory to write into that appears under its name when it is whole, or not at all.
 
     Raises:
       InputError: the directory exists and is not empty.
       RunError: the disk is full or cannot be written.
     """
     directory = _absolute(directory)
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise InputError(f"output={directory}: it exists and is not empty; choose another")
     partial = directory.parent / f".{directory.name}.partial"
     with disk_errors(directory):
         if partial.exists():
             partial.rmtree()
         partial.mkdir(parents=True)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / LIVE, params)
-            checkpointer.wait_until_finished()
-        write_json(partial / CONFIG_FILE, {"format": FORMAT, **config})
-        (partial / CARD_FILE).write_text(card)
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
+        try:
+            yield partial
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
+        except BaseException:
+            partial.rmtree()
+            raise
+
+
+def write_params(directory: epath.Path, params: Params) -> None:
+    """Writes the parameters of an export (Orbax), arrays of numpy without a copy of them all."""
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    )
+    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(directory / LIVE, args=ocp.args.PyTreeSave(params))
+
+
+def describe(directory: epath.Path, config: Mapping[str, Any], card: str, *, origin: str) -> None:
+    """Writes the config and the model card of an export, in whatever format it is."""
+    write_json(directory / CONFIG_FILE, {"format": FORMAT, "origin": origin, **config})
+    (directory / CARD_FILE).write_text(card)

@@ -3,6 +3,7 @@
 Noise and label of sample i depend on the seed and i alone, not on batches or devices.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,12 +14,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, UInt8
 from ml_collections import ConfigDict
 
-from dmf import build, images, logs, metrics, samplers
+from dmf import build, images, loading, logs, metrics, samplers
 from dmf.checkpoint import FORMAT
 from dmf.sharding import batch_divisor, batch_sharding, replicated
 from dmf.typing import InputError, Network, Params
 
 Generate = Callable[[Params, Int[Array, "n"], Int[Array, "n"]], Float[Array, "n h w c"]]
+ToImages = Callable[[Any], Float[np.ndarray, "n h w c"]]
 
 
 def labels_of(indices: np.ndarray, num_classes: int) -> Int[np.ndarray, "n"]:
@@ -26,17 +28,13 @@ def labels_of(indices: np.ndarray, num_classes: int) -> Int[np.ndarray, "n"]:
     return (indices % max(num_classes, 1)).astype(np.int32)
 
 
-def generator(
-    network: Network, config: ConfigDict, *, steps: int, seed: int = 0, on: Mesh | None = None
-) -> Generate:
-    """A compiled function (params, indices, labels) -> samples [n, h, w, c] in float32.
+def sampling(network: Network, config: ConfigDict, *, steps: int) -> Callable[..., jax.Array]:
+    """The function (params, indices, labels, seed) -> samples [n, h, w, c] in float32.
 
     Args:
       network: whose flow map is followed.
       config: its `sampling` chooses sampler, shift and guidance.
       steps: number of steps.
-      seed: with the index of a sample, determines its noise.
-      on: mesh over whose data and fsdp axes the samples are split; n must be a multiple.
 
     Raises:
       InputError: a sampling field that cannot be.
@@ -45,7 +43,7 @@ def generator(
     sampler.schedule(steps, config.sampling.shift)
 
     def generate(
-        params: Params, indices: Int[Array, "n"], labels: Int[Array, "n"]
+        params: Params, indices: Int[Array, "n"], labels: Int[Array, "n"], seed: int | jax.Array
     ) -> Float[Array, "n h w c"]:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
 
@@ -63,6 +61,23 @@ def generator(
             step_noise=lambda i: noise(i + 1),
         )
 
+    return generate
+
+
+def generator(
+    network: Network, config: ConfigDict, *, steps: int, seed: int = 0, on: Mesh | None = None
+) -> Generate:
+    """A compiled function (params, indices, labels) -> samples [n, h, w, c] in float32.
+
+    Args:
+      network, config, steps: as for `sampling`.
+      seed: with the index of a sample, determines its noise.
+      on: mesh over whose data and fsdp axes the samples are split; n must be a multiple.
+
+    Raises:
+      InputError: a sampling field that cannot be.
+    """
+    generate = functools.partial(sampling(network, config, steps=steps), seed=seed)
     if on is None:
         return jax.jit(generate)
     split = batch_sharding(on)
@@ -82,8 +97,32 @@ def generate_all(
         yield np.asarray(generate(params, indices, chosen))[: len(labels) - start]
 
 
+def image_decoder(config: ConfigDict) -> ToImages:
+    """Samples of the network to images in about [-1, 1].
+
+    Raises:
+      InputError: the samples are latents, and `config.latents` names no autoencoder for them.
+    """
+    found = loading.latent_space(config)
+    if found is not None:
+        space, params = found
+        decode = jax.jit(space.decode)
+        return lambda samples: np.asarray(decode(params, samples))
+    if config.model.channels not in (1, 3):
+        raise InputError(f"latents.autoencoder={config.latents.autoencoder}: the samples have "
+                         f"{config.model.channels} channels, which are no image; give "
+                         "--config.latents.autoencoder=DIR (dmf convert makes one)")
+    return np.asarray
+
+
 def class_grid(
-    generates: Sequence[Generate], params: Params, num_classes: int, *, rows: int = 2, fill: int = 1
+    generates: Sequence[Generate],
+    params: Params,
+    num_classes: int,
+    *,
+    to_images: ToImages = np.asarray,
+    rows: int = 2,
+    fill: int = 1,
 ) -> UInt8[np.ndarray, "H W c"]:
     """The same noise through several generators, `rows` rows each, a class a column.
 
@@ -94,7 +133,7 @@ def class_grid(
     indices = np.arange(-(-count // fill) * fill, dtype=np.int32)
     labels = labels_of(indices % columns, num_classes)
     sheets = [np.asarray(generate(params, indices, labels))[:count] for generate in generates]
-    stacked = images.to_uint8(np.concatenate(sheets))
+    stacked = images.to_uint8(to_images(np.concatenate(sheets)))
     return images.grid(stacked, columns, zoom=images.fitting_zoom(stacked.shape[1]))
 
 

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dmf import build, evaluation, images, logs
+from dmf import build, evaluation, images, loading, logs
 from dmf import state as states
 from dmf.checkpoint import (
     CONFIG_FILE,
@@ -112,7 +112,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     Raises:
       InputError: another run is there, or the directory cannot be made; nothing is changed.
     """
-    path, mine = workdir / CONFIG_FILE, {"format": FORMAT, **build.plain(config)}
+    path, mine = workdir / CONFIG_FILE, {"format": FORMAT, **loading.plain(config)}
     if path.exists():
         theirs = json.loads(path.read_text())
         kept = [
@@ -169,7 +169,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     `checkpoints/`. The result does not depend on how often the run was interrupted.
 
     Args:
-      config: as `configs/default.py` describes.
+      config: as `dmf/defaults.py` describes.
       workdir: a directory, local or on a file system that epath knows.
 
     Returns:
@@ -282,8 +282,10 @@ def _preview(
 ) -> Callable[[int, TrainState], None]:
     """A function that writes a grid of samples: two rows for each number of steps."""
     network, ema = built.network, config.sampling.ema
-    if network.sample_shape[-1] not in (1, 3) or not config.run.sample_every:
+    latents = network.sample_shape[-1] not in (1, 3) and not config.latents.autoencoder
+    if latents or not config.run.sample_every:
         return lambda count, state: None
+    to_images = evaluation.image_decoder(config)
     generates = [
         evaluation.generator(network, config, steps=n, on=built.mesh)
         for n in config.sampling.steps
@@ -294,7 +296,9 @@ def _preview(
         folder.mkdir(parents=True, exist_ok=True)
         params = state.averages[ema] if ema else state.params
         fill = batch_divisor(built.mesh)
-        sheet = evaluation.class_grid(generates, params, network.num_classes, fill=fill)
+        sheet = evaluation.class_grid(
+            generates, params, network.num_classes, to_images=to_images, fill=fill
+        )
         images.write_png(folder / f"{count:08}.png", sheet)
 
     return show

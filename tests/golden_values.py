@@ -6,7 +6,10 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
+import zlib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -138,6 +141,38 @@ def decoupled_params(name: str) -> Params:
 @functools.cache
 def meanflow_params(name: str) -> Params:
     return on_device(from_jax(meanflow(name), load(name).below("params")))
+
+
+def recipe(name: str, shape: Sequence[int], *, seed: int = 0, gain: float = 1.0) -> np.ndarray:
+    """The weights that the golden values of a frozen network were made with."""
+    w = np.random.default_rng([zlib.crc32(name.encode()), seed]).standard_normal(shape)
+    w = w.astype(np.float32)
+    if name.endswith("running_var"):
+        return 0.5 + np.abs(w)
+    if len(shape) > 1:
+        return gain * w / math.sqrt(math.prod(shape[1:]))
+    return 1 + 0.1 * w if name.endswith(("weight", "lambda1", "gamma")) else 0.1 * w
+
+
+@functools.cache
+def autoencoder_tensors() -> dict[str, np.ndarray]:
+    golden = load("vae_0").config
+    return {name: recipe(name, shape, seed=golden["seed"])
+            for name, shape in golden["names"].items()}
+
+
+@functools.cache
+def dinov2_tensors() -> dict[str, np.ndarray]:
+    names = load("dinov2_0").config["names"]
+    return {name: recipe(name, shape) for name, shape in names.items()}
+
+
+@functools.cache
+def inception_tensors() -> dict[str, np.ndarray]:
+    """Without the counters of training steps."""
+    names = json.loads((FOLDER / "inception_fid_names.json").read_text())
+    return {name: recipe(name, shape, gain=2) for name, shape in names.items()
+            if not name.endswith("tracked")}
 
 
 def on_device(tree):

@@ -10,22 +10,24 @@ import tiny
 from ml_collections import ConfigDict
 
 from configs import default
-from dmf import build, guidance, objectives, samplers, times, weighting
+from dmf import build, components, guidance, loading, objectives, samplers, times, weighting
 from dmf.flow import COSINE, LINEAR
 from dmf.typing import InputError
 
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [(kind, name) for kind, table in build.COMPONENTS.items() for name in table
+    [(kind, name) for kind, table in components.COMPONENTS.items() for name in table
      if kind not in ("model", "interpolant")],
 )
 def test_every_component_is_made_by_its_name(kind, name):
     fields = {"name": name}
     if name == "ordered_pair":
         fields |= {"first": {"name": "uniform"}, "second": {"name": "logit_normal"}}
-    made = build.component(kind, ConfigDict(fields), kind)
-    assert isinstance(made, build.COMPONENTS[kind][name])
+    if name == "dinov2":
+        fields |= {"width": 384, "depth": 12, "heads": 6}
+    made = components.component(kind, ConfigDict(fields), kind)
+    assert isinstance(made, components.COMPONENTS[kind][name])
 
 
 def test_components_hold_their_inner_components():
@@ -88,21 +90,21 @@ def test_a_config_may_bring_a_component_of_its_own(monkeypatch):
         def __call__(self, key, batch_size, interpolant):
             return jax.random.uniform(key, (batch_size,), minval=self.after)
 
-    monkeypatch.setitem(build.COMPONENTS, "time", dict(build.COMPONENTS["time"]))
-    build.register("time", "late", Late)
+    monkeypatch.setitem(components.COMPONENTS, "time", dict(components.COMPONENTS["time"]))
+    components.register("time", "late", Late)
     config = tiny.config(objective=default.flow_matching(ConfigDict({"name": "late"})))
     config.objective.time.after = 0.75
     assert build.objective(config).time == Late(after=0.75)
     with pytest.raises(InputError, match="kind=clock: choose one of"):
-        build.register("clock", "late", Late)
+        components.register("clock", "late", Late)
 
 
 def test_a_loaded_flow_map_is_the_network_at_its_average():
     import dmf
 
     flow_map, config = dmf.load(tiny.flow_map_run())
-    network, _, params = build.load_network(tiny.flow_map_run(), "main")
-    live = build.load_network(tiny.flow_map_run(), "")[2]
+    network, _, params = loading.load_network(tiny.flow_map_run(), "main")
+    live = loading.load_network(tiny.flow_map_run(), "")[2]
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     t, r, y = jnp.linspace(0.3, 1.0, 8), jnp.linspace(0.0, 0.3, 8), jnp.arange(8)
     u = flow_map(x, t, r, y)

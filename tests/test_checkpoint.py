@@ -11,8 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from dmf import build, checkpoint
-from dmf.checkpoint import Checkpoints, restore_params, write_export
+from dmf import checkpoint, loading
+from dmf.checkpoint import Checkpoints, new_directory, restore_params
 from dmf.state import TrainState
 from dmf.typing import InputError, RunError
 
@@ -123,18 +123,19 @@ def test_an_export_restores_with_orbax_alone(tmp_path):
 
 def test_an_export_is_a_checkpoint(tmp_path):
     tiny.dmf("export", f"--checkpoint={tiny.flow_map_run()}", f"--output={tmp_path}/out")
-    _, config, params = build.load_network(tmp_path / "out", "main")
-    _, run_config, average = build.load_network(tiny.flow_map_run(), "main")
+    _, config, params = loading.load_network(tmp_path / "out", "main")
+    _, run_config, average = loading.load_network(tiny.flow_map_run(), "main")
     same(params, average)
-    assert build.plain(config) == build.plain(run_config)
+    assert loading.plain(config) == loading.plain(run_config)
     moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")
-    same(build.load_network(moved, "main")[2], average)
+    same(loading.load_network(moved, "main")[2], average)
 
 
 def test_an_export_does_not_write_over_anything(tmp_path):
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="exists and is not empty; choose another"):
-        write_export(tmp_path, PARAMS, {}, "card")
+        with new_directory(tmp_path):
+            raise AssertionError("it was given something to write into")
     assert [p.name for p in tmp_path.iterdir()] == ["note"]
 
 
@@ -145,8 +146,10 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_made(tmp_path, monkeypatch,
 
     monkeypatch.setattr(checkpoint, "write_json", full)
     with pytest.raises(RunError, match="no space left to write .*free some space"):
-        write_export(tmp_path / "out", PARAMS, {}, "card")
-    assert not (tmp_path / "out").exists()
+        with new_directory(tmp_path / "out") as folder:
+            checkpoint.write_params(folder, PARAMS)
+            checkpoint.describe(folder, {}, "card", origin="")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_full_disk_keeps_the_checkpoints_before(saved, monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import dmf
-from dmf import __main__, build, evaluation
+from dmf import __main__, build, evaluation, loading
 
 
 def made(run) -> str:
@@ -34,8 +34,9 @@ def test_help_lists_the_verbs(monkeypatch, capsys):
 def test_every_verb_explains_its_flags(monkeypatch, capsys, verb):
     assert start(monkeypatch, verb, "--help") == 0
     text = capsys.readouterr().out
-    assert f"dmf {verb} --" in text
-    flags = {"train": "--workdir", "report": "--output"}.get(verb, "--checkpoint")
+    assert f"dmf {verb} " in text
+    output = dict.fromkeys(("report", "convert"), "--output")
+    flags = ({"train": "--workdir"} | output).get(verb, "--checkpoint")
     assert text.count(flags) >= 2
 
 
@@ -56,7 +57,7 @@ def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
     assert "step 2/2  loss" in progress
     assert "steps/s" in progress
     assert "left" in progress
-    config = build.read_config(workdir)
+    config = loading.read_config(workdir)
     assert (config.run.steps, config.sampling.steps, config.seed) == (2, [1], 5)
 
 
@@ -134,7 +135,7 @@ def test_guidance_of_the_command_line_reaches_the_samples(tmp_path):
 
 @pytest.mark.parametrize("sampler", ["euler", "ctm"])
 def test_samples_depend_on_seed_and_index_alone(sampler):
-    network, config, params = build.load_network(tiny.flow_run())
+    network, config, params = loading.load_network(tiny.flow_run())
     config.sampling.sampler = {"name": sampler}
     labels = evaluation.labels_of(np.arange(20), 10)
     on = build.make_mesh(2, 2, 2)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from dmf import build
+from dmf import build, components
 from dmf import state as states
 from dmf.typing import Batch
 
@@ -37,7 +37,7 @@ def test_a_recipe_builds_at_full_size(name):
     network = build.network(config)
     objective = build.objective(config, network if config.teacher.checkpoint else None)
     averages = build.emas(config)
-    transform = build.component("optimizer", config.optimizer, "optimizer").transform()
+    transform = components.component("optimizer", config.optimizer, "optimizer").transform()
     sampler = build.sampler(config)
     for steps in config.sampling.steps:
         assert len(sampler.schedule(steps, config.sampling.shift)) == steps + 1

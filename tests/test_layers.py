@@ -9,13 +9,17 @@ import tiny
 PACKAGE = tiny.ROOT / "dmf"
 # From the bottom up. Modules of one group may import each other, two groups of a layer may not.
 LAYERS = (
-    ({"typing", "sharding"},),
+    ({"typing", "sharding", "defaults"},),
     ({"flow", "times"}, {"kernels"}, {"logs"}),
     ({"objectives", "guidance", "weighting", "samplers"}, {"models", "encoders"}),
     ({"data"}, {"convert"}, {"metrics"}, {"images"}),
     ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}),
+    ({"components"},),
+    ({"loading"},),
     ({"build"},),
     ({"evaluation"},),
+    ({"stablehlo"},),
+    ({"exports"},),
     ({"training"},),
     ({"cli"},),
     ({"__main__", "__init__"},),
@@ -27,7 +31,10 @@ PLACE = {
     for name in names
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-READERS_OF_CONFIGS = {"build", "evaluation", "training", "cli", "card"}
+READERS_OF_CONFIGS = {
+    "defaults", "components", "loading", "build", "evaluation", "stablehlo", "exports", "training",
+    "cli",
+}
 MAKERS_OF_NETWORKS = {"models", "encoders"}
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmf import build, logs
+from dmf import loading, logs
 from dmf.checkpoint import latest_step
 from dmf.sharding import make_mesh
 from dmf.training import train
@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_alone(tmp_path):
     state = train(tiny.config({"run.sample_every": 4}), tmp_path / "run")
     assert int(state.step) == 8
     assert rows(tmp_path / "run") == before
-    same(state.params, build.load_network(tiny.flow_run(), "")[2])
+    same(state.params, loading.load_network(tiny.flow_run(), "")[2])
 
 
 def test_a_run_goes_on_on_another_mesh(whole, tmp_path, monkeypatch):

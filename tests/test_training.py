@@ -12,7 +12,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmf import build, logs, training
+from dmf import build, loading, logs, training
 from dmf import state as states
 from dmf.objectives import FlowMatching
 from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
@@ -124,7 +124,7 @@ def test_every_step_draws_anew_from_the_key_and_its_number(one_step):
 
 def test_the_same_config_gives_the_same_parameters(tmp_path):
     again = training.train(tiny.config(), tmp_path)
-    _, _, params = build.load_network(tiny.flow_run(), "")
+    _, _, params = loading.load_network(tiny.flow_run(), "")
     jax.tree.map(np.testing.assert_array_equal, again.params, params)
 
 
@@ -132,7 +132,7 @@ def test_a_run_writes_what_it_says():
     workdir = tiny.flow_run()
     stored = json.loads((workdir / "config.json").read_text())
     assert stored.pop("format") == 1
-    assert stored == build.plain(tiny.config({"run.sample_every": 4}))
+    assert stored == loading.plain(tiny.config({"run.sample_every": 4}))
     assert "blocks/attention/qkv/kernel" in (workdir / "parameters.txt").read_text()
     assert any((workdir / "events").iterdir())
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["8"]
@@ -190,7 +190,7 @@ def start_of(config) -> dict:
 @pytest.mark.parametrize("ema", ["main", ""])
 def test_a_flow_map_starts_as_the_flow_model(ema):
     config = tiny.flow_map({"init.checkpoint": str(tiny.flow_run()), "init.ema": ema})
-    flow_model, _, flow_params = build.load_network(tiny.flow_run(), ema)
+    flow_model, _, flow_params = loading.load_network(tiny.flow_run(), ema)
     params = start_of(config)
     fresh = build.network(config).init(jax.random.key(0))
     assert params.keys() - flow_params.keys() == {"log_variance"}
@@ -208,7 +208,7 @@ def test_a_run_trains_from_its_initial_checkpoint(tmp_path):
     fields = {"optimizer.learning_rate": 1e-12, "run.steps": 1}
     config = tiny.flow_map(fields | {"init.checkpoint": str(tiny.flow_run())})
     params = training.train(config, tmp_path).params
-    flow_params = build.load_network(tiny.flow_run(), "main")[2]
+    flow_params = loading.load_network(tiny.flow_run(), "main")[2]
     for name, stored in flow_params.items():
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), params[name], stored
@@ -223,7 +223,7 @@ def test_a_frozen_teacher_guides(tmp_path):
         "run.steps": 2,
     })
     config.objective.guidance = default.teacher_guidance(2.0, (0.0, 0.8))
-    before = build.load_network(tiny.flow_run(), "main")[2]
+    before = loading.load_network(tiny.flow_run(), "main")[2]
     state = training.train(config, tmp_path)
     assert int(state.step) == 2
     assert build.training(config).frozen["teacher"].keys() == before.keys()

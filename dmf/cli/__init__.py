@@ -58,7 +58,7 @@ def _clear_errors(arguments: Sequence[str]) -> Iterator[None]:
         yield
     except (AttributeError, KeyError) as error:
         guess = re.search(r'Did you mean "(\w+)"', str(error))
-        remedy = f"did you mean {guess[1]}?" if guess else "configs/default.py lists them all"
+        remedy = f"did you mean {guess[1]}?" if guess else "dmf/defaults.py lists them all"
         raise InputError(f"{_named(arguments, str(error))}: no such field; {remedy}") from None
     except (TypeError, ValueError, SyntaxError) as error:
         raise InputError(str(error)) from None

@@ -28,10 +28,10 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     others = cli.parse_beside_overrides(verb, arguments, values, __doc__)
     cli.require(values, "checkpoint")
 
-    from dmf import build, evaluation
+    from dmf import build, evaluation, loading
     from dmf.checkpoint import write_json
 
-    config = cli.overridden(build.read_config(values.checkpoint), others)
+    config = cli.overridden(loading.read_config(values.checkpoint), others)
     if values.count is not None:
         config.evaluation.count = values.count
     try:
@@ -39,7 +39,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     except ValueError:
         raise InputError(f"--steps={','.join(values.steps)}: give whole numbers") from None
     on = build.mesh(config)
-    network, config, params = build.load_network(
+    network, config, params = loading.load_network(
         values.checkpoint, values.ema, on=on, config=config
     )
     result = evaluation.evaluate(network, params, config, steps=steps, on=on)

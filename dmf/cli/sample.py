@@ -31,15 +31,16 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if output.suffix not in (".png", ".npz"):
         raise InputError(f"--output={output}: give a .png for a grid or a .npz for the images")
 
-    from dmf import build, evaluation, images
+    from dmf import evaluation, images, loading
 
-    config = cli.overridden(build.read_config(values.checkpoint), others)
-    network, config, params = build.load_network(values.checkpoint, values.ema, config=config)
+    config = cli.overridden(loading.read_config(values.checkpoint), others)
+    network, config, params = loading.load_network(values.checkpoint, values.ema, config=config)
     labels = _labels(values, network.num_classes)
     generate = evaluation.generator(network, config, steps=values.steps, seed=values.seed)
     batch = min(values.count, config.evaluation.batch_size)
-    parts = list(evaluation.generate_all(generate, params, labels, batch))
-    samples = images.to_uint8(np.concatenate(parts))
+    to_images = evaluation.image_decoder(config)
+    parts = evaluation.generate_all(generate, params, labels, batch)
+    samples = np.concatenate([images.to_uint8(to_images(part)) for part in parts])
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix == ".png":
         zoom = images.fitting_zoom(samples.shape[1])

@@ -1,0 +1,114 @@
+"""From a config to components, by one table of names.
+
+A component of a config is a dictionary with a `name` and the fields of the class that the name
+stands for in `COMPONENTS`. A field that the class does not have, or a name that the table does not
+hold, is an error that says so. A config file may add components of its own with `register`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dmf import flow, guidance, objectives, optimizer, samplers, times, weighting
+from dmf.encoders.autoencoder import Autoencoder
+from dmf.encoders.dinov2 import DinoV2
+from dmf.encoders.inception import Inception
+from dmf.models.dit import DiT
+from dmf.optimizer import AdamW
+from dmf.typing import InputError, Network
+
+COMPONENTS: dict[str, dict[str, Any]] = {
+    "model": {"dit": DiT},
+    "encoder": {"autoencoder": Autoencoder, "inception": Inception, "dinov2": DinoV2},
+    "objective": {
+        "flow_matching": objectives.FlowMatching,
+        "mean_flow": objectives.MeanFlow,
+        "decoupled_mean_flow": objectives.DecoupledMeanFlow,
+    },
+    "interpolant": {"linear": flow.LINEAR, "cosine": flow.COSINE},
+    "time": {"logit_normal": times.LogitNormal, "uniform": times.Uniform},
+    "times": {"ordered_pair": times.OrderedPair},
+    "guidance": {
+        "none": guidance.NoGuidance,
+        "self": guidance.SelfGuidance,
+        "teacher": guidance.TeacherGuidance,
+    },
+    "weighting": {
+        "uniform": weighting.Uniform,
+        "adaptive": weighting.Adaptive,
+        "cauchy": weighting.Cauchy,
+        "released": weighting.Released,
+    },
+    "optimizer": {"adamw": AdamW},
+    "emas": {"constant": optimizer.ConstantEma, "half_life": optimizer.HalfLifeEma},
+    "sampler": {
+        "euler": samplers.Euler,
+        "restart": samplers.Restart,
+        "ctm": samplers.ConsistencyTrajectory,
+        "heun": samplers.Heun,
+        "sde": samplers.Diffusion,
+    },
+}
+# Fields that hold a component of a kind with another name.
+_KIND = {"first": "time", "second": "time"}
+
+
+def register(kind: str, name: str, component: Any) -> None:
+    """Adds a component to `COMPONENTS[kind]`, for config files that bring their own.
+
+    Raises:
+      InputError: there is no such kind.
+    """
+    lookup(COMPONENTS, kind, "kind")[name] = component
+
+
+def lookup(table: Mapping[str, Any], name: Any, field: str) -> Any:
+    """What a name stands for.
+
+    Raises:
+      InputError: the table does not hold it; the message names the field and the choices.
+    """
+    if name not in table:
+        raise InputError(f"{field}={name}: choose one of {', '.join(sorted(table))}")
+    return table[name]
+
+
+def component(kind: str, config: Mapping[str, Any] | ConfigDict, field: str, **more: Any) -> Any:
+    """Builds the component that `config.name` stands for, its inner components first.
+
+    Args:
+      kind: which table of `COMPONENTS`.
+      config: `name` and the component's fields.
+      field: where the config stands, for messages.
+      more: fields that do not come from the config.
+
+    Raises:
+      InputError: an unknown name or field, or values that the component refuses.
+    """
+    values = dict(config)
+    made = lookup(COMPONENTS[kind], values.pop("name", None), f"{field}.name")
+    known = {f.name for f in dataclasses.fields(made)}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"{field}.{name}={value}: {config['name']} has no such field; it has "
+                             f"{', '.join(sorted(known)) or 'none'}")
+        values[name] = field_value(name, value, f"{field}.{name}")
+    return made(**values, **more)
+
+
+def field_value(name: str, value: Any, field: str) -> Any:
+    """A field's value: a component where it is one, by its fields or by its name."""
+    kind = _KIND.get(name, name)
+    if isinstance(value, Mapping | ConfigDict):
+        return component(kind, value, field)
+    if kind in COMPONENTS:
+        return lookup(COMPONENTS[kind], value, field)
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def network(config: ConfigDict) -> Network:
+    """The network of `config.model`."""
+    fields = dict(config.model)
+    return component("model", {"name": fields.pop("name", "dit"), **fields}, "model")

@@ -1,0 +1,1 @@
+"""Frozen networks: the autoencoder of latents, and what features are measured with."""

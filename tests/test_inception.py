@@ -1,0 +1,168 @@
+"""Inception-v3 of FID: golden values, the names of its weights, and what sFID reads."""
+
+import functools
+import json
+
+import golden_values as gv
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from dmf.convert.inception import SPELLINGS
+from dmf.convert.names import Entry, Table, to_ours, to_theirs
+from dmf.encoders.inception import Inception, InceptionFeatures
+from dmf.typing import InputError, Params
+
+(SPELLING,) = SPELLINGS
+NETWORK = Inception()
+SPATIAL = "Mixed_6d/branch1x1"
+
+
+@functools.cache
+def table() -> Table:
+    return SPELLING.table(NETWORK)
+
+
+@functools.cache
+def abstract() -> Params:
+    return jax.eval_shape(NETWORK.init, jax.random.key(0))
+
+
+@functools.cache
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Published names and shapes, without the counters of training steps."""
+    listed = json.loads((gv.FOLDER / "inception_fid_names.json").read_text())
+    return {name: tuple(s) for name, s in listed.items() if not name.endswith("tracked")}
+
+
+@functools.cache
+def params() -> Params:
+    return to_ours(table(), gv.inception_tensors(), abstract())
+
+
+def bilinear(side: int) -> np.ndarray:
+    """[299, side] weights of plain bilinear sampling: centres at halves, no antialiasing."""
+    centres = ((np.arange(299) + 0.5) * side / 299 - 0.5).clip(0, side - 1)
+    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(side)))
+
+
+def network_input() -> np.ndarray:
+    with np.load(gv.FOLDER / "inception_fid.npz") as file:
+        images = file["images"] / 255
+    rows, columns = map(bilinear, images.shape[1:3])
+    resized = np.einsum("ih,jw,bhwc->bijc", rows, columns, images, optimize=True)
+    return (2 * resized - 1).astype("f")
+
+
+@functools.cache
+def outputs() -> tuple[InceptionFeatures, jax.Array]:
+    """Features of the golden images, and the whole 1x1 branch of Mixed_6d."""
+
+    @jax.jit
+    def run(params, images):
+        branches = []
+
+        def watch(method, arguments, keywords, context):
+            result = method(*arguments, **keywords)
+            if "/".join(context.module.path) == SPATIAL:
+                branches.append(result)
+            return result
+
+        with nn.intercept_methods(watch):
+            return NETWORK.apply(params, images), *branches
+
+    return jax.device_get(run(params(), jnp.asarray(network_input())))
+
+
+@pytest.mark.parametrize("field", ["pool3", "logits"])
+def test_golden_values(field):
+    with np.load(gv.FOLDER / "inception_fid.npz") as file:
+        golden = file[field]
+    gv.assert_each_near(getattr(outputs()[0], field), golden, 1e-5)
+
+
+def test_spatial_features_are_a_slice_by_row_column_channel():
+    """Of a 17 x 17 map of 192 channels the first 7, channels fastest."""
+    features, branch = outputs()
+    assert branch.shape == (3, 17, 17, 192)
+    assert features.spatial.shape == (3, 2023)
+    for row, column, channel in ((0, 0, 0), (0, 0, 6), (0, 16, 1), (5, 11, 3), (16, 16, 6)):
+        np.testing.assert_array_equal(
+            features.spatial[:, (row * 17 + column) * 7 + channel],
+            branch[:, row, column, channel],
+        )
+    assert features.spatial.min() == 0 < features.spatial.max(), "taken before ReLU"
+
+
+def test_logits_without_the_bias():
+    features, _ = outputs()
+    weights = gv.inception_tensors()["fc.weight"]
+    gv.assert_near(features.unbiased_logits, features.pool3 @ weights.T, 1e-5)
+    # Logits of 1e5 leave two digits of a bias of 0.1.
+    difference = features.logits - features.unbiased_logits
+    gv.assert_each_near(difference, [gv.inception_tensors()["fc.bias"]] * 3, 2e-2)
+
+
+def test_features_are_float32():
+    images = jnp.zeros((1, 299, 299, 3))
+    half = jax.eval_shape(Inception(dtype="bfloat16").apply, abstract(), images)
+    assert {leaf.dtype for leaf in (*half, *outputs()[0])} == {jnp.dtype("float32")}
+
+
+def test_published_names_and_shapes():
+    ours = {name: e.shape for name, e in table().items() if isinstance(e, Entry)}
+    assert ours == shapes()
+    assert SPELLING.read(shapes(), {}) == NETWORK
+    assert set(SPELLING.marks) <= shapes().keys()
+
+
+def test_there_and_back():
+    back = to_theirs(table(), params())
+    assert back.keys() == gv.inception_tensors().keys()
+    for name, tensor in gv.inception_tensors().items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+
+
+def test_counters_are_dropped():
+    counter = {"Conv2d_1a_3x3.bn.num_batches_tracked": np.zeros((), np.int64)}
+    made = to_ours(table(), gv.inception_tensors() | counter, abstract())
+    jax.tree.map(np.testing.assert_array_equal, made, params())
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("Mixed_7c.branch_pool.bn.running_var", None, "is missing"),
+        ("AuxLogits.fc.weight", np.zeros((1000, 768), "f"), "is not a tensor of this network"),
+        ("Mixed_6b.branch7x7_2.conv.weight", np.zeros((128, 128, 7, 1), "f"), "has shape .*7, 1"),
+    ],
+)
+def test_unfit_tensor_is_named(name, tensor, message):
+    changed = gv.inception_tensors() | {name: tensor}
+    if tensor is None:
+        del changed[name]
+    with pytest.raises(InputError, match=f"^tensor '{name}' {message}"):
+        to_ours(table(), changed, abstract())
+
+
+def test_another_inception_is_refused_unless_meant():
+    other = shapes() | {"fc.weight": (1000, 2048)}
+    with pytest.raises(InputError, match="has 1000 rows.* which has 1008.*num_outputs=1000$"):
+        SPELLING.read(other, {})
+    assert SPELLING.read(other, {"num_outputs": 1000}) == Inception(num_outputs=1000)
+    with pytest.raises(InputError, match="^heads: "):
+        SPELLING.read(shapes(), {"heads": 2})
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 256, 3), (1, 299, 299, 1)])
+def test_images_of_another_size_are_refused(shape):
+    with pytest.raises(InputError, match=r"images have shape .*: Inception takes \[b, 299"):
+        NETWORK.apply(abstract(), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_outputs", 0), ("dtype", "float16")])
+def test_bad_fields_are_named(field, value):
+    with pytest.raises(InputError, match=f"^inception.{field}={value}: "):
+        Inception(**{field: value})

@@ -1,0 +1,569 @@
+"""PyTorch files without PyTorch: golden tensors, what stays in the file, and what is refused."""
+
+import argparse
+import io
+import os
+import pathlib
+import pickle
+import struct
+import time
+import tracemalloc
+import zipfile
+
+import golden_values as gv
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dmf.convert import pytorch_files
+from dmf.convert.names import Tensor
+from dmf.convert.pickles import Record
+from dmf.convert.pytorch_files import LEGACY_MAGIC, flatten, read, state_dict
+from dmf.convert.stored import MOST_REPEATED, Storage, StoredTensor
+from dmf.typing import InputError
+
+FORMS = ("forms_zip", "forms_legacy")
+OTHER_TYPES = {"half": "float16", "bf16": "bfloat16", "i64": "int64", "u8": "uint8",
+               "bool_": "bool", "f64": "float64"}  # fmt: skip
+
+
+def golden(name: str) -> pathlib.Path:
+    return gv.FOLDER / f"{name}.pt"
+
+
+def global_(name: str) -> bytes:
+    module, _, last = name.rpartition(".")
+    return f"c{module}\n{last}\n".encode()
+
+
+def code(value) -> bytes:
+    """The operations that push a value; bytes are operations already."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, tuple):
+        return b"(" + b"".join(map(code, value)) + b"t"
+    return pickle.dumps(value, 4)[2:-1]
+
+
+def storage(kind="torch.FloatStorage", key="0", count=6, *more) -> bytes:
+    return code(("storage", global_(kind), key, "cpu", count, *more)) + b"Q"
+
+
+def tensor(shape, strides, offset=0, kept=None, rebuild="torch._utils._rebuild_tensor_v2", *more):
+    """The operations that push a tensor; `more` follows requires_grad and the hooks."""
+    rest = (False, {}, *more) if rebuild[-1] in "23" else ()
+    kept = storage() if kept is None else kept
+    return global_(rebuild) + code((kept, offset, shape, strides, *rest)) + b"R"
+
+
+SIX = np.arange(6, dtype="<f4").tobytes()
+
+
+def write_zip(path, structure: bytes, storages=None, *, root="any name", extra=(), **how):
+    """A file as `torch.save` lays it out, of operations and the storages' bytes."""
+    with zipfile.ZipFile(path, "w", **how) as archive:
+        archive.writestr(f"{root}/data.pkl", b"\x80\x02" + structure + b".")
+        for name, data in extra:
+            archive.writestr(f"{root}/{name}", data)
+        for key, data in ({"0": SIX} if storages is None else storages).items():
+            archive.writestr(f"{root}/data/{key}", data)
+    return path
+
+
+def write_legacy(path, structure: bytes, storages=None, *, little=True, keys=None):
+    """`storages`: key to (number of values, bytes)."""
+    storages = {"0": (6, SIX)} if storages is None else storages
+    head = (LEGACY_MAGIC, 1001, {"protocol_version": 1001, "little_endian": little})
+    parts = [pickle.dumps(part, 2) for part in head] + [b"\x80\x02" + structure + b"."]
+    parts.append(pickle.dumps(list(storages) if keys is None else keys, 2))
+    parts += [struct.pack("<q", count) + data for count, data in storages.values()]
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+WRITERS = pytest.mark.parametrize("write", [write_zip, write_legacy])
+
+
+@pytest.fixture
+def path(tmp_path) -> pathlib.Path:
+    return tmp_path / "checkpoint.pt"
+
+
+def assert_refused(path, message: str, action=read) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        action(path)
+    assert str(error.value).startswith(f"checkpoint {path}: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1500
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_of_tensor_has_its_golden_values(name):
+    found = flatten(read(golden(name)))
+    with np.load(gv.FOLDER / f"{name}.npz") as file:
+        expected = {key.replace("/", "."): file[key] for key in file.files}
+    assert found.keys() == expected.keys()
+    for key, values in expected.items():
+        ours = np.asarray(found[key])
+        assert ours.shape == values.shape == found[key].shape, key
+        assert ours.dtype == found[key].dtype == OTHER_TYPES.get(key.split(".")[1], np.float32), key
+        np.testing.assert_array_equal(ours.astype(values.dtype), values, err_msg=key)
+        assert isinstance(found[key], Tensor) and ours.flags.c_contiguous and ours.flags.writeable
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_what_is_not_a_tensor_comes_as_plain_values(name):
+    found = read(golden(name))
+    assert list(found) == ["model", "ema", "opt", "args", "steps", "forms"]
+    assert type(found["args"]) is Record and found["args"].name == "argparse.Namespace"
+    expected = {"lr": 1e-4, "model": "DMFT-XL/2", "flag": True, "none": None, "items": [1, 2]}
+    assert found["args"].fields == expected
+    assert found["steps"] == 1234 and found["forms"]["size"] == (2, 3)
+    assert found["opt"]["param_groups"][0]["betas"] == (0.9, 0.95)
+
+
+def test_state_dict_of_a_network_is_the_golden_one():
+    found = state_dict(read(golden("dmf_tiny")))
+    expected = gv.load("dmf_tiny").below("params")
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(np.asarray(found[name]), values, err_msg=name)
+
+
+def test_values_are_given_in_the_type_that_is_asked_for():
+    found = flatten(read(golden("forms_zip")))
+    assert np.asarray(found["forms.bf16"], np.float32).dtype == np.float32
+    assert np.array(found["forms.half"], copy=True).dtype == np.float16
+    with pytest.raises(ValueError):
+        np.array(found["forms.half"], copy=False)
+
+
+LAYOUTS = {
+    "whole": ((2, 3), (3, 1), 0, [[0, 1, 2], [3, 4, 5]]),
+    "transposed": ((3, 2), (1, 3), 0, [[0, 3], [1, 4], [2, 5]]),
+    "part": ((2, 2), (3, 1), 1, [[1, 2], [4, 5]]),
+    "stepped": ((3,), (2,), 1, [1, 3, 5]),
+    "expanded": ((2, 3), (0, 1), 3, [[3, 4, 5], [3, 4, 5]]),
+    "diagonal": ((2,), (4,), 1, [1, 5]),
+    "one value": ((), (), 5, 5),
+    "one by one": ((1, 1), (2**60, 9), 2, [[2]]),
+    "none": ((2, 0), (1, 1), 6, np.zeros((2, 0))),
+}
+over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@WRITERS
+@over_layouts
+def test_layouts(write, layout, path):
+    shape, strides, offset, values = layout
+    write(path, tensor(shape, strides, offset))
+    np.testing.assert_array_equal(np.asarray(read(path)), np.asarray(values, np.float32))
+
+
+TYPED = "torch._utils._rebuild_tensor_v3"
+REBUILDS = {
+    "v1": tensor((6,), (1,), 0, None, "torch._utils._rebuild_tensor"),
+    "v2": tensor((6,), (1,)),
+    "v2 with metadata": tensor((6,), (1,), 0, None, "torch._utils._rebuild_tensor_v2", {}),
+    "v3": tensor((6,), (1,), 0, None, TYPED, global_("torch.float32")),
+    "parameter": global_("torch._utils._rebuild_parameter")
+    + code((tensor((6,), (1,)), True, global_("collections.OrderedDict") + b")R")) + b"R",
+    "parameter with state": global_("torch._utils._rebuild_parameter_with_state")
+    + code((tensor((6,), (1,)), True, {}, {"a": 1})) + b"R",
+    "tensor with state": global_("torch._tensor._rebuild_from_type_v2")
+    + code((global_("torch._utils._rebuild_tensor_v2"), global_("torch.Tensor"),
+            (storage(), 0, (6,), (1,), False, {}), {"a": 1})) + b"R",
+}  # fmt: skip
+
+
+@WRITERS
+@pytest.mark.parametrize("structure", REBUILDS.values(), ids=REBUILDS)
+def test_ways_to_pickle_a_tensor(write, structure, path):
+    found = np.asarray(read(write(path, structure)))
+    np.testing.assert_array_equal(found, np.arange(6, dtype=np.float32))
+
+
+@WRITERS
+@pytest.mark.parametrize(
+    "dtype",
+    ["float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
+     "uint16", "uint32", "uint64", "bfloat16", "complex128"],
+)  # fmt: skip
+def test_types_that_the_storage_does_not_tell(write, dtype, path):
+    kind = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    values = np.arange(1, 9).astype(kind)
+    size = values.nbytes
+    kept = storage("torch.storage.UntypedStorage", "0", size)
+    structure = tensor((3, 2), (1, 4), 1, kept, TYPED, global_(f"torch.{dtype}"))
+    data = values.tobytes()
+    write(path, structure, {"0": data if write is write_zip else (size, data)})
+    found = np.asarray(read(path))
+    assert found.dtype == kind
+    np.testing.assert_array_equal(found, values[1:].reshape(-1)[[[0, 4], [1, 5], [2, 6]]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("Double", "f8"), ("Half", "f2"), ("Long", "i8"), ("Int", "i4"), ("Short", "i2"),
+     ("Char", "i1"), ("Byte", "u1"), ("ComplexFloat", "c8"), ("ComplexDouble", "c16")],
+)  # fmt: skip
+def test_types_that_the_storage_tells(kind, dtype, path):
+    values = np.array([-3, 1, 2], np.int8).astype(dtype)
+    kept = storage(f"torch.{kind}Storage", "0", 3)
+    found = np.asarray(read(write_zip(path, tensor((3,), (1,), 0, kept), {"0": values.tobytes()})))
+    assert found.dtype == values.dtype
+    np.testing.assert_array_equal(found, values)
+
+
+def test_booleans_are_zero_or_one(path):
+    kept = storage("torch.BoolStorage", "0", 4)
+    found = np.asarray(read(write_zip(path, tensor((4,), (1,), 0, kept), {"0": b"\0\1\2\xff"})))
+    assert found.view(np.uint8).tolist() == [0, 1, 1, 1]
+
+
+@WRITERS
+def test_values_stay_in_the_file_until_they_are_read(write, path):
+    write(path, tensor((6,), (1,)))
+    found = read(path)
+    data = path.read_bytes()
+    start = data.index(SIX)
+    path.write_bytes(data[:start] + SIX[::-1] + data[start + 24 :])
+    if write is write_zip:
+        assert_refused(path, "storage '0' is damaged", lambda _: np.asarray(found))
+        path.write_bytes(data)
+    expected = np.frombuffer(SIX if write is write_zip else SIX[::-1], np.float32)
+    for _ in range(2):
+        np.testing.assert_array_equal(np.asarray(found), expected)
+    path.write_bytes(data[: start + 20])
+    assert_refused(path, "cut short", lambda _: np.asarray(found))
+    path.unlink()
+    assert_refused(path, "No such file", lambda _: np.asarray(found))
+
+
+def test_large_storage_is_neither_read_nor_believed(path):
+    """Of a storage of 2**33 bytes, most of which the file system does not have either."""
+    count = 2**31
+    whole, part = storage(count=count), storage(count=count)
+    structure = code((tensor((count,), (1,), 0, whole), tensor((5,), (2,), count - 9, part)))
+    write_legacy(path, structure, {"0": (count, b"")})
+    os.truncate(path, path.stat().st_size + 4 * count)
+    tracemalloc.start()
+    found, last = read(path)
+    np.testing.assert_array_equal(np.asarray(last), np.zeros(5, np.float32))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+    assert found.shape == (count,)
+    os.truncate(path, path.stat().st_size - 1)
+    assert_refused(path, "storage '0' goes beyond the end of the file")
+
+
+def test_checksum_is_not_needed_where_there_is_none(path):
+    """PyTorch can be told to write none, and then writes 0."""
+    write_zip(path, tensor((6,), (1,)), extra=[("byteorder", b"little")])
+    data = bytearray(path.read_bytes())
+    for entry in zipfile.ZipFile(path).infolist():
+        data[:] = data.replace(struct.pack("<I", entry.CRC), bytes(4))
+    path.write_bytes(data)
+    np.testing.assert_array_equal(np.asarray(read(path)), np.arange(6, dtype=np.float32))
+
+
+FLOAT = global_("torch.float32")
+WRONG = {
+    "negative size": (tensor((-1,), (1,)), "sizes, strides or an offset"),
+    "negative stride": (tensor((6,), (-1,), 5), "sizes, strides or an offset"),
+    "negative offset": (tensor((6,), (1,), -1), "sizes, strides or an offset"),
+    "a size that is none": (tensor((2.0,), (1,)), "sizes, strides or an offset"),
+    "a boolean for a size": (tensor((True,), (1,)), "sizes, strides or an offset"),
+    "sizes that are none": (tensor("ab", (1, 1)), "no storage, sizes or strides"),
+    "more strides": (tensor((6,), (1, 1)), "1 sizes and 2 strides"),
+    "too many axes": (tensor((1,) * 33, (1,) * 33), "33 sizes"),
+    "one value too many": (tensor((7,), (1,)), "beyond the storage's end: it needs 7 values"),
+    "offset too far": (tensor((6,), (1,), 1), "beyond the storage's end: it needs 7 values"),
+    "stride too far": (tensor((2, 3), (4, 1)), "beyond the storage's end: it needs 7 values"),
+    "larger type": (tensor((6,), (1,), 0, None, TYPED, global_("torch.float64")), "needs 6 values"),
+    "huge": (tensor((2**62,), (1,)), "more values than the file"),
+    "huge, expanded": (tensor((2**24, 2), (0, 1)), "more values than the file"),
+    "huge product": (tensor((2**31,) * 32, (0,) * 32), "more values than the file"),
+    "huge, of no values": (tensor((0, 2**62, 2**62), (0, 0, 0)), "more values than the file"),
+    "no storage": (tensor((6,), (1,), 0, b"N"), "no storage"),
+    "unknown type": (tensor((6,), (1,), 0, None, TYPED, global_("torch.Size")), "type that is not"),
+    "type that is none": (tensor((6,), (1,), 0, None, TYPED, "torch.float32"), "type that is not"),
+    "conjugate": (
+        tensor((6,), (1,), 0, None, "torch._utils._rebuild_tensor_v2", {"conj": True}), "conjugate"
+    ),
+    "called type": (FLOAT + b")R", "a type was called"),
+    "sparse": (global_("torch._utils._rebuild_sparse_tensor") + b")R", "refused global 'torch._u"),
+    "parameter of none": (global_("torch._utils._rebuild_parameter") + b"NNN\x87R", "no tensor"),
+    "another class": (
+        global_("torch._tensor._rebuild_from_type_v2")
+        + code((global_("torch._utils._rebuild_tensor"), global_("builtins.list"), (), {})) + b"R",
+        "class that is not PyTorch's",
+    ),
+    "called as a rebuild": (
+        global_("torch._tensor._rebuild_from_type_v2")
+        + code((global_("builtins.list"), global_("torch.Tensor"), (), {})) + b"R",
+        "class that is not PyTorch's",
+    ),
+    "missing storage": (storage(key="1"), "storage '1' is not in the "),
+    "path for a key": (storage(key="../data.pkl"), "storage '../data.pkl' is not in the "),
+    "two claims": (code((storage(), storage(count=5))), "two different things"),
+    "two types": (code((storage(), storage("torch.IntStorage"))), "two different things"),
+    "claims more": (storage(count=7), "claims (7|28)"),
+    "claims none": (storage(count=-1), "number of values that is none"),
+    "claims a string": (storage(count="6"), "number of values that is none"),
+    "storage of quanta": (storage("torch.QInt8Storage"), "refused global 'torch.QInt8Storage'"),
+    "storage of no type": (storage("torch.float32"), "type that is not known"),
+    "key that is none": (storage(key=0), "key that is no string"),
+    "view": (storage("torch.FloatStorage", "0", 6, ("1", 0, 6)), "view of another"),
+    "module": (code(("module", global_("builtins.list"), "a.py", "code")) + b"Q", "persistent id"),
+    "id that is none": (b"]Q", "persistent id"),
+    "id that is text": (b"Pstorage\n", "persistent id"),
+    "id that is short": (code(("storage",)) + b"Q", "persistent id"),
+}  # fmt: skip
+
+
+@WRITERS
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_wrong_tensors_are_refused(write, wrong, path):
+    structure, message = wrong
+    write(path, structure)
+    assert_refused(path, message)
+
+
+def test_repeated_values_are_bounded_by_the_file(path):
+    structure = tensor((MOST_REPEATED // 24, 6), (0, 1))
+    assert np.asarray(read(write_zip(path, structure))).nbytes <= MOST_REPEATED
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "torch.nn.modules.linear.Linear"])
+def test_code_in_a_file_is_refused_by_name(name, form, path, tmp_path):
+    canary = tmp_path / "canary"
+    call = global_(name) + code((f"touch {canary}",)) + b"R"
+    structure = b"}" + code("w") + tensor((6,), (1,)) + b"s" + code("x") + call + b"s"
+    (write_zip if form == "zip" else write_legacy)(path, structure)
+    assert_refused(path, f"refused global '{name}'")
+    path.write_bytes(pickle.dumps(None)[:2] + call + b".")
+    assert_refused(path, f"refused global '{name}'")
+    assert not canary.exists()
+
+
+def written(path, name: str, data: bytes):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, data)
+
+
+OTHERS = {
+    "empty": (lambda p: p.write_bytes(b""), "is empty"),
+    "text": (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\n"), "is not a Py"),
+    "directory": (lambda p: p.mkdir(), "is not a file"),
+    "nothing": (lambda p: None, "there is no such file"),
+    "fifo": (os.mkfifo, "is not a file"),
+    "another zip": (lambda p: written(p, "a/b.txt", b"a"), "has no data.pkl"),
+    "data.pkl elsewhere": (lambda p: written(p, "data.pkl", b"N."), "has no data.pkl"),
+    "no zip": (lambda p: p.write_bytes(b"PK\3\4" + bytes(99)), "not a whole zip"),
+    "empty zip": (lambda p: zipfile.ZipFile(p, "w").close(), "is not a PyTorch file"),
+    "TorchScript": (
+        lambda p: write_zip(p, b"N", extra=[("constants.pkl", b"N."), ("code/a.py", b"")]),
+        "TorchScript archive: load it with torch.jit.load",
+    ),
+    "tar": (lambda p: p.write_bytes(b"sys_info".ljust(257, b"\0") + b"ustar" + bytes(300)), "tar"),
+    "big-endian": (lambda p: write_zip(p, b"N", extra=[("byteorder", b"big")]), "big-endian"),
+    "big-endian legacy": (lambda p: write_legacy(p, b"N", {}, little=False), "big-endian"),
+    "compressed": (
+        lambda p: write_zip(p, b"N", compression=zipfile.ZIP_DEFLATED), "is compressed"),
+    "pickle": (lambda p: p.write_bytes(pickle.dumps({"a": 1})), "not one of torch.save"),
+    "another protocol": (
+        lambda p: p.write_bytes(pickle.dumps(LEGACY_MAGIC) + pickle.dumps(7)), "not one of torch"),
+    "no list of keys": (lambda p: write_legacy(p, b"N", {}, keys={}), "list of storages"),
+    "key twice": (lambda p: write_legacy(p, storage(), keys=["0", "0"]), "one twice"),
+    "key of none": (lambda p: write_legacy(p, b"N"), "one that no tensor has"),
+    "fewer values": (lambda p: write_legacy(p, storage(), {"0": (5, SIX)}), "claims 6"),
+    "fewer bytes": (lambda p: write_legacy(p, storage(), {"0": (6, SIX[1:])}), "beyond the end"),
+    "fewer bytes in a zip": (lambda p: write_zip(p, storage(), {"0": SIX[1:]}), "claims 24"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_other_files_are_refused(other, path):
+    make, message = other
+    make(path)
+    assert_refused(path, message)
+
+
+def test_entries_that_are_compressed_twice_or_overlapping_are_refused(path, tmp_path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02" + tensor((6,), (1,)) + b".")
+        archive.writestr("a/data/0", SIX, zipfile.ZIP_DEFLATED)
+    assert_refused(path, "'a/data/0' is compressed")
+    write_zip(path, tensor((6,), (1,)))
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+        archive.writestr("any name/data/0", SIX)
+    assert_refused(path, "there twice")
+    # Two entries of the directory that stand for the same 40 kB.
+    write_zip(path, b"N", {"0": bytes(40_000), "1": b""})
+    data = path.read_bytes()
+    first = struct.pack("<II", 40_000, 40_000)
+    at = data.rindex(b"any name/data/1") - 46
+    changed = data[: at + 20] + first + data[at + 28 :]
+    path.write_bytes(changed)
+    assert_refused(path, "overlap")
+
+
+def test_names_are_paths(path):
+    value = b"}" + b"".join(
+        code(key) + part + b"s"
+        for key, part in {
+            "list": b"](" + tensor((1,), (1,)) + b"N" + tensor((2,), (1,)) + b"e",
+            3: b"}" + code("x.y") + tensor((3,), (1,)) + b"s",
+            "space": global_("argparse.Namespace") + b")\x81}" + code("w")
+            + tensor((4,), (1,)) + b"sb",
+            "none": code({"a": [1]}),
+        }.items()
+    )  # fmt: skip
+    found = flatten(read(write_zip(path, value)))
+    names = {"list.0": (1,), "list.2": (2,), "3.x.y": (3,), "space.w": (4,)}
+    assert {name: tensor.shape for name, tensor in found.items()} == names
+
+
+def stored(*sizes: int) -> dict[str, StoredTensor]:
+    nowhere = Storage("nowhere", "0", np.dtype("f4"), 9, 9)
+    return {f"w{n}": StoredTensor((n,), np.dtype("f4"), (1,), 0, nowhere) for n in sizes}
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        ({"a": {"w1": stored(1)}, "a.w1": stored(1)}, "two tensors have the name 'a.w1.w1'"),
+        ({"a" * 600: {"b" * 600: stored(1)}}, "characters"),
+        ([stored(1)] * 11, "more than 10 tensors"),
+    ],
+)
+def test_names_that_cannot_be(structure, message, monkeypatch):
+    monkeypatch.setattr(pytorch_files, "MOST_TENSORS", 10)
+    with pytest.raises(InputError, match=message):
+        flatten(structure)
+
+
+FOUR = {"steps": 3, "opt": stored(9), "model": stored(1), "ema": stored(2)}
+
+
+@pytest.mark.parametrize(
+    ("structure", "key", "expected"),
+    [
+        (stored(1, 2), "", ["w1", "w2"]),
+        (stored(1) | {"steps": 3, 7: stored(2)["w2"]}, "", ["w1"]),
+        (FOUR, "", ["w2"]),
+        (FOUR, "model", ["w1"]),
+        (FOUR, "opt", ["w9"]),
+        (FOUR | {"ema": {"decay": 0.9}}, "", ["w1"]),
+        (FOUR | {"ema": None, "model_ema": stored(3)}, "", ["w3"]),
+        (FOUR | stored(4), "", ["w2"]),
+        ({"state_dict": stored(1), "epoch": 1}, "", ["w1"]),
+        ({"ema": {"state_dict": stored(1), "decay": 0.9}}, "", ["w1"]),
+        ({"net": {"state_dict": stored(1)}}, "net", ["w1"]),
+        ({"model": {"module.w": stored(1)["w1"]}}, "", ["module.w"]),
+        (Record("argparse.Namespace", {"model": stored(1)}), "", ["w1"]),
+    ],
+)
+def test_state_dict_that_is_meant(structure, key, expected):
+    assert list(state_dict(structure, key)) == expected
+
+
+@pytest.mark.parametrize(
+    ("structure", "key", "message"),
+    [
+        (FOUR, "teacher", "no state dict under teacher: .* 'steps', 'opt', 'model', 'ema'; give"),
+        (FOUR, "steps", "no state dict under steps: "),
+        ({"net": stored(1)}, "", "under ema, model_ema, model, state_dict: .* keys 'net'; give"),
+        ({}, "", "keys none;"),
+        ([stored(1)], "", "holds a list"),
+        (None, "", "holds a NoneType"),
+    ],
+)  # fmt: skip
+def test_state_dict_that_is_not_there(structure, key, message):
+    with pytest.raises(InputError, match=message) as error:
+        state_dict(structure, key)
+    assert "\n" not in str(error.value)
+
+
+def test_cut_short_anywhere(path):
+    """Of a legacy file each cut is seen at once, of an archive too: its directory is at its end."""
+    for name in FORMS:
+        data = golden(name).read_bytes()
+        for length in [*range(0, 200, 7), *range(200, len(data), 97), len(data) - 1]:
+            path.write_bytes(data[:length])
+            assert_refused(path, "checkpoint")
+
+
+def mutated(data: bytes, random: np.random.Generator) -> bytes:
+    changed = bytearray(data)
+    for _ in range(random.integers(1, 5)):
+        at, other = (int(random.integers(len(changed) + 1)) for _ in range(2))
+        length = int(random.integers(1, 60))
+        kind = random.integers(5)
+        if kind < 2:
+            changed[at : at + 1] = random.bytes(1)
+        elif kind == 2:
+            changed[at : at + length] = changed[other : other + length]
+        elif kind == 3:
+            changed[at:at] = changed[other : other + length]
+        else:
+            del changed[at : at + (length if random.integers(20) else len(changed))]
+    return bytes(changed)
+
+
+def mutated_zip(source: pathlib.Path, path: pathlib.Path, random: np.random.Generator) -> None:
+    """The archive with another pickle, and nothing else that is wrong."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(path, "w") as new:
+        for entry in old.infolist():
+            data = old.read(entry)
+            wrong = entry.filename.endswith("/data.pkl")
+            new.writestr(entry.filename, mutated(data, random) if wrong else data)
+
+
+def survives(path: pathlib.Path) -> bool:
+    """Whether a damaged file is read; if not, it is refused as it should be. Nothing else."""
+    began = time.process_time()
+    try:
+        structure = read(path)
+        for tensor in list(flatten(structure).values()):
+            size = np.asarray(tensor).nbytes
+            assert size <= max(MOST_REPEATED, path.stat().st_size)
+        whole = True
+    except InputError as error:
+        assert str(error).startswith(f"checkpoint {path}: ") and "\n" not in str(error)
+        whole = False
+    assert time.process_time() - began < 20
+    return whole
+
+
+@pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in a mutated name
+@pytest.mark.parametrize("count", [120, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle in a zip"])
+def test_mutations_are_read_or_refused(kind, count, path):
+    random = np.random.default_rng(0)
+    source = golden("forms_legacy" if kind == "legacy" else "forms_zip")
+    read_whole = 0
+    for _ in range(count):
+        if kind == "pickle in a zip":
+            mutated_zip(source, path, random)
+        else:
+            path.write_bytes(mutated(source.read_bytes(), random))
+        read_whole += survives(path)
+    assert 0 < read_whole < 0.9 * count
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_protocols(protocol, path):
+    """PyTorch can be told to pickle by another protocol."""
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return ("storage", value, "0", "cpu", 6) if value is float else None
+
+    stream = io.BytesIO()
+    value = {"a": [1, (2.5, None)], "n": argparse.Namespace(b={3}), "s": "x"}
+    Pickler(stream, protocol).dump(value)
+    found = read(write_zip(path, stream.getvalue()[2:-1]))
+    assert found["a"] == value["a"] and found["n"].fields == {"b": {3}}
