@@ -77,13 +77,13 @@ def _read(source: str, given: Mapping[str, Any], key: str, spelling: str) -> Par
              for name, value in stated.get(kind, {}).items() if name != "name"}
     try:
         made = published.convert(found.tensors, {**known, **given}, spelling=spelling)
+        config = loading.config_of(made.network, stated)
     except InputError as error:
         raise InputError(f"{source}: {error}") from None
     told = [f"{source}: read as {made.spelling.name}", made.spelling.notes, str(made.network)]
     if made.dropped:
         told.append(f"dropped {', '.join(made.dropped)}")
     logs.say("; ".join(filter(None, told)))
-    config = loading.config_of(made.network, stated)
     origin = f"converted from {source} ({made.spelling.name})"
     return Parts(made.network, config, made.params, origin)
 
@@ -164,6 +164,7 @@ def _write_orbax(folder: epath.Path, parts: Parts) -> None:
 def _write_safetensors(folder: epath.Path, parts: Parts, spelling: str) -> None:
     chosen = published.spelling_of(parts.network, spelling)
     tensors = published.spelled(parts.network, parts.params, chosen)
+    logs.say(f"written as {chosen.name}" + (f"; {chosen.notes}" if chosen.notes else ""))
     stated = {"format": "pt", sources.CONFIG_KEY: json.dumps(parts.config)}
     _save(tensors, folder / sources.WEIGHTS_FILE, stated)
     _describe(folder, parts, card.SAFETENSORS.format(spelling=chosen.name))

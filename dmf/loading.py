@@ -89,7 +89,11 @@ def config_of(network: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     """
     if not isinstance(network, DiT):
         return {"encoder": described("encoder", network)}
-    config = as_config(stated) if stated else defaults.get_config()
+    config = defaults.get_config()
+    missing = config.keys() - stated.keys()
+    if stated and missing:
+        raise InputError(f"the checkpoint states a config without {min(missing)}")
+    config = as_config(stated) if stated else config
     config.model.update(described("model", network))
     if not stated and network.channels == STABLE_DIFFUSION_CHANNELS:
         config.latents.scale = STABLE_DIFFUSION_SCALE

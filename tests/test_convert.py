@@ -7,6 +7,7 @@ import pathlib
 import golden_values as gv
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -390,6 +391,38 @@ def test_another_network_is_refused(tmp_path, capsys):
     assert "spelling=meanflow: the checkpoint has no tensor" in refused(
         capsys, tmp_path, PT, "--spelling=meanflow"
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_other_precisions_become_float32(tmp_path, dtype):
+    theirs = {name: w.astype(dtype) for name, w in gv.load("dmf_tiny").below("params").items()}
+    _, _, params = loading.load_network(
+        converted(tmp_path, written(tmp_path, theirs), *OF_DMF_TINY)
+    )
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    kernel = theirs["final_layer.linear.weight"].astype(np.float32).T
+    np.testing.assert_array_equal(params["final"]["linear"]["kernel"].reshape(kernel.shape), kernel)
+
+
+STATED = ["3", "{", '{"model": 3}', '{"model": {"heads": 4}}', '{"model": {"colour": 4}}']
+
+
+@pytest.mark.parametrize("stated", STATED)
+def test_a_file_that_states_nonsense_of_itself(tmp_path, capsys, stated):
+    path = tmp_path / "odd.safetensors"
+    save_file(gv.load("dmf_tiny").below("params"), path, metadata={"dmf.config": stated})
+    assert "odd.safetensors: " in refused(capsys, tmp_path, path, *OF_DMF_TINY)
+
+
+def test_mutated_safetensors_give_clean_errors(tmp_path, capsys):
+    good = pathlib.Path(spoiled(tmp_path, lambda tensors: None)).read_bytes()[:60_000]
+    draw = np.random.default_rng(0)
+    for i in range(60):
+        data = bytearray(good)
+        for place in draw.integers(0, 9000 if i % 2 else 16, 3):
+            data[place] = draw.integers(0, 256)
+        (tmp_path / "bad.safetensors").write_bytes(data)
+        assert "bad.safetensors" in refused(capsys, tmp_path, tmp_path / "bad.safetensors")
 
 
 def test_a_file_that_cannot_be_read(tmp_path, capsys):

@@ -94,6 +94,7 @@ def assert_refused(path, message: str, action=read) -> None:
         action(path)
     assert str(error.value).startswith(f"checkpoint {path}: ")
     assert "\n" not in str(error.value) and len(str(error.value)) < 1500
+    assert "TypeCheckError" not in str(error.value), "nothing checks annotations when it is used"
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -317,6 +318,7 @@ WRONG = {
     "module": (code(("module", global_("builtins.list"), "a.py", "code")) + b"Q", "persistent id"),
     "id that is none": (b"]Q", "persistent id"),
     "id that is text": (b"Pstorage\n", "persistent id"),
+    "id of another kind": (code(("store", FLOAT, "0", "cpu", 6)) + b"Q", "persistent id"),
     "id that is short": (code(("storage",)) + b"Q", "persistent id"),
 }  # fmt: skip
 

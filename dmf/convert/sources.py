@@ -110,7 +110,7 @@ class _Slice:
 def _safetensors(path: epath.Path, key: str) -> Source:
     try:
         with safe_open(path, framework="np") as file:
-            stated = json.loads((file.metadata() or {}).get(CONFIG_KEY, "{}"))
+            stated = _config((file.metadata() or {}).get(CONFIG_KEY, "{}"))
             names = file.keys()
             slices = {name: file.get_slice(name) for name in names}
             tensors = {
@@ -120,6 +120,18 @@ def _safetensors(path: epath.Path, key: str) -> Source:
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path}: no safetensors file, or not a whole one ({error})") from None
     return Source(_part(tensors, key, path), stated)
+
+
+def _config(text: str) -> Mapping[str, Any]:
+    """The config in a file's metadata, which only has to be about a network here."""
+    stated = json.loads(text)
+    if not isinstance(stated, dict) or not all(isinstance(v, dict) for v in _networks(stated)):
+        raise ValueError(f"{CONFIG_KEY} in its metadata is no config")
+    return stated
+
+
+def _networks(stated: Mapping[str, Any]) -> list[Any]:
+    return [stated[kind] for kind in ("model", "encoder") if kind in stated]
 
 
 def _dtype(name: str) -> np.dtype:

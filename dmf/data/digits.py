@@ -14,11 +14,12 @@ import tensorflow_datasets as tfds
 class Digits(tfds.core.GeneratorBasedBuilder):
     """Handwritten digits: image [8, 8, 1] uint8 and label 0 to 9, one split "train"."""
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("1.1.0")
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
-            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8),
+            # As bytes, an image is decoded at once, not number by number.
+            "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding="bytes"),
             "label": tfds.features.ClassLabel(num_classes=10),
         }
         return tfds.core.DatasetInfo(
