@@ -4,6 +4,7 @@ import importlib
 import sys
 
 VERBS = {
+    "prepare": "make a dataset of latents or crops from images",
     "train": "train a flow model, MeanFlow or a flow map",
     "sample": "make images from a run or an export",
     "evaluate": "measure how far samples are from the data",

@@ -1,18 +1,20 @@
 """From a config to what a run is made of, built and checked before anything is written."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmf import guidance
 from dmf.components import COMPONENTS, component, field_value, lookup, network
 from dmf.data.pipeline import Pipeline
-from dmf.data.sources import ImageSource, open_source
-from dmf.loading import ADDED, load_network, restore
+from dmf.data.samples import ToSamples, sample_shape
+from dmf.data.sources import JoinedSource, Source, Unlabelled, open_source
+from dmf.loading import ADDED, load_network, restore, scaling
 from dmf.objectives import Objective
 from dmf.optimizer import AdamW, Ema
 from dmf.samplers import Sampler
@@ -54,23 +56,75 @@ def mesh(config: ConfigDict) -> Mesh:
     return make_mesh(**config.mesh)
 
 
-def source(config: ConfigDict) -> ImageSource:
-    """The dataset of `config.data`.
+def source(config: ConfigDict) -> Source:
+    """The dataset of `config.data`: one, some classes of it, or a mixture.
 
     Raises:
-      InputError: it is not there, or its images or labels are not those of `config.model`.
+      InputError: it is not there, or its rows or labels are not those of `config.model`.
     """
     data, model = config.data, network(config)
-    rows = open_source(data.name, split=data.split, directory=data.directory)
-    shape = rows.read([0])[0].shape[1:]
-    if shape != model.sample_shape:
-        raise InputError(f"data.name={data.name}: its images have shape {shape}, but "
-                         f"config.model takes {model.sample_shape}; set model.input_size and "
-                         "model.channels")
+    mixed = {"": data, **data.mixture}
+    parts = [_part(config, name, dict(fields), model) for name, fields in mixed.items()]
+    if len(parts) == 1 and not data.classes:
+        return parts[0][0]
+    return JoinedSource(parts=tuple(parts))
+
+
+def _part(
+    config: ConfigDict, name: str, fields: Mapping[str, Any], model: Network
+) -> tuple[Source, np.ndarray]:
+    """A dataset of the mixture, and which of its rows are taken."""
+    field, known = f"data.mixture.{name}" if name else "data", {"name", "split", "directory"}
+    unknown = fields.keys() - known - {"weight"} if name else set()
+    if unknown:
+        raise InputError(f"{field}.{min(unknown)}: a part of a mixture has name, split, directory "
+                         "and weight")
+    rows = open_source(**{key: fields[key] for key in known & fields.keys()})
+    if sample_shape(rows.shape) != model.sample_shape:
+        raise InputError(f"{field}.name={fields['name']}: its images have shape "
+                         f"{sample_shape(rows.shape)}, but config.model takes "
+                         f"{model.sample_shape}; set model.input_size and model.channels")
     if model.num_classes and rows.num_classes != model.num_classes:
-        raise InputError(f"model.num_classes={model.num_classes}: {data.name} has "
+        raise InputError(f"model.num_classes={model.num_classes}: {fields['name']} has "
                          f"{rows.num_classes}; 0 trains without labels")
-    return dataclasses.replace(rows, num_classes=model.num_classes)
+    to_samples(config).check(rows.shape)
+    chosen = _chosen(config.data.classes, rows)
+    return (rows if model.num_classes else Unlabelled(rows)), chosen
+
+
+def _chosen(classes: Sequence[int], rows: Source) -> np.ndarray:
+    """The rows of some classes, or all."""
+    if not classes:
+        return np.arange(len(rows))
+    wrong = [label for label in classes if not 0 <= label < rows.num_classes]
+    if wrong:
+        raise InputError(f"data.classes={tuple(classes)}: {rows.name} has the labels 0 to "
+                         f"{rows.num_classes - 1}, and no {wrong[0]}")
+    chosen = np.flatnonzero(np.isin(rows.labels(), classes))
+    if not len(chosen):
+        raise InputError(f"data.classes={tuple(classes)}: {rows.name} has no row of them")
+    return chosen
+
+
+def weights(config: ConfigDict) -> tuple[float, ...]:
+    """How often each part of a mixture is drawn from; none where there is one dataset.
+
+    Raises:
+      InputError: a weight that is not positive.
+    """
+    parts = {"data": config.data} | {
+        f"data.mixture.{name}": fields for name, fields in config.data.mixture.items()
+    }
+    found = {name: float(fields.get("weight", 1.0)) for name, fields in parts.items()}
+    for name, weight in found.items():
+        if not weight > 0:
+            raise InputError(f"{name}.weight={weight}: give a positive number")
+    return tuple(found.values()) if len(found) > 1 else ()
+
+
+def to_samples(config: ConfigDict) -> ToSamples:
+    """What makes samples of the dataset's rows."""
+    return ToSamples(scaling=scaling(config), mirror=config.data.mirror)
 
 
 class Training(NamedTuple):
@@ -82,6 +136,7 @@ class Training(NamedTuple):
     emas: dict[str, Ema]
     mesh: Mesh
     pipeline: Pipeline
+    to_samples: ToSamples
     frozen: dict[str, Params]
 
 
@@ -110,8 +165,12 @@ def training(config: ConfigDict) -> Training:
         emas=emas(config),
         mesh=on,
         pipeline=Pipeline(
-            source=source(config), batch_size=config.data.batch_size, seed=config.seed
+            source=source(config),
+            batch_size=config.data.batch_size,
+            seed=config.seed,
+            weights=weights(config),
         ),
+        to_samples=to_samples(config),
         frozen=frozen if goal.needs_teacher else {},
     )
 

@@ -105,10 +105,22 @@ def get_config() -> ConfigDict:
             # Where training starts: a run or an export. `ema` names the average of a run.
             "init": {"checkpoint": "", "ema": "main"},
             "teacher": {"checkpoint": "", "ema": "main"},
-            "data": {"name": "digits", "split": "train", "directory": "", "batch_size": 128},
+            # `directory` is a dataset, or where TFDS keeps its datasets. Of `classes`, only rows
+            # of these labels, none for all. `mixture` adds datasets by name, each with its `name`,
+            # `split`, `directory` and `weight`, beside the first one of `weight`.
+            "data": {
+                "name": "digits",
+                "split": "train",
+                "directory": "",
+                "batch_size": 128,
+                "mirror": False,
+                "classes": (),
+                "weight": 1.0,
+                "mixture": {},
+            },
             # What lies between the network's samples x and images: nothing, or the autoencoder of
-            # an export, with x = (latent - shift) * scale.
-            "latents": {"autoencoder": "", "scale": 1.0, "shift": 0.0},
+            # an export, with x = (latent - shift) * scale, or (latent - mean) / std by channel.
+            "latents": {"autoencoder": "", "scale": 1.0, "shift": 0.0, "mean": (), "std": ()},
             "objective": flow_matching(),
             "optimizer": {
                 "name": "adamw",

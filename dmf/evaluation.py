@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dmf import build, images, loading, logs, metrics, samplers
 from dmf.checkpoint import FORMAT
+from dmf.data.samples import pixels
 from dmf.sharding import batch_divisor, batch_sharding, replicated
 from dmf.typing import InputError, Network, Params
 
@@ -171,8 +172,11 @@ def evaluate(
         raise InputError(f"evaluation.count={settings.count}: the covariance of {values} values "
                          "needs more samples than that")
     source = build.source(config)
-    pixels, reference_labels = source.read(range(len(source)))
-    reference = pixels.reshape(len(pixels), -1)
+    if len(source.shape) != 3:
+        raise InputError(f"data.name={config.data.name}: its rows are latents; distances are "
+                         "measured between images")
+    rows, reference_labels = source.read(range(len(source)))
+    reference = pixels(rows).reshape(len(rows), -1)
     moments = metrics.moments(reference)
     labels = labels_of(np.arange(settings.count), network.num_classes)
     rows = []

@@ -34,8 +34,8 @@ def fitting_zoom(side: int) -> int:
     return max(1, 48 // side)
 
 
-def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes a grey (c = 1) or RGB (c = 3) image.
+def png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
+    """A grey (c = 1) or RGB (c = 3) image as the bytes of a PNG file.
 
     Raises:
       InputError: another number of channels; latents need a decoder first.
@@ -45,5 +45,10 @@ def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
         raise InputError(f"an image of {channels} channels cannot be a PNG: decode latents first")
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
     buffer = io.BytesIO()
-    picture.save(buffer, "png")
-    epath.Path(path).write_bytes(buffer.getvalue())
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
+    """Writes a grey or RGB image, see `png`."""
+    epath.Path(path).write_bytes(png(image))

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_dict
 
 from dmf import checkpoint, defaults
-from dmf.components import COMPONENTS, component, network
+from dmf.components import COMPONENTS, component, field_value, network
 from dmf.encoders.autoencoder import Autoencoder
 from dmf.encoders.latents import LatentSpace
 from dmf.models.dit import DiT
+from dmf.scaling import Scaling
 from dmf.sharding import make_mesh, parameter_shardings
 from dmf.state import with_shardings
 from dmf.typing import FlowMap, InputError, Network, Params
@@ -133,6 +134,13 @@ def latent_space(config: ConfigDict) -> tuple[LatentSpace, Params] | None:
     return latent_space_of(config, autoencoder), params
 
 
+def scaling(config: ConfigDict) -> Scaling:
+    """How the latents of `config` are scaled."""
+    fields = {name: value for name, value in config.latents.items() if name != "autoencoder"}
+    return Scaling(**{name: field_value(name, value, f"latents.{name}")
+                      for name, value in fields.items()})
+
+
 def latent_space_of(config: ConfigDict, autoencoder: Autoencoder) -> LatentSpace:
     """The latents of `config` in the space of an autoencoder.
 
@@ -143,8 +151,7 @@ def latent_space_of(config: ConfigDict, autoencoder: Autoencoder) -> LatentSpace
         raise InputError(f"latents.autoencoder={config.latents.autoencoder}: its latents have "
                          f"{autoencoder.latent_channels} channels, config.model has "
                          f"{config.model.channels}")
-    fields = {name: config.latents[name] for name in config.latents if name != "autoencoder"}
-    return LatentSpace(autoencoder=autoencoder, **fields)
+    return LatentSpace(autoencoder=autoencoder, scaling=scaling(config))
 
 
 def load_network(

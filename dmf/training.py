@@ -32,6 +32,8 @@ from dmf.state import TrainState
 from dmf.typing import Batch, InputError, Metrics, Params, PRNGKey, RunError
 
 # What may differ when a run is taken up again.
+# Folded into the key of a step for what its rows become; its draws split that key.
+_ROWS = 2**31 - 1
 CHANGEABLE = ("run", "mesh")
 
 Step = Callable[[TrainState, Batch, Mapping[str, Params]], tuple[TrainState, Metrics]]
@@ -69,7 +71,7 @@ def _mean_gradient(built: build.Training, parts: int) -> Callable[..., Any]:
 def training_step(
     built: build.Training, key: PRNGKey, where: TrainState, *, accumulation: int = 1
 ) -> Step:
-    """One compiled update: (state, batch, frozen) -> state, metrics. The state is donated.
+    """One compiled update: (state, rows, frozen) -> state, metrics. The state is donated.
 
     Args:
       built: the parts of the step.
@@ -85,8 +87,11 @@ def training_step(
     mean_gradient = _mean_gradient(built, accumulation)
     batch_size = built.pipeline.batch_size
 
-    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
-        draws = built.objective.draw(jax.random.fold_in(key, state.step), batch)
+    def step(state: TrainState, rows: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(key, state.step)
+        x = built.to_samples.samples(jax.random.fold_in(step_key, _ROWS), rows.x)
+        batch = rows._replace(x=x)
+        draws = built.objective.draw(step_key, batch)
         gradient, metrics = mean_gradient(state.params, batch, draws, frozen)
         updates, moments = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -35,7 +35,7 @@ def test_every_verb_explains_its_flags(monkeypatch, capsys, verb):
     assert start(monkeypatch, verb, "--help") == 0
     text = capsys.readouterr().out
     assert f"dmf {verb} " in text
-    output = dict.fromkeys(("report", "convert"), "--output")
+    output = dict.fromkeys(("report", "convert", "prepare"), "--output")
     flags = ({"train": "--workdir"} | output).get(verb, "--checkpoint")
     assert text.count(flags) >= 2
 

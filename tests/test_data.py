@@ -1,5 +1,9 @@
 """Rows and batches: what is on disk is the data, and a batch is a function of (seed, step)."""
 
+import json
+import socket
+import subprocess
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +11,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 import tiny
 
+from dmf import build
 from dmf.data.pipeline import Pipeline
 from dmf.data.sources import open_source
 from dmf.sharding import batch_sharding, make_mesh
@@ -17,6 +22,8 @@ from dmf.typing import InputError
 class Numbered:
     """Rows that hold their own index, and a record of which were read."""
 
+    name, num_classes, shape = "numbered", 1, (1, 1, 1)
+
     def __init__(self, count: int):
         self.count, self.seen = count, []
 
@@ -25,8 +32,11 @@ class Numbered:
 
     def read(self, indices):
         self.seen.extend(indices)
-        x = np.array(indices, np.float32).reshape(-1, 1, 1, 1)
+        x = np.array(indices, np.uint8).reshape(-1, 1, 1, 1)
         return x, np.array(indices, np.int32)
+
+    def labels(self):
+        return np.arange(self.count)
 
 
 class Squares(tfds.core.GeneratorBasedBuilder):
@@ -82,13 +92,12 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
     x, labels = source.read(range(len(source)))
     digits = sklearn.datasets.load_digits()
     # TFDS stores rows in an order of its own: compare them as sets of (label, pixels).
-    pixels = np.rint((x + 1) * 127.5).astype(np.uint8).reshape(len(x), 64)
     levels = np.rint(digits.data * 255 / 16).astype(np.uint8)
-    ours = np.column_stack([labels, pixels])
+    ours = np.column_stack([labels, x.reshape(len(x), 64)])
     theirs = np.column_stack([digits.target, levels])
     assert ours.shape == (1797, 65)
     np.testing.assert_array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
-    assert x.dtype == np.float32
+    assert x.dtype == np.uint8
     assert labels.dtype == np.int32
     assert source.num_classes == 10
     assert list(tmp_path.rglob("*.array_record*"))
@@ -178,11 +187,11 @@ def test_another_prepared_dataset_trains_through_the_same_path(prepared, tmp_pat
     assert len(open_source("squares:1.2.3", directory=prepared)) == 40
 
 
-def test_pixels_go_from_minus_one_to_one(prepared):
+def test_rows_are_as_they_are_stored(prepared):
     x, y = open_source("squares", directory=prepared).read([0, 1])
-    levels = np.rint((x + 1) * 127.5)
-    assert set(np.unique(levels)) <= set(range(0, 240, 6))
-    np.testing.assert_array_equal(levels[:, 0, 0, 0] // 6 % 3, y)
+    assert x.dtype == np.uint8
+    assert set(np.unique(x)) <= set(range(0, 240, 6))
+    np.testing.assert_array_equal(x[:, 0, 0, 0] // 6 % 3, y)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +237,99 @@ def test_a_network_for_other_images_is_refused(prepared, tmp_path, fields, named
 
 
 def test_a_network_without_labels_takes_any_labels(prepared):
-    from dmf import build
-
     source = build.source(tiny.config({"model.num_classes": 0}))
     assert source.read([0, 1, 2])[1].tolist() == [0, 0, 0]
+
+
+def global_batches(hosts: int, port: int) -> dict[int, list[list[int]]]:
+    """Rows of the first batches of the digits by step, put together from what each of several
+    processes holds."""
+    code = (
+        "import jax, json, sys\n"
+        "host, hosts, port = map(int, sys.argv[1:])\n"
+        "jax.distributed.initialize(f'localhost:{port}', hosts, host)\n"
+        "from dmf.data.pipeline import Pipeline\n"
+        "from dmf.data.sources import open_source\n"
+        "from dmf.sharding import batch_sharding, make_mesh\n"
+        "pipeline = Pipeline(source=open_source('digits'), batch_size=16, seed=2)\n"
+        "assert jax.device_count() == 8\n"
+        "for step in (0, 1, 113):\n"
+        "    batch = pipeline.batch(step, batch_sharding(make_mesh(4, 2, 1)))\n"
+        "    for x, y in zip(batch.x.addressable_shards, batch.y.addressable_shards):\n"
+        "        start = y.index[0].indices(16)[0]\n"
+        "        for i, (row, label) in enumerate(zip(x.data, y.data)):\n"
+        "            print(json.dumps([step, start + i, int(label), row.ravel().tolist()]))\n"
+    )
+    processes = [
+        subprocess.Popen(
+            [*tiny.command(code=code), *map(str, (host, hosts, port))],
+            env=tiny.environment()
+            | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // hosts}"},
+            stdout=subprocess.PIPE, text=True,
+        )
+        for host in range(hosts)
+    ]  # fmt: skip
+    found: dict[int, dict[int, list[int]]] = {}
+    for process in processes:
+        printed, _ = process.communicate(timeout=240)
+        assert process.returncode == 0
+        for line in printed.splitlines():
+            step, place, label, pixels = json.loads(line)
+            assert found.setdefault(step, {}).setdefault(place, [label, *pixels]) == [
+                label, *pixels
+            ]
+    return {step: [rows[i] for i in range(16)] for step, rows in found.items()}
+
+
+def test_hosts_read_the_parts_of_one_stream():
+    """Order and content of a global batch are those of one host."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    alone = Pipeline(source=open_source("digits"), batch_size=16, seed=2)
+    expected = {}
+    for step in (0, 1, 113):
+        batch = alone.batch(step, batch_sharding(one_device()))
+        expected[step] = np.column_stack([batch.y, batch.x.reshape(16, -1)]).tolist()
+    assert global_batches(2, port) == expected
+    assert global_batches(4, port + 1) == expected
+
+
+def test_a_subset_and_a_mixture():
+    config = tiny.config({"data.classes": (3, 7)})
+    source = build.source(config)
+    assert set(source.labels()) == {3, 7}
+    x, y = source.read([0, 5, 2])
+    whole, labels = open_source("digits").read(range(1797))
+    for row, label in zip(x, y, strict=True):
+        assert label in (3, 7)
+        assert any(np.array_equal(row, whole[i]) for i in np.flatnonzero(labels == label))
+    config.data.mixture = {"ones": {"name": "digits", "split": "train[:50%]", "weight": 3.0}}
+    source = build.source(config)
+    first, second = source.lengths
+    assert len(source) == first + second
+    pipeline = Pipeline(source=source, batch_size=400, weights=build.weights(config))
+    assert pipeline.weights == (1.0, 3.0)
+    drawn = [int(pipeline.index(i)) for i in range(400)]
+    assert sum(i >= first for i in drawn) == pytest.approx(300, abs=3)
+    read, _ = source.read(drawn[:20])
+    np.testing.assert_array_equal(
+        read, np.asarray(pipeline.batch(0, batch_sharding(one_device())).x)[:20]
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"data.classes": (3, 10)}, "data.classes=\\(3, 10\\): digits has the labels 0 to 9"),
+        ({"data.weight": 0.0}, "data.weight=0.0: give a positive number"),
+        ({"data.mixture": {"more": {"name": "digits", "colour": 1}}}, "data.mixture.more.colour"),
+    ],
+)
+def test_a_subset_or_mixture_that_cannot_be(fields, named):
+    config = tiny.config()
+    for name, value in fields.items():
+        config.data[name.removeprefix("data.")] = value
+    with pytest.raises(InputError, match=named):
+        build.source(config)
+        build.weights(config)

@@ -10,14 +10,15 @@ PACKAGE = tiny.ROOT / "dmf"
 # From the bottom up. Modules of one group may import each other, two groups of a layer may not.
 LAYERS = (
     ({"typing", "sharding", "defaults"},),
-    ({"flow", "times"}, {"kernels"}, {"logs"}),
+    ({"flow", "times"}, {"scaling"}, {"kernels"}, {"logs"}),
     ({"objectives", "guidance", "weighting", "samplers"}, {"models", "encoders"}),
     ({"data"}, {"convert"}, {"metrics"}, {"images"}),
     ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}),
     ({"components"},),
     ({"loading"},),
     ({"build"},),
-    ({"evaluation"},),
+    ({"evaluation"}, {"shards"}),
+    ({"preparation"},),
     ({"stablehlo"},),
     ({"exports"},),
     ({"training"},),

@@ -146,7 +146,7 @@ LAYOUTS = {
     "expanded": ((2, 3), (0, 1), 3, [[3, 4, 5], [3, 4, 5]]),
     "diagonal": ((2,), (4,), 1, [1, 5]),
     "one value": ((), (), 5, 5),
-    "one by one": ((1, 1), (2**60, 9), 2, [[2]]),
+    "one by one": ((1, 1), (2**62, 9), 2, [[2]]),
     "none": ((2, 0), (1, 1), 6, np.zeros((2, 0))),
 }
 over_layouts = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -238,6 +238,13 @@ def test_values_stay_in_the_file_until_they_are_read(write, path):
     assert_refused(path, "cut short", lambda _: np.asarray(found))
     path.unlink()
     assert_refused(path, "No such file", lambda _: np.asarray(found))
+
+
+def test_damage_is_seen_also_where_a_tensor_does_not_reach(path):
+    data = write_zip(path, tensor((2,), (1,))).read_bytes()
+    np.testing.assert_array_equal(np.asarray(read(path)), [0, 1])
+    path.write_bytes(data.replace(SIX, SIX[:-1] + b"x"))
+    assert_refused(path, "storage '0' is damaged", lambda _: np.asarray(read(path)))
 
 
 def test_large_storage_is_neither_read_nor_believed(path):
@@ -412,6 +419,35 @@ def test_entries_that_are_compressed_twice_or_overlapping_are_refused(path, tmp_
     assert_refused(path, "overlap")
 
 
+@pytest.mark.parametrize(
+    ("offset", "message"),
+    [(5, "not where"), (2**32, "outside of it"), (2**64 - 1, "outside of it")],
+)
+def test_entries_that_are_elsewhere_are_refused(offset, message, path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02N.")
+        archive.filelist[0].header_offset = offset
+    assert_refused(path, message)
+
+
+def test_pickle_that_is_too_long_is_not_read(path, monkeypatch):
+    monkeypatch.setattr(pytorch_files, "LONGEST", 10)
+    assert_refused(write_zip(path, code("a" * 10)), "has more than 10 bytes")
+
+
+def test_encrypted_entries_are_refused(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02N.")
+        archive.filelist[0].flag_bits |= 1
+    assert_refused(path, "is encrypted")
+
+
+def test_damaged_pickle_is_refused_before_it_is_read(path):
+    data = write_zip(path, code({"name": "weight"})).read_bytes()
+    path.write_bytes(data.replace(b"weight", b"height"))
+    assert_refused(path, "'any name/data.pkl' is cut short or damaged")
+
+
 def test_names_are_paths(path):
     value = b"}" + b"".join(
         code(key) + part + b"s"
@@ -477,6 +513,7 @@ def test_state_dict_that_is_meant(structure, key, expected):
     [
         (FOUR, "teacher", "no state dict under teacher: .* 'steps', 'opt', 'model', 'ema'; give"),
         (FOUR, "steps", "no state dict under steps: "),
+        (FOUR | stored(4), "teacher", "no state dict under teacher: "),
         ({"net": stored(1)}, "", "under ema, model_ema, model, state_dict: .* keys 'net'; give"),
         ({}, "", "keys none;"),
         ([stored(1)], "", "holds a list"),

@@ -8,26 +8,17 @@ therefore its step, whatever the number of devices or processes.
 import collections
 import concurrent.futures
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterator
 
 import grain
 import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from dmf.data.sources import Source
 from dmf.typing import Batch
 
 AHEAD = 2
-
-
-@runtime_checkable
-class Source(Protocol):
-    """Random-access rows, read several at a time."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,17 +26,25 @@ class Pipeline:
     """Endless shuffled batches of a source.
 
     Attributes:
-      source: `len` and `read(indices)`, giving x [n, h, w, c] float32 and y [n] int32.
+      source: of rows.
       batch_size: rows of a global batch.
       seed: of the shuffle.
+      weights: of the parts of a `JoinedSource`, how often each is drawn from; none for another.
     """
 
     source: Source
     batch_size: int
     seed: int = 0
+    weights: tuple[float, ...] = ()
 
     def __post_init__(self):
-        order = grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+        lengths = self.source.lengths if self.weights else (len(self.source),)
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        orders = [
+            grain.MapDataset.range(start, start + length).seed(self.seed + i).shuffle().repeat()
+            for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        ]
+        order = grain.MapDataset.mix(orders, self.weights) if self.weights else orders[0]
         object.__setattr__(self, "_order", order)
 
     def position(self, step: int) -> dict[str, int]:
@@ -88,6 +87,10 @@ class Pipeline:
                 step += 1
                 yield ready
 
+    def index(self, place: int) -> int:
+        """Which row of the source stands at a place of the endless order."""
+        return int(self._order[place])
+
     def _read(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         first = step * self.batch_size
-        return self.source.read([int(self._order[first + i]) for i in range(start, stop)])
+        return self.source.read([self.index(first + i) for i in range(start, stop)])

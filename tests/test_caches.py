@@ -1,0 +1,573 @@
+"""Latents cached by others: every layout is the same rows, and what is wrong is named in a line."""
+
+import collections
+import concurrent.futures
+import json
+import os
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+from dmf.data import caches
+from dmf.data.caches import open_cache
+from dmf.data.sources import Source
+from dmf.typing import InputError
+
+COUNT, SIDE, CHANNELS, CLASSES = 12, 8, 3, 4
+LABELS = np.array([0, 3, 1, 2, 2, 0, 1, 3, 0, 1, 2, 3])
+SHUFFLED = [7, 0, 11, 3, 3, 5]
+RANDOM = np.random.default_rng(0)
+
+
+def made(count: int = COUNT, sides: int = 2, dtype=np.float32) -> np.ndarray:
+    """Moments [n, f, h, w, 2c] of which every value is another one; std is above 0."""
+    moments = RANDOM.normal(size=(count, sides, SIDE, SIDE, 2 * CHANNELS))
+    moments[..., CHANNELS:] = np.exp(moments[..., CHANNELS:])
+    return moments.astype(dtype)
+
+
+ROWS = made()
+
+
+def channels_first(values: np.ndarray) -> np.ndarray:
+    return np.moveaxis(values, -1, 0)
+
+
+def channels_last(values: np.ndarray) -> np.ndarray:
+    return values
+
+
+def edm2_name(i: int, folder_of: int = 5) -> str:
+    """As EDM2 counts, but two files a folder, so that there are several folders."""
+    number = 1000 * (i // folder_of) + i % folder_of
+    return f"{number:08d}"[:5] + f"/img-mean-std-{number:08d}.npy"
+
+
+def write_edm2(folder, rows=ROWS, labels=LABELS, names=None):
+    """EDM2's layout; the order of the list is not that of the names."""
+    names = names or [edm2_name(i) for i in range(len(rows))]
+    for name, row in zip(names, rows, strict=True):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(folder / name, channels_first(row[0]))
+    if labels is not None:
+        pairs = [[name, int(label)] for name, label in zip(names, labels, strict=True)]
+        write_list(folder, pairs[::-1])
+    return folder
+
+
+def write_list(folder, pairs) -> None:
+    (folder / "dataset.json").write_text(json.dumps({"labels": pairs}))
+
+
+def write_classes(folder, rows=ROWS, labels=LABELS, save=None, suffix="npy"):
+    """A folder a class, or all in one folder without labels."""
+    save = save or (lambda path, row, label: np.save(path, channels_first(row[0])))
+    for i, row in enumerate(rows):
+        place = folder if labels is None else folder / f"class {labels[i]}"
+        place.mkdir(parents=True, exist_ok=True)
+        save(place / f"{i:03d}.{suffix}", row, 0 if labels is None else labels[i])
+    return folder
+
+
+def npz(order=channels_first, *, halves=False, flip=False, label=False, save=np.savez):
+    """What writes a row as an .npz."""
+
+    def write(path, row, number):
+        arrays = {}
+        for side, end in list(zip(row, ("", "_flip"), strict=True))[: 1 + flip]:
+            mean, std = np.split(side, 2, axis=-1)
+            names = {"mean": mean, "std": std} if halves else {"moments": side}
+            arrays |= {name + end: order(values) for name, values in names.items()}
+        if label:
+            arrays["label"] = number
+        save(path, **arrays)
+
+    return write
+
+
+def npy(order, copy=np.ascontiguousarray):
+    return lambda path, row, label: np.save(path, copy(order(row[0])))
+
+
+def zipped(folder, target, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(target, "w", method) as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, path.relative_to(folder))
+    return target
+
+
+def assert_rows(cache, sides: int = 1, labels=LABELS, rows=ROWS, by_class: bool = False) -> None:
+    """That a cache holds the rows, read in any order."""
+    order = np.argsort(LABELS, kind="stable") if by_class else np.arange(len(rows))
+    rows = rows[order, :sides]
+    labels = np.zeros(len(rows), int) if labels is None else np.asarray(labels)[order]
+    assert len(cache) == len(rows)
+    assert (cache.sides, *cache.shape[1:]) == cache.shape == rows.shape[1:]
+    for indices in (range(len(rows)), SHUFFLED):
+        moments, y = cache.read(indices)
+        assert moments.dtype == rows.dtype
+        assert y.dtype == np.int32
+        np.testing.assert_array_equal(moments, rows[list(indices)])
+        np.testing.assert_array_equal(y, labels[list(indices)])
+    np.testing.assert_array_equal(cache.labels(), labels)
+    assert cache.labels().dtype == np.int64
+
+
+def refused(action, *named: str) -> str:
+    """The one line of what is refused, which names all of these."""
+    with pytest.raises(InputError) as error:
+        action()
+    line = str(error.value)
+    assert line.startswith("data.directory=")
+    assert "\n" not in line
+    assert all(part in line for part in named), line
+    return line
+
+
+# Layouts.
+
+
+@pytest.mark.parametrize("packed", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("base", ["", "vae-sd"])
+def test_the_layout_of_edm2_and_repa(tmp_path, base, packed):
+    write_edm2(tmp_path / "data" / base)
+    (tmp_path / "data/images/00000").mkdir(parents=True)
+    (tmp_path / "data/images/00000/img00000000.png").write_bytes(b"not looked at")
+    (tmp_path / "data/images/dataset.json").write_text("not looked at")
+    path = tmp_path / "data"
+    if packed is not None:
+        path = zipped(path, tmp_path / "data.zip", packed)
+    cache = open_cache(path)
+    assert_rows(cache)
+    assert cache.num_classes == CLASSES
+    assert cache.name == path.name
+    assert isinstance(cache, Source)
+
+
+@pytest.mark.parametrize("labels", ["null", "no list"])
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_edm2_without_labels(tmp_path, labels, as_zip):
+    folder = write_edm2(tmp_path / "data", labels=None)
+    if labels == "null":
+        write_list(folder, None)
+    cache = open_cache(zipped(folder, tmp_path / "data.zip") if as_zip else folder)
+    assert_rows(cache, labels=None)
+    assert cache.num_classes == 0
+
+
+def test_edm2_puts_channels_first_even_where_the_sizes_do_not_tell(tmp_path):
+    small = ROWS[:, :, :4, :4]
+    cache = open_cache(write_edm2(tmp_path / "data", small))
+    assert_rows(cache, rows=small)
+
+
+def test_names_with_backslashes(tmp_path):
+    folder = write_edm2(tmp_path / "data")
+    text = (folder / "dataset.json").read_text()
+    (folder / "dataset.json").write_text(text.replace("/", "\\\\"))
+    assert_rows(open_cache(folder))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize("order", [channels_first, channels_last])
+@pytest.mark.parametrize(
+    ("suffix", "sides", "save"),
+    [
+        ("npy", 1, npy),
+        ("npy", 1, lambda order: npy(order, np.asfortranarray)),
+        ("npz", 1, npz),
+        ("npz", 2, lambda order: npz(order, flip=True)),
+        ("npz", 1, lambda order: npz(order, halves=True)),
+        ("npz", 2, lambda order: npz(order, halves=True, flip=True)),
+        ("npz", 2, lambda order: npz(order, halves=True, flip=True, save=np.savez_compressed)),
+    ],
+    ids=["npy", "fortran", "moments", "moments_flip", "halves", "halves_flip", "compressed"],
+)
+def test_a_file_a_row(tmp_path, flat, as_zip, order, suffix, sides, save):
+    labels = None if flat else LABELS
+    folder = write_classes(tmp_path / "data", labels=labels, save=save(order), suffix=suffix)
+    (folder / "README.md").write_text("not looked at")
+    (folder / ".cache").mkdir()
+    (folder / ".cache/._000.npy").write_bytes(b"not looked at")
+    cache = open_cache(zipped(folder, tmp_path / "data.zip") if as_zip else folder)
+    assert_rows(cache, sides, labels, by_class=not flat)
+    assert cache.num_classes == (0 if flat else CLASSES)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", ">f2", ">f4"])
+def test_values_stay_as_they_are_stored(tmp_path, dtype):
+    rows = ROWS.astype(dtype)
+    cache = open_cache(write_classes(tmp_path / "data", rows, labels=None))
+    assert cache.read([0])[0].dtype.isnative
+    assert_rows(cache, labels=None, rows=rows.astype(np.dtype(dtype).newbyteorder("=")))
+
+
+def test_labels_beside_the_moments(tmp_path):
+    """Are found by reading all files, but only where somebody asks for all."""
+    save = npz(label=True)
+    folder = write_classes(
+        tmp_path / "data", labels=None, suffix="npz",
+        save=lambda path, row, _: save(path, row, [LABELS[int(path.stem)]]),
+    )  # fmt: skip
+    assert_rows(open_cache(folder))
+    assert open_cache(folder).num_classes == CLASSES
+    assert open_cache(folder, num_classes=10).num_classes == 10
+
+
+def test_folders_and_labels_in_files_must_agree(tmp_path):
+    good = write_classes(tmp_path / "good", save=npz(label=True), suffix="npz")
+    assert_rows(open_cache(good), by_class=True)
+    save = npz(label=True)
+    bad = write_classes(
+        tmp_path / "bad", suffix="npz", save=lambda path, row, label: save(path, row, label + 1)
+    )
+    cache = open_cache(bad)
+    refused(lambda: cache.read([0]), "'class 0/000.npz'", "the label 1", "says 0")
+
+
+def test_a_number_of_classes_may_be_given(tmp_path):
+    folder = write_edm2(tmp_path / "data")
+    assert open_cache(folder, num_classes=1000).num_classes == 1000
+    unlabelled = open_cache(folder, num_classes=0)
+    assert unlabelled.num_classes == 0
+    assert_rows(unlabelled, labels=None)
+
+
+# Reading.
+
+
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_several_threads_read_at_once(tmp_path, as_zip):
+    folder = write_edm2(tmp_path / "data")
+    cache = open_cache(zipped(folder, tmp_path / "data.zip") if as_zip else folder)
+    wanted = [RANDOM.integers(0, COUNT, 9).tolist() for _ in range(300)]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        for indices, (moments, y) in zip(wanted, pool.map(cache.read, wanted), strict=True):
+            np.testing.assert_array_equal(moments, ROWS[indices, :1])
+            np.testing.assert_array_equal(y, LABELS[indices])
+
+
+def test_no_file_stays_open(tmp_path):
+    folder = write_edm2(tmp_path / "data")
+    before = len(os.listdir("/proc/self/fd"))
+    caches_ = [open_cache(folder), open_cache(zipped(folder, tmp_path / "data.zip"))]
+    for cache in caches_:
+        cache.read(range(COUNT))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("packed", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_opening_reads_a_few_headers(tmp_path, monkeypatch, packed):
+    """What is no header may be cut off, and most files may be empty."""
+    rows = np.repeat(ROWS, 10, axis=0)
+    folder = write_edm2(tmp_path / "data", rows, labels=np.repeat(LABELS, 10))
+    read = collections.Counter()
+
+    def counting(of):
+        def wrapped(self, name, size=-1):
+            data = of(self, name, size)
+            read[name] += len(data)
+            return data
+
+        return wrapped
+
+    for place in (caches._Folder, caches._Archive):
+        monkeypatch.setattr(place, "read", counting(place.read))
+    open_cache(zipped(folder, tmp_path / "whole.zip", packed) if packed is not None else folder)
+    del read["dataset.json"]
+    assert 2 <= len(read) <= caches.LOOKED_INTO
+    assert max(read.values()) == 10 + 128
+    for path in folder.rglob("*.npy"):
+        name = str(path.relative_to(folder))
+        path.write_bytes(path.read_bytes()[:128] if name in read else b"")
+    cut = zipped(folder, tmp_path / "cut.zip", packed) if packed is not None else folder
+    cache = open_cache(cut)
+    assert len(cache) == len(rows)
+    refused(lambda: cache.read([0]), edm2_name(0), "damaged")
+    refused(lambda: cache.read([1]), edm2_name(1), "damaged")
+
+
+# What is refused when opening.
+
+
+def broken(tmp_path, **changes):
+    return write_edm2(tmp_path / "data", **changes)
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.zip").write_text("no archive")
+    refused(lambda: open_cache(""), "data.directory=:", "give the folder")
+    refused(lambda: open_cache(tmp_path / "nowhere"), f"{tmp_path}/nowhere: ", "give the folder")
+    refused(lambda: open_cache(tmp_path / "empty"), "no .npy or .npz", "give the folder")
+    refused(lambda: open_cache(tmp_path / "text.zip"), "no .zip", "BadZipFile")
+    refused(lambda: open_cache("gs://bucket/latents"), "local disk")
+
+
+def test_an_empty_class_folder(tmp_path):
+    folder = write_classes(tmp_path / "data")
+    (folder / "class 2 of none").mkdir()
+    (folder / "class 2 of none/notes.txt").write_text("no row")
+    refused(lambda: open_cache(folder), "'class 2 of none'", "fill")
+    refused(lambda: open_cache(zipped(folder, tmp_path / "data.zip")), "'class 2 of none'")
+
+
+@pytest.mark.parametrize("label", [-1, 2.5, "dog", None, True, [0, 1], 2**31, 1e400, float("nan")])
+def test_labels_that_are_none(tmp_path, label):
+    folder = broken(tmp_path)
+    pairs = [[edm2_name(i), 0] for i in range(COUNT)]
+    pairs[4][1] = label
+    write_list(folder, pairs)
+    refused(lambda: open_cache(folder), repr(edm2_name(4)), f"label {label} ", "whole number")
+
+
+@pytest.mark.parametrize("write", [write_edm2, write_classes])
+def test_labels_above_the_number_of_classes(tmp_path, write):
+    folder = write(tmp_path / "data")
+    name = edm2_name(1) if write is write_edm2 else "class 3/001.npy"
+    assert open_cache(folder, num_classes=4).num_classes == 4
+    refused(lambda: open_cache(folder, num_classes=3), repr(name), "label 3", "from 0 to 2")
+
+
+@pytest.mark.parametrize("label", [-1, 4, 1.5, [1, 2]])
+def test_labels_beside_the_moments_that_are_none(tmp_path, label):
+    save = npz(label=True)
+    folder = write_classes(
+        tmp_path / "data", labels=None, suffix="npz",
+        save=lambda path, row, _: save(path, row, label if path.stem == "003" else 0),
+    )  # fmt: skip
+    cache = open_cache(folder, num_classes=4)
+    cache.read([0, 1, 2, 4])
+    refused(lambda: cache.read([2, 3]), "'003.npz'", f"label {label} ")
+    refused(cache.labels, "'003.npz'", f"label {label} ")
+    assert open_cache(folder, num_classes=0).read([3])[1] == 0
+
+
+@pytest.mark.parametrize("base", ["", "vae-sd/"])
+def test_files_and_list_that_do_not_agree(tmp_path, base):
+    folder = write_edm2(tmp_path / "data" / base)
+    top = tmp_path / "data"
+    (folder / edm2_name(3)).rename(tmp_path / "aside")
+    refused(lambda: open_cache(top), f"{base + edm2_name(3)!r} is in dataset.json, but not there")
+    (tmp_path / "aside").rename(folder / edm2_name(3))
+    np.save(folder / "00000/extra.npy", channels_first(ROWS[0, 0]))
+    refused(lambda: open_cache(top), f"'{base}00000/extra.npy' is there, but not in dataset.json")
+    refused(lambda: open_cache(zipped(top, tmp_path / "data.zip")), f"'{base}00000/extra.npy'")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"labels": 3}', '{"labels": [["a"]]}', '{"labels": {"a": 1}}', "[" * 100000,
+     '{"labels": [[1, 2]]}', '{"labels": [3]}'],
+)  # fmt: skip
+def test_a_list_that_is_none(tmp_path, text):
+    folder = broken(tmp_path)
+    (folder / "dataset.json").write_text(text)
+    refused(lambda: open_cache(folder), "'dataset.json' is not", '{"labels": [[')
+
+
+def test_a_list_that_names_a_file_twice(tmp_path):
+    folder = broken(tmp_path)
+    write_list(folder, [[edm2_name(i), 0] for i in [*range(COUNT), 2]])
+    refused(lambda: open_cache(folder), "twice")
+
+
+def test_a_list_above_the_folder_given(tmp_path):
+    """Or below it: its labels must not be lost in silence."""
+    write_edm2(tmp_path / "around/data")
+    refused(lambda: open_cache(tmp_path / "around"), "'data/dataset.json'", "give its folder")
+
+
+def test_folders_in_folders(tmp_path):
+    """Such as train and val, which are no classes."""
+    write_classes(tmp_path / "data/train")
+    write_classes(tmp_path / "data/val")
+    refused(lambda: open_cache(tmp_path / "data"), "'train/class 0/000.npy'", "folder of its class")
+
+
+def test_rows_beside_class_folders(tmp_path):
+    folder = write_classes(tmp_path / "data")
+    np.save(folder / "loose.npy", channels_first(ROWS[0, 0]))
+    refused(lambda: open_cache(folder), "'loose.npy'", "folder of its class")
+
+
+def test_npy_beside_npz(tmp_path):
+    folder = write_classes(tmp_path / "data", labels=None)
+    npz()(folder / "005.npz", ROWS[0], 0)
+    refused(lambda: open_cache(folder), "'005.npz' is beside '000.npy'")
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        (np.ones((8, 8, 8), "f"), "channels is not clear"),
+        (np.ones((8, 3, 8), "f"), "channels is not clear"),
+        (np.ones((3, 8, 8), "f"), "channels is not clear"),
+        (np.ones((4, 4, 8), "f"), "channels is not clear"),
+        (np.ones((8, 4, 8), "f"), "channels is not clear"),
+        (np.ones((0, 8, 8), "f"), "channels is not clear"),
+        (np.ones((1, 4, 8, 8), "f"), "[2c, h, w]"),
+        (np.ones((8, 8), "f"), "[2c, h, w]"),
+        (np.ones((4, 8, 8)), "float64"),
+        (np.ones((4, 8, 8), np.int32), "int32"),
+        (np.ones((4, 8, 8), bool), "bool"),
+    ],
+)
+def test_arrays_that_are_no_rows(tmp_path, values, named):
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/a.npy", values)
+    np.save(tmp_path / "data/b.npy", values)
+    refused(lambda: open_cache(tmp_path / "data"), "'a.npy'", named)
+
+
+@pytest.mark.parametrize("names", ["mean", "std", "mean std mean_flip", "moments_flip", "latents"])
+def test_an_npz_that_lacks_arrays(tmp_path, names):
+    (tmp_path / "data").mkdir()
+    arrays = dict.fromkeys(names.split(), np.ones((4, 8, 8), "f"))
+    np.savez(tmp_path / "data/a.npz", **arrays)
+    refused(lambda: open_cache(tmp_path / "data"), "'a.npz'", "moments+moments_flip", "mean+std")
+
+
+def test_an_npz_with_halves_of_two_shapes(tmp_path):
+    (tmp_path / "data").mkdir()
+    arrays = {"mean": np.ones((2, 8, 8), "f"), "std": np.ones((4, 8, 8), "f")}
+    np.savez(tmp_path / "data/a.npz", **arrays)
+    refused(lambda: open_cache(tmp_path / "data"), "'a.npz'", "(2, 8, 8)", "(4, 8, 8)")
+
+
+def test_nothing_is_unpickled(tmp_path):
+    """Neither rows nor labels."""
+    (tmp_path / "data").mkdir()
+    ran = []
+    Bomb = type("Bomb", (), {"__reduce__": lambda self: (ran.append, (1,))})
+    objects = np.array([[[Bomb()]]], object)
+    with open(tmp_path / "data/a.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "|O", "fortran_order": False, "shape": (4, 8, 8)}
+        )
+        file.write(bytes(4 * 8 * 8 * 8))
+    refused(lambda: open_cache(tmp_path / "data"), "'a.npy'", "object")
+    (tmp_path / "data/a.npy").unlink()
+    moments = channels_first(ROWS[0, 0])
+    np.savez(tmp_path / "data/a.npz", moments=moments, label=np.array(None, object))
+    cache = open_cache(tmp_path / "data", num_classes=3)
+    refused(lambda: cache.read([0]), "'a.npz'", "object")
+    assert objects.size == 1 and not ran
+
+
+# What is refused when reading.
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize(
+    ("row", "named"),
+    [
+        (made(1)[0, :, :4, :4], ["(6, 4, 4)", "(6, 8, 8)", "mixed resolutions"]),
+        (made(1)[0].astype(np.float16), ["float16", "float32"]),
+    ],
+)
+def test_rows_of_another_shape_or_dtype(tmp_path, suffix, row, named, monkeypatch):
+    save = npz() if suffix == "npz" else npy(channels_first)
+    folder = write_classes(tmp_path / "data", labels=None, save=save, suffix=suffix)
+    save(folder / f"007.{suffix}", row, 0)
+    monkeypatch.setattr(caches, "LOOKED_INTO", 3)
+    cache = open_cache(folder)
+    cache.read([6, 8])
+    refused(lambda: cache.read([6, 7]), f"'007.{suffix}'", f"'000.{suffix}'", *named)
+    monkeypatch.setattr(caches, "LOOKED_INTO", COUNT)
+    refused(lambda: open_cache(folder), f"'007.{suffix}'", *named)
+
+
+@pytest.mark.parametrize(
+    "other", [npz(flip=True), npz(label=True), npz(halves=True)], ids=["flip", "label", "halves"]
+)
+def test_rows_with_other_arrays(tmp_path, other, monkeypatch):
+    folder = write_classes(tmp_path / "data", labels=None, save=npz(), suffix="npz")
+    other(folder / "007.npz", ROWS[0], 0)
+    monkeypatch.setattr(caches, "LOOKED_INTO", 1)
+    cache = open_cache(folder)
+    refused(lambda: cache.read([7]), "'007.npz'", "'000.npz'", "moments")
+
+
+@pytest.mark.parametrize(
+    ("channel", "value", "named"),
+    [(0, np.nan, "finite"), (1, np.inf, "finite"), (CHANNELS, np.nan, "finite"),
+     (-1, np.inf, "finite"), (CHANNELS, 0.0, "but 0:"), (-1, -7.5, "but -7.5:")],
+)  # fmt: skip
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("halves", [False, True])
+def test_values_that_are_no_moments(tmp_path, channel, value, named, side, halves):
+    rows = ROWS.copy()
+    rows[7, side, 3, 2, channel] = value
+    save = npz(halves=halves, flip=True)
+    cache = open_cache(write_classes(tmp_path / "data", rows, None, save, "npz"))
+    cache.read([6, 8])
+    refused(lambda: cache.read([6, 7, 8]), "'007.npz'", named)
+
+
+def test_means_may_be_anything_finite(tmp_path):
+    rows = ROWS.copy()
+    rows[7, 0, ..., 0] = -3e38
+    rows[7, 0, ..., 1] = 0
+    assert_rows(open_cache(write_classes(tmp_path / "data", rows, None)), labels=None, rows=rows)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "npz"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:5],
+        lambda data: data[:100],
+        lambda data: data[:-1],
+        lambda data: data[:200] + data[201:],
+        lambda data: data[:200] + b"more" + data[200:],
+        lambda data: data.replace(b"NUMPY", b"NUMPI"),
+        lambda data: data.replace(b"{'descr'", b"{({[!''\""),
+        lambda data: data.replace(b"(6, 8, 8)", b"(6,-8,-8)"),
+    ],
+    ids=["empty", "5", "100", "end", "less", "more", "magic", "header", "negative"],
+)
+def test_damaged_files(tmp_path, suffix, damage):
+    save = npz() if suffix == "npz" else npy(channels_first)
+    folder = write_classes(tmp_path / "data", labels=None, save=save, suffix=suffix)
+    cache = open_cache(folder)
+    path = folder / f"007.{suffix}"
+    path.write_bytes(damage(path.read_bytes()))
+    refused(lambda: cache.read([7]), f"'007.{suffix}'")
+
+
+@pytest.mark.parametrize("header", [b"", b"\x93NUMPY\1\0", b"(6, 8, 8)", b"(-6, 8, 8)"])
+def test_a_header_that_is_none(tmp_path, header):
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data/a.npy", channels_first(ROWS[0, 0]))
+    data = (tmp_path / "data/a.npy").read_bytes()
+    # Of the same length: the shape's place is before blanks.
+    changed = data.replace(b"(6, 8, 8), }  ", b"(-6, 8, 8), } ") if b"-6" in header else header
+    (tmp_path / "data/a.npy").write_bytes(changed)
+    refused(lambda: open_cache(tmp_path / "data"), "'a.npy'")
+
+
+def test_a_file_that_is_gone(tmp_path):
+    folder = write_edm2(tmp_path / "data")
+    cache = open_cache(folder)
+    (folder / edm2_name(5)).unlink()
+    refused(lambda: cache.read([5]), repr(edm2_name(5)), "No such file", "restore")
+
+
+def test_an_archive_that_is_cut_short_or_changed(tmp_path):
+    path = zipped(write_edm2(tmp_path / "data"), tmp_path / "data.zip", zipfile.ZIP_DEFLATED)
+    cache = open_cache(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    refused(lambda: cache.read(range(COUNT)), "img-mean-std", "damaged in the archive")
+    path.write_bytes(re.sub(rb"[^P]", b"\xff", data))
+    refused(lambda: cache.read([0]), edm2_name(0), "damaged in the archive")
+
+
+def test_an_archive_packed_in_another_way(tmp_path):
+    path = zipped(write_edm2(tmp_path / "data"), tmp_path / "data.zip", zipfile.ZIP_LZMA)
+    refused(lambda: open_cache(path), "img-mean-std", "zip -0")
