@@ -40,6 +40,7 @@ setup(
         "jax>=0.10",
         "jaxtyping>=0.3",
         "ml-collections>=1.0",
+        "ml-dtypes>=0.5",
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.11.30",

@@ -52,8 +52,8 @@ def disk_errors(path: epath.Path) -> Iterator[None]:
         if full or any(
             word in text for word in ("No space left", "RESOURCE_EXHAUSTED", "File too large")
         ):
-            raise RunError(f"no space left to write {path}: earlier checkpoints are whole; free "
-                           "some space and run the same command again") from error
+            raise RunError(f"no space left to write {path}: what was finished before is whole; "
+                           "free some space and run the same command again") from error
         if isinstance(error, OSError):
             raise RunError(f"cannot write {path}: {text}") from error
         raise

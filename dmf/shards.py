@@ -23,7 +23,7 @@ from dmf.data.crop import center_crop
 from dmf.data.image_files import UnreadableImage
 from dmf.encoders.autoencoder import Autoencoder
 from dmf.sharding import batch_sharding, make_mesh, replicated
-from dmf.typing import InputError, Params
+from dmf.typing import InputError, Params, RunError
 
 SPLIT = "train"
 RECORDS = "array_record"
@@ -233,6 +233,10 @@ class ShardWriter:
                 raise InputError(f"source: {error}; --unreadable=skip leaves such images "
                                  "out") from None
             return Crop(index, None, str(error))
+        except OSError as error:
+            name = self._source.names[index]
+            raise RunError(f"source: {name} is not there any more ({error}); run the same command "
+                           "again when it is") from error
 
     def _record(self, crop: Crop, row: np.ndarray) -> bytes:
         preparation, source = self._preparation, self._source

@@ -256,6 +256,7 @@ def _loop(
             ready = count if saving or count == total else count - 1
             if saving or _due(ready, run.log_every, total):
                 for at, means in watch.read(ready):
+                    means["epoch"] = at * batch_size / len(built.pipeline.source)
                     _report(writer, clock, at, total, batch_size, means)
             if saving:
                 checkpoints.save(count, state, built.pipeline.position(count))

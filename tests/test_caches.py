@@ -136,6 +136,8 @@ def test_the_layout_of_edm2_and_repa(tmp_path, base, packed):
     (tmp_path / "data/images/00000").mkdir(parents=True)
     (tmp_path / "data/images/00000/img00000000.png").write_bytes(b"not looked at")
     (tmp_path / "data/images/dataset.json").write_text("not looked at")
+    if base:
+        (tmp_path / "data/features.npy").write_bytes(b"not looked at")
     path = tmp_path / "data"
     if packed is not None:
         path = zipped(path, tmp_path / "data.zip", packed)
@@ -438,24 +440,28 @@ def test_an_npz_with_halves_of_two_shapes(tmp_path):
     refused(lambda: open_cache(tmp_path / "data"), "'a.npz'", "(2, 8, 8)", "(4, 8, 8)")
 
 
-def test_nothing_is_unpickled(tmp_path):
-    """Neither rows nor labels."""
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "label"])
+def test_nothing_is_unpickled(tmp_path, name):
+    objects = np.full((4, 8, 8), Bomb(tmp_path / "unpickled"), object)
     (tmp_path / "data").mkdir()
-    ran = []
-    Bomb = type("Bomb", (), {"__reduce__": lambda self: (ran.append, (1,))})
-    objects = np.array([[[Bomb()]]], object)
-    with open(tmp_path / "data/a.npy", "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "|O", "fortran_order": False, "shape": (4, 8, 8)}
-        )
-        file.write(bytes(4 * 8 * 8 * 8))
-    refused(lambda: open_cache(tmp_path / "data"), "'a.npy'", "object")
-    (tmp_path / "data/a.npy").unlink()
-    moments = channels_first(ROWS[0, 0])
-    np.savez(tmp_path / "data/a.npz", moments=moments, label=np.array(None, object))
-    cache = open_cache(tmp_path / "data", num_classes=3)
-    refused(lambda: cache.read([0]), "'a.npz'", "object")
-    assert objects.size == 1 and not ran
+    if name == "label":
+        np.savez(tmp_path / "data/a.npz", moments=channels_first(ROWS[0, 0]), label=objects[0, 0])
+        refused(open_cache(tmp_path / "data").labels, "'a.npz'", "object")
+    else:
+        save = np.save if name == "a.npy" else np.savez
+        save(tmp_path / "data" / name, **{"arr" if save is np.save else "moments": objects})
+        refused(lambda: open_cache(tmp_path / "data"), repr(name), "object")
+    assert not (tmp_path / "unpickled").exists()
 
 
 # What is refused when reading.
@@ -571,3 +577,11 @@ def test_an_archive_that_is_cut_short_or_changed(tmp_path):
 def test_an_archive_packed_in_another_way(tmp_path):
     path = zipped(write_edm2(tmp_path / "data"), tmp_path / "data.zip", zipfile.ZIP_LZMA)
     refused(lambda: open_cache(path), "img-mean-std", "zip -0")
+
+
+def test_an_encrypted_archive(tmp_path):
+    path = zipped(write_edm2(tmp_path / "data"), tmp_path / "data.zip")
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\1\2") + 8] |= 1
+    path.write_bytes(data)
+    refused(lambda: open_cache(path), "encrypted", "zip -0")

@@ -158,7 +158,7 @@ def test_a_full_disk_keeps_the_checkpoints_before(saved, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr(checkpoints._manager, "save", full)
-        with pytest.raises(RunError, match="no space left.*earlier checkpoints are whole"):
+        with pytest.raises(RunError, match="no space left.*what was finished before is whole"):
             checkpoints.save(7, state(7), {"step": 7})
     assert checkpoint.latest_step(saved) == 5
     same(restore_params(saved, abstract(PARAMS)), state(5).params)
