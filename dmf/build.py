@@ -79,7 +79,10 @@ def _part(
     if unknown:
         raise InputError(f"{field}.{min(unknown)}: a part of a mixture has name, split, directory "
                          "and weight")
-    rows = open_source(**{key: fields[key] for key in known & fields.keys()})
+    rows = open_source(
+        **{key: fields[key] for key in known & fields.keys()},
+        num_classes=model.num_classes or None,
+    )
     if sample_shape(rows.shape) != model.sample_shape:
         raise InputError(f"{field}.name={fields['name']}: its images have shape "
                          f"{sample_shape(rows.shape)}, but config.model takes "

@@ -215,7 +215,9 @@ class Unlabelled:
         return np.zeros(len(self), np.int64)
 
 
-def open_source(name: str, *, split: str = "train", directory: str = "") -> Source:
+def open_source(
+    name: str, *, split: str = "train", directory: str = "", num_classes: int | None = None
+) -> Source:
     """Opens a split of a prepared dataset.
 
     Args:
@@ -224,13 +226,14 @@ def open_source(name: str, *, split: str = "train", directory: str = "") -> Sour
       split: a TFDS split, slices such as "train[:90%]" included.
       directory: a dataset (what `dmf prepare` wrote, say), or where TFDS keeps its datasets, its
         default if empty.
+      num_classes: of a cache, whose labels need not reach the last class.
 
     Raises:
       InputError: the dataset, its split or its features are not there, or its records cannot be
         read without TensorFlow; the message says what to do.
     """
     if name == CACHE:
-        return open_cache(directory)
+        return open_cache(directory, num_classes=num_classes)
     builder = tfds_builder(name, directory or DEFAULT_DIRECTORY)
     features = builder.info.features
     feature = next((f for f in ("moments", "image") if f in features), None)
