@@ -1,9 +1,14 @@
-"""What the ImageNet recipes share: latents of a 32 or 64 side, batch 256, Adam 1e-4, bfloat16."""
+"""What the ImageNet recipes share: latents of a 32 or 64 side, batch 256, Adam 1e-4, bfloat16.
+
+`--config.data.directory=DIR` names the dataset that `dmf prepare` wrote, and
+`--config.latents.autoencoder=DIR` the decoder that pictures are made with.
+"""
 
 from ml_collections import ConfigDict
 
 from configs import default
 from dmf.models.dit import SIZES
+from dmf.scaling import STABLE_DIFFUSION_SCALE
 
 STEPS_PER_EPOCH = 5005  # 1,281,167 images, 256 at a time
 
@@ -24,6 +29,7 @@ def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDic
     config.model.dtype = "bfloat16"
     config.model.remat = "dots"
     config.data.update(name=f"imagenet_latents_{resolution}", batch_size=256)
+    config.latents.scale = STABLE_DIFFUSION_SCALE
     config.optimizer.learning_rate = 1e-4
     config.emas.main.decay = 0.9999
     config.run.update(

@@ -1,6 +1,6 @@
 """SiT-XL/2 at 256 as first published (arXiv:2401.08740): uniform times, flips, no alignment.
 
-    dmf train --config=configs/sit_xl2.py --workdir=runs/sit_xl2
+    dmf train --config=configs/sit_xl2.py --workdir=runs/sit_xl2 --config.data.directory=DIR
 
 Hardware: 7 M steps; the authors do not give theirs. Published: FID 2.06 at 250 SDE steps with
 guidance 1.5 (ADM protocol).
@@ -16,6 +16,7 @@ def get_config() -> ConfigDict:
     """The network at its published length."""
     config = imagenet("XL")
     config.objective = default.flow_matching(ConfigDict({"name": "uniform"}))
+    config.data.mirror = True
     config.run.steps = 7_000_000
     config.sampling.sampler = ConfigDict({"name": "sde"})
     config.sampling.steps = (250,)

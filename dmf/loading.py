@@ -15,7 +15,7 @@ from dmf.components import COMPONENTS, component, field_value, network
 from dmf.encoders.autoencoder import Autoencoder
 from dmf.encoders.latents import LatentSpace
 from dmf.models.dit import DiT
-from dmf.scaling import Scaling
+from dmf.scaling import STABLE_DIFFUSION_SCALE, Scaling
 from dmf.sharding import make_mesh, parameter_shardings
 from dmf.state import with_shardings
 from dmf.typing import FlowMap, InputError, Network, Params
@@ -25,7 +25,7 @@ ADDED = ("log_variance", "interval_embedding", "projector")
 _DROPPED = ("log_variance", "projector")
 # An export over latents may hold their autoencoder, in a directory of its own.
 AUTOENCODER = "autoencoder"
-STABLE_DIFFUSION_CHANNELS, STABLE_DIFFUSION_SCALE = 4, 0.18215
+STABLE_DIFFUSION_CHANNELS = 4
 
 
 def restore(

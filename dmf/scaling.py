@@ -8,6 +8,9 @@ from jaxtyping import Array, Float
 
 from dmf.typing import InputError
 
+# Of the latents of Stable Diffusion's autoencoder (arXiv:2112.10752).
+STABLE_DIFFUSION_SCALE = 0.18215
+
 Latents = Float[Array, "b h w c"]
 
 
@@ -16,7 +19,7 @@ class Scaling:
     """x = (latent - shift) * scale; or, channel by channel, x = (latent - mean) / std.
 
     Attributes:
-      scale: 0.18215 for Stable Diffusion's latents, which gives them about unit variance.
+      scale: as `STABLE_DIFFUSION_SCALE`, so that latents have about unit variance.
       shift: taken away before.
       mean, std: of each channel, in place of the two; both or neither.
     """

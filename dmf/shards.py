@@ -225,18 +225,20 @@ class ShardWriter:
                 yield waiting.popleft().result()
 
     def _crop(self, index: int) -> Crop:
+        name = self._source.names[index]
         try:
             image = self._source.image(index)
             return Crop(index, center_crop(image, self._preparation.resolution))
         except UnreadableImage as error:
-            if not self._preparation.skip_unreadable:
-                raise InputError(f"source: {error}; --unreadable=skip leaves such images "
-                                 "out") from None
-            return Crop(index, None, str(error))
+            why = error.why
+        except InputError as error:
+            why = str(error)
         except OSError as error:
-            name = self._source.names[index]
             raise RunError(f"source: {name} is not there any more ({error}); run the same command "
                            "again when it is") from error
+        if not self._preparation.skip_unreadable:
+            raise InputError(f"source: {name}: {why}; --unreadable=skip leaves such images out")
+        return Crop(index, None, why)
 
     def _record(self, crop: Crop, row: np.ndarray) -> bytes:
         preparation, source = self._preparation, self._source
