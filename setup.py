@@ -10,8 +10,10 @@ version = re.search(r'__version__ = "(.+)"', (root / "dmf/__init__.py").read_tex
 
 digits = ["scikit-learn>=1.5"]
 report = ["matplotlib>=3.9"]
+hub = ["huggingface-hub>=0.30"]
 test = [
     *digits,
+    *hub,
     *report,
     "beartype>=0.20",
     "pytest>=8",
@@ -53,7 +55,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "gcs": ["gcsfs>=2024.6"],
-        "hub": ["huggingface-hub>=0.30"],
+        "hub": hub,
         "tfds": ["tensorflow>=2.18"],
         "digits": digits,
         "report": report,

@@ -14,7 +14,7 @@ LAYERS = (
     ({"objectives", "guidance", "weighting", "samplers"}, {"models", "encoders"}),
     ({"data"}, {"convert"}, {"metrics"}, {"images"}),
     ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}),
-    ({"components"},),
+    ({"components"}, {"references"}),
     ({"loading"},),
     ({"build"},),
     ({"evaluation"}, {"shards"}),

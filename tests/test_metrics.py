@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 
 from dmf import metrics
 from dmf.typing import InputError
@@ -94,3 +95,46 @@ def test_label_agreement_is_the_share_of_right_labels():
     claimed[:15] = (claimed[:15] + 1) % 3
     assert metrics.label_agreement(reference, labels, samples, labels) == 1.0
     assert metrics.label_agreement(reference, labels, samples, claimed) == 0.75
+
+
+def test_inception_score_of_known_classes():
+    """Even and certain: the number of classes. All alike: 1."""
+    certain = np.eye(5)[np.arange(100) % 5]
+    assert metrics.inception_score(certain) == pytest.approx(5)
+    assert metrics.inception_score(np.full((100, 5), 0.2)) == pytest.approx(1)
+    halves = np.concatenate([certain[:50], np.full((50, 5), 0.2)])
+    assert metrics.inception_score(halves, split=50) == pytest.approx((5 + 1) / 2)
+    assert metrics.inception_score(halves[:75], split=50) == pytest.approx(5)
+
+
+def test_inception_score_against_entropies():
+    p = RANDOM.dirichlet(np.ones(7), 300)
+    q = p.mean(0)
+    entropy = scipy.stats.entropy
+    expected = np.exp(entropy(q) - np.mean([entropy(row) for row in p]))
+    assert metrics.inception_score(p) == pytest.approx(expected, rel=1e-9)
+
+
+def test_precision_and_recall_of_known_sets():
+    line = np.stack([np.arange(40.0), np.zeros(40)], axis=1)
+    beside, away = np.array([[0.0, 0.5]]), np.array([[5000.0, 0.0]])
+    assert metrics.precision_recall(line, line + beside) == (1.0, 1.0)
+    assert metrics.precision_recall(line, line + away) == (0.0, 0.0)
+    # Half of the samples far away; the others cover the left half of the reference and 3 beyond.
+    mixed = np.concatenate([line[:20], line[:20] + away])
+    assert metrics.precision_recall(line, mixed) == (0.5, 23 / 40)
+
+
+def test_precision_and_recall_one_by_one():
+    a, b = RANDOM.normal(size=(60, 4)), RANDOM.normal(size=(50, 4)) * 0.7 + 0.3
+
+    def share(points, centres):
+        radii = [np.sort(np.linalg.norm(centres - c, axis=1))[3] for c in centres]
+        return np.mean([
+            any(np.linalg.norm(p - c) <= r for c, r in zip(centres, radii, strict=True))
+            for p in points
+        ])
+
+    assert metrics.precision_recall(a, b) == (share(b, a), share(a, b))
+    with pytest.raises(InputError, match="3 images: precision and recall need more than 3"):
+        metrics.precision_recall(a[:3], b)

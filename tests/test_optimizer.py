@@ -140,7 +140,6 @@ def test_a_run_keeps_several_averages(tmp_path):
 def test_accumulation_changes_nothing(tmp_path):
     runs = {
         "whole": {},
-        "halves": {"accumulation": 2},
         "quarters": {"accumulation": 4},
         "on another mesh": {"accumulation": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
     }

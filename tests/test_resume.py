@@ -12,7 +12,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmf import loading, logs
+from dmf import build, loading, logs
 from dmf.checkpoint import latest_step
 from dmf.sharding import make_mesh
 from dmf.training import train

@@ -90,10 +90,9 @@ def one_step():
     batch = built.pipeline.batch(0, batch_sharding(built.mesh))
     after, first = step(before, batch, built.frozen)
     second = step(jax.tree.map(jnp.copy, after), batch, built.frozen)[1]
-    drawn = [
-        jnp.mean(Telling().draw(jax.random.fold_in(jax.random.key(1), i), batch).noise[:, 0, 0, 0])
-        for i in range(2)
-    ]
+    samples = batch._replace(x=jnp.zeros(batch.x.shape))
+    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(2)]
+    drawn = [jnp.mean(Telling().draw(key, samples).noise[:, 0, 0, 0]) for key in keys]
     return layout, before, after, ([first["noise"], second["noise"]], drawn)
 
 
@@ -147,12 +146,13 @@ def test_metrics_hold_every_reported_step():
     rows = metrics(tiny.flow_run())
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     expected = {"step", "loss", "flow_matching_error", "gradient_norm", "learning_rate",
-                "images_per_second", "steps_per_second"}
+                "images_per_second", "steps_per_second", "epoch"}
     for row in rows:
         assert set(row) == expected
         assert row["learning_rate"] == pytest.approx(1e-3)
         assert row["images_per_second"] == pytest.approx(16 * row["steps_per_second"], rel=1e-5)
         assert row["gradient_norm"] > 0
+        assert row["epoch"] == pytest.approx(row["step"] * 16 / 1797, rel=1e-5)
         assert row["loss"] == pytest.approx(row["flow_matching_error"], rel=1e-5)
 
 

@@ -68,7 +68,7 @@ def _device(kind: Any, *index: Any) -> str:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _NumpyType(Record):
+class NumpyType(Record):
     """The type of a NumPy number, as it is pickled: `name` is its kind and size."""
 
     def build(self, state: Any) -> None:
@@ -77,14 +77,14 @@ class _NumpyType(Record):
             raise InputError("pickle: a number of NumPy that is not little-endian")
 
 
-def _numpy_type(name: Any, align: Any = False, copy: Any = False) -> _NumpyType:
+def _numpy_type(name: Any, align: Any = False, copy: Any = False) -> NumpyType:
     if name not in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"):
         raise InputError("pickle: a number of NumPy of a type that is not known")
-    return _NumpyType(name)
+    return NumpyType(name)
 
 
 def _numpy_scalar(kind: Any, data: Any) -> int | float | bool:
-    if type(kind) is not _NumpyType or type(data) is not bytes:
+    if type(kind) is not NumpyType or type(data) is not bytes:
         raise InputError("pickle: a number of NumPy without type or bytes")
     (value,) = np.frombuffer(data, kind.name)
     return value.item()
