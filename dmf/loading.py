@@ -26,6 +26,7 @@ _DROPPED = ("log_variance", "projector")
 # An export over latents may hold their autoencoder, in a directory of its own.
 AUTOENCODER = "autoencoder"
 STABLE_DIFFUSION_CHANNELS = 4
+_LATENTS_OF_512 = 64
 
 
 def restore(
@@ -99,6 +100,8 @@ def config_of(network: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     if not stated and network.channels == STABLE_DIFFUSION_CHANNELS:
         config.latents.scale = STABLE_DIFFUSION_SCALE
         config.data.name = f"imagenet_latents_{8 * network.input_size}"
+        # Latents of images of 512 are sampled with a shift, as published.
+        config.sampling.shift = 1.5 if network.input_size == _LATENTS_OF_512 else 1.0
     return plain(config)
 
 

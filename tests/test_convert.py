@@ -267,6 +267,13 @@ def test_every_published_size_is_read_from_its_shapes(size, patch):
         assert read == network
 
 
+@pytest.mark.parametrize(("side", "shift"), [(32, 1.0), (64, 1.5)])
+def test_images_of_512_are_sampled_with_a_shift(side, shift):
+    config = loading.config_of(DiT(**{**TINY, "input_size": side}), {})
+    assert config["sampling"]["shift"] == shift
+    assert config["data"]["name"] == f"imagenet_latents_{8 * side}"
+
+
 def test_released_flow_maps_are_split_where_they_were_published():
     network = DiT(
         **{**TINY, **SIZES["XL"]},

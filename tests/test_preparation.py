@@ -125,7 +125,7 @@ def test_it_trains(tmp_path):
         "data.directory": str(prepared()), "data.name": "latents", "data.mirror": True,
         "model.channels": 4, "model.num_classes": len(open_images(str(images())).class_names),
         "latents.scale": 0.5, "latents.autoencoder": str(autoencoder()),
-        "run.steps": 3, "run.sample_every": 3,
+        "run.steps": 3, "run.sample_every": 3, "sampling.steps": (1,),
     })
     assert int(train(config, tmp_path / "run").step) == 3
     assert (tmp_path / "run/samples/00000003.png").exists()

@@ -43,7 +43,7 @@ def losses(workdir) -> list[float]:
 
 @pytest.mark.parametrize(
     ("make", "meshes"),
-    [(tiny.config, ("1", "8", "2x2x2")), (tiny.flow_map, ("1", "2x2x2"))],
+    [(tiny.config, ("1", "8")), (tiny.flow_map, ("1", "2x2x2"))],
     ids=["flow", "flow_map"],
 )
 def test_losses_are_the_same_on_every_mesh(make, meshes, tmp_path, monkeypatch):
