@@ -1,6 +1,7 @@
 """From image files to a dataset of latents: what is in it, and that nothing is half done."""
 
 import functools
+import io
 import json
 import pathlib
 import shutil
@@ -11,6 +12,7 @@ import time
 import image_set
 import jax
 import numpy as np
+import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 import tiny
@@ -22,6 +24,7 @@ from dmf.data.crop import center_crop
 from dmf.data.image_files import UnreadableImage, open_images
 from dmf.data.sources import open_source
 from dmf.encoders.autoencoder import Autoencoder
+from dmf.images import png
 from dmf.shards import Preparation
 from dmf.training import train
 from dmf.typing import InputError, RunError
@@ -224,6 +227,46 @@ def test_another_resolution_than_the_model(tmp_path):
         train(tiny.config({"data.directory": str(prepared()), "model.channels": 4,
                            "model.input_size": 16}), tmp_path / "run")
     assert "shape (8, 8, 4), but config.model takes (16, 16, 4)" in str(error.value)
+
+
+class Pictures(tfds.core.GeneratorBasedBuilder):
+    """Files in a TFDS dataset, of two classes; one is damaged."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["left", "right"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(9):
+            data = png(picture(i))
+            yield i, {"image": io.BytesIO(data[:60] if i == 4 else data), "label": i % 2}
+
+
+def picture(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (33 + i, 40, 3)).astype(np.uint8)
+
+
+def test_a_tfds_dataset_as_a_source(tmp_path):
+    """Its files are decoded here: one that is damaged is left out and named."""
+    Pictures(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    assert tiny.dmf(
+        "prepare", "--source=pictures", "--split=test", f"--data-directory={tmp_path}/tfds",
+        f"--output={tmp_path}/out", "--resolution=32",
+    ) == 0
+    rows = list(tfds.builder_from_directory(tmp_path / "out").as_data_source("train"))
+    crops = {center_crop(PIL.Image.fromarray(picture(i)), SIDE).tobytes(): i for i in range(9)}
+    assert sorted(crops[row["image"].tobytes()] for row in rows) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert all(crops[row["image"].tobytes()] % 2 == row["label"] for row in rows)
+    (skipped,) = json.loads((tmp_path / "out/preparation.json").read_text())["skipped"]
+    assert skipped["image"].startswith("pictures/test/")
 
 
 class Lost:

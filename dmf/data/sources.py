@@ -280,6 +280,7 @@ def tfds_records(
     split: str,
     method: tfds.decode.DeserializeMethod,
     *,
+    decoders: Any = None,
     field: str = "data.name",
 ) -> Any:
     """The records of a split; `field` is what messages call the dataset's name.
@@ -288,7 +289,7 @@ def tfds_records(
       InputError: there is no such split, or they cannot be read without TensorFlow.
     """
     try:
-        return builder.as_data_source(split=split, deserialize_method=method)
+        return builder.as_data_source(split=split, decoders=decoders, deserialize_method=method)
     except NotImplementedError:
         raise InputError(
             f"{field}={name}: prepared as {builder.info.file_format.value}, which needs "
