@@ -81,7 +81,10 @@ def _settings(
     """What determines the records, as JSON holds it."""
     labels = [] if source.labels is None else source.labels.tolist()
     listing = json.dumps([list(source.names), labels, list(source.class_names)])
-    settings = dataclasses.asdict(preparation) | {
+    settings = dataclasses.asdict(preparation)
+    # Where it ended the work, the same command may go on without such images.
+    del settings["skip_unreadable"]
+    settings |= {
         "images": len(source),
         "listing": hashlib.sha256(listing.encode()).hexdigest()[:16],
         "parameters": _fingerprint(params),

@@ -104,7 +104,6 @@ class Preparation:
             kinds["label"] = tfds.features.ClassLabel(names=list(class_names))
         return tfds.features.FeaturesDict(kinds)
 
-
     def encoder(self, params: Params | None) -> Callable[[np.ndarray], np.ndarray]:
         """What turns a batch of crops into rows, over the devices of this process.
 

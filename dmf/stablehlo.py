@@ -1,4 +1,4 @@
-"""A sampler as one compiled function that needs only JAX: weights, labels and a seed to images."""
+"""A sampler as one function that runs without `dmf`: weights, labels and a seed to images."""
 
 from collections.abc import Callable
 

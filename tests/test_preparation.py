@@ -191,6 +191,8 @@ def test_an_unreadable_image_may_end_the_work(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "--unreadable=skip leaves such images out" in error
     assert not (tmp_path / "out/dataset_info.json").exists()
+    assert prepare(tmp_path / "out", "--unreadable=skip") == 0
+    assert records(tmp_path / "out") == records(prepared())
 
 
 def test_crops_without_an_autoencoder(tmp_path):

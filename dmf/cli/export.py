@@ -3,7 +3,7 @@
 Writes one set of parameters, the config and a model card as a directory of their own:
 --format=orbax for JAX, safetensors for PyTorch (--spelling chooses whose names), or stablehlo: one
 function (weights, labels, seed) -> uint8 images with --steps steps of the sampler, for cpu, cuda
-and tpu, that needs JAX alone. Settings of the checkpoint can be overridden, as
+and tpu, that runs without dmf. Settings of the checkpoint can be overridden, as
 --config.sampling.guidance.scale=1.5 or --config.latents.autoencoder=DIR.
 """
 
