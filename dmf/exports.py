@@ -6,9 +6,11 @@ and by format `params/` (Orbax), `model.safetensors`, or a function of StableHLO
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import flatbuffers
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
@@ -181,6 +183,10 @@ def _write_stablehlo(folder: epath.Path, parts: Parts, steps: int) -> None:
     weights = stablehlo.flat_weights(parts.params, decoder.params if decoder else None)
     (folder / stablehlo.FUNCTION_FILE).write_bytes(stablehlo.serialized(function, weights))
     _save(weights, folder / stablehlo.WEIGHTS_FILE)
+    # What jax.export reads with, and JAX does not install: a few files of Python (Apache-2.0).
+    package = os.path.dirname(flatbuffers.__file__)
+    unneeded = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, folder / flatbuffers.__name__, ignore=unneeded)
     _describe(folder, parts, stablehlo.usage(parts.network, space, steps=steps))
 
 

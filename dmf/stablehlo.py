@@ -22,8 +22,8 @@ _CARD = """## Use
 
 `{function}` is a function of (weights, labels, seed) that makes uint8 images
 [n, {height}, {width}, {channels}] in {steps} step{plural}, serialized by `jax.export` for
-{platforms}. It needs nothing but `pip install jax flatbuffers`; any number of labels will do,
-{classes}.
+{platforms}. It needs JAX and nothing else: `flatbuffers/`, which `jax.export` reads it with, lies
+beside it (by Google, Apache-2.0). Any number of labels will do, {classes}.
 
 ```python
 import json, sys
@@ -37,6 +37,7 @@ weights = {{
     name: data[8 + size :][slice(*entry["data_offsets"])].view(np.float32).reshape(entry["shape"])
     for name, entry in header.items() if name != "__metadata__"
 }}
+sys.path.append(folder)  # for flatbuffers, where it is not installed
 function = jax.export.deserialize(bytearray(open(f"{{folder}}/{function}", "rb").read()))
 labels = np.arange(8, dtype=np.int32) % {modulus}
 images = jax.jit(function.call)(weights, labels, np.int32(0))

@@ -50,7 +50,8 @@ def run_alone(folder: pathlib.Path, where: pathlib.Path) -> np.ndarray:
         "import importlib.machinery, os, sys\n"
         "find = importlib.machinery.PathFinder.find_spec\n"
         "importlib.machinery.PathFinder.find_spec = lambda name, *rest: (\n"
-        f"    None if name in {BLOCKED} else find(name, *rest))\n"
+        f"    None if name in {BLOCKED} else\n"
+        f"    find(name, [{str(folder)!r}]) if name == 'flatbuffers' else find(name, *rest))\n"
         f"os.chdir({str(where)!r}); sys.argv = ['', {str(folder)!r}]\n"
     )
     done = tiny.process(code=poison + code)
