@@ -6,10 +6,12 @@ A run keeps, below its workdir, `config.json` and `checkpoints/STEP/` with one O
 under their name only when they are whole.
 """
 
+import dataclasses
 import errno
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
+from orbax.checkpoint import checkpoint_managers
 
 from dmf.state import TrainState
 from dmf.typing import InputError, Params, RunError
@@ -33,6 +36,14 @@ def _absolute(directory: epath.PathLike) -> epath.Path:
     """The directory as Orbax wants it; buckets (gs://...) are absolute already."""
     path = epath.Path(directory)
     return path if "://" in os.fspath(path) else path.expanduser().resolve()
+
+
+def run_of(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
+    """A run or an export, and the step where the directory is one of its checkpoints."""
+    path = epath.Path(directory)
+    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return path, None
 
 
 def _average_item(name: str) -> str:
@@ -59,14 +70,39 @@ def disk_errors(path: epath.Path) -> Iterator[None]:
         raise
 
 
+@dataclasses.dataclass
+class _Best(checkpoint_managers.PreservationPolicy):
+    """Preserves the checkpoint of one step, which may change."""
+
+    step: Callable[[], int | None]
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        best = self.step()
+        return [checkpoint.step == best for checkpoint in checkpoints]
+
+
 class Checkpoints:
     """The checkpoints of one run, written in the background, the oldest dropped."""
 
-    def __init__(self, workdir: epath.PathLike, *, keep_last: int = 1, keep_every: int = 0):
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        *,
+        keep_last: int = 1,
+        keep_every: int = 0,
+        best_step: Callable[[], int | None] = lambda: None,
+    ):
         self._directory = _absolute(workdir) / CHECKPOINTS
+        policies = [checkpoint_managers.LatestN(keep_last), _Best(best_step)]
+        if keep_every:
+            policies.append(checkpoint_managers.EveryNSteps(keep_every))
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep_last,
-            keep_period=keep_every or None,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
@@ -135,13 +171,21 @@ def write_json(path: epath.Path, value: Any) -> None:
         partial.replace(path)
 
 
+def fingerprint(params: Any) -> str:
+    """Tells parameters, or any other tree of arrays, from others."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:16]
+
+
 def read_config(directory: epath.PathLike) -> dict[str, Any]:
     """The resolved config of a run or an export.
 
     Raises:
       InputError: there is none.
     """
-    path = epath.Path(directory) / CONFIG_FILE
+    path = run_of(directory)[0] / CONFIG_FILE
     if not path.exists():
         raise InputError(f"checkpoint={directory}: it holds no {CONFIG_FILE}; give the workdir of "
                          "a run or an exported directory")
@@ -156,18 +200,22 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
 
 def is_ours(directory: epath.PathLike) -> bool:
     """Whether it is a run, or an export with Orbax parameters."""
-    path = epath.Path(directory)
+    path, _ = run_of(directory)
     return (path / CONFIG_FILE).exists() and any((path / d).exists() for d in (LIVE, CHECKPOINTS))
 
 
 def read_origin(directory: epath.PathLike) -> str:
     """Where the parameters of an export come from; empty for a run."""
-    return json.loads((epath.Path(directory) / CONFIG_FILE).read_text()).get("origin", "")
+    return json.loads((run_of(directory)[0] / CONFIG_FILE).read_text()).get("origin", "")
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
-    """The step of the newest whole checkpoint of a run; None without one."""
-    folder = _absolute(workdir) / CHECKPOINTS
+    """The step of the newest whole checkpoint of a run, or of the one that is named; None without
+    one."""
+    run, step = run_of(_absolute(workdir))
+    folder = run / CHECKPOINTS
+    if step is not None:
+        return step if (folder / str(step)).exists() else None
     return ocp.CheckpointManager(folder).latest_step() if folder.exists() else None
 
 
@@ -181,7 +229,7 @@ def _stored(directory: epath.Path, average: str) -> epath.Path:
     step = latest_step(directory)
     if step is None:
         raise InputError(f"checkpoint={directory}: no checkpoint was saved there yet")
-    saved = directory / CHECKPOINTS / str(step)
+    saved = run_of(directory)[0] / CHECKPOINTS / str(step)
     item = saved / (_average_item(average) if average else LIVE)
     if not item.exists():
         names = [p.name.removeprefix(_average_item("")) for p in saved.glob(_average_item("*"))]
@@ -200,7 +248,8 @@ def restore_params(
     """Parameters of a run or of an export.
 
     Args:
-      directory: a workdir (its newest checkpoint is read) or an export.
+      directory: a workdir (its newest checkpoint is read), one of its checkpoints/STEP, or an
+        export.
       abstract: shapes, dtypes and shardings wanted.
       average: the name of an average, empty for the trained parameters; of no account in an
         export, which holds one set.

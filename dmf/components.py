@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmf import flow, guidance, objectives, optimizer, samplers, times, weighting
+from dmf import flow, guidance, objectives, optimizer, protocols, samplers, times, weighting
 from dmf.encoders.autoencoder import Autoencoder
 from dmf.encoders.dinov2 import DinoV2
 from dmf.encoders.inception import Inception
@@ -43,6 +43,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
     },
     "optimizer": {"adamw": AdamW},
     "emas": {"constant": optimizer.ConstantEma, "half_life": optimizer.HalfLifeEma},
+    "protocol": protocols.PROTOCOLS,
     "sampler": {
         "euler": samplers.Euler,
         "restart": samplers.Restart,

@@ -156,6 +156,28 @@ def get_config() -> ConfigDict:
                 "guidance": {"scale": 1.0, "interval": (0.0, 1.0)},
                 "ema": "main",
             },
-            "evaluation": {"count": 5000, "batch_size": 500, "seed": 0},
+            # How images are measured, see dmf/protocols.py. `reference` is a file of statistics, or
+            # images; empty is the dataset itself. `inception` and `dinov2` are networks that
+            # `dmf convert` made. `metrics`, `labels` and `rounding` are the protocol's if empty.
+            # A device sees `chunk_size` images at a time; after `part_size` their sums are written.
+            # While training, every so many steps (0 is never), of these averages ('' is the
+            # parameters) with these numbers of steps (those of `sampling` if empty); the best
+            # checkpoint, by the first of each and of the metrics, is kept. May change on resume.
+            "evaluation": {
+                "protocol": "pixels",
+                "reference": "",
+                "inception": "",
+                "dinov2": "",
+                "metrics": (),
+                "labels": "",
+                "rounding": "",
+                "count": 5000,
+                "seed": 0,
+                "chunk_size": 500,
+                "part_size": 5000,
+                "every": 0,
+                "emas": ("main",),
+                "steps": (),
+            },
         }
     )

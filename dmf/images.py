@@ -2,17 +2,28 @@
 
 import io
 
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from dmf.typing import InputError
 
+# How the levels 127.5 (x + 1) become whole: to the nearest one, halves to the even one or up, or
+# downwards. Protocols of evaluation differ in it.
+ROUNDINGS = {
+    "nearest": jnp.rint,
+    "half_up": lambda levels: jnp.floor(levels + 0.5),
+    "down": jnp.floor,
+}
 
-def to_uint8(x: Float[np.ndarray, "... h w c"]) -> UInt8[np.ndarray, "... h w c"]:
-    """[-1, 1] to 0..255, clipped and rounded to the nearest."""
-    return np.rint((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+def to_uint8(
+    x: Float[Array, "... h w c"] | Float[np.ndarray, "... h w c"], rounding: str = "nearest"
+) -> UInt8[Array, "... h w c"]:
+    """[-1, 1] to 0..255, clipped and rounded by one of `ROUNDINGS`."""
+    return ROUNDINGS[rounding]((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 def grid(

@@ -78,3 +78,23 @@ class Clock:
         minutes, seconds = divmod(round(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Progress:
+    """Says how far some work is, every few seconds and at its end."""
+
+    SECONDS = 5.0
+
+    def __init__(self, what: str, done: int, total: int, unit: str):
+        """Begins at `done` of `total` units."""
+        self._what, self._done, self._total, self._unit = what, done, total, unit
+        self._clock, self._said = Clock(done, total), time.perf_counter()
+
+    def add(self, count: int) -> None:
+        """Takes note of `count` more units."""
+        self._done += count
+        now = time.perf_counter()
+        if now - self._said >= self.SECONDS or self._done == self._total:
+            self._said = now
+            say(f"{self._what}: {self._done:,}/{self._total:,} {self._unit}  "
+                f"{self._clock.rate(self._done):.1f}/s  left {self._clock.left(self._done)}")

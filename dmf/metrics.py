@@ -1,6 +1,7 @@
-"""How far a set of samples is from a set of images: moments, Frechet distance, label agreement."""
+"""How far a set of samples is from a set of images, by their features."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,18 @@ class Moments(NamedTuple):
 class RunningMoments:
     """Mean and unbiased covariance of vectors [n, d] seen in parts, in float64.
 
-    Sums are kept around the first part's mean, so that large offsets cost no precision.
+    Each part is centred by itself and joined to the rest by the rule of Chan, Golub and LeVeque
+    (1979), so that large offsets cost no precision, and sums made apart can be joined.
+
+    Attributes:
+      count: vectors seen.
+      mean: [d], theirs.
+      scatter: [d, d], the sum of outer products of vectors minus the mean.
     """
 
     count: int = 0
+    mean: Float[np.ndarray, "d"] | None = None
+    scatter: Float[np.ndarray, "d d"] | None = None
 
     def add(self, features: Float[np.ndarray, "n d"]) -> None:
         """Takes in more vectors.
@@ -36,26 +45,28 @@ class RunningMoments:
         if bad:
             raise InputError(f"{bad} of {len(features)} samples hold NaN or infinity: nothing can "
                              "be measured on them")
-        if not self.count:
-            self._origin = features.mean(axis=0)
-            self._sum = np.zeros_like(self._origin)
-            self._outer = np.zeros((len(self._origin), len(self._origin)))
-        centred = features - self._origin
-        self.count += len(features)
-        self._sum += centred.sum(axis=0)
-        self._outer += centred.T @ centred
+        mean = features.mean(axis=0)
+        features = features - mean[None]
+        self.merge(RunningMoments(len(features), mean, features.T @ features))
 
-    @property
-    def mean(self) -> Float[np.ndarray, "d"]:
-        """The mean of all vectors seen."""
-        return self._origin + self._sum / self.count
+    def merge(self, other: "RunningMoments") -> None:
+        """Takes in what was seen elsewhere."""
+        if not self.count:
+            self.count, self.mean = other.count, other.mean
+            self.scatter = other.scatter.copy()
+            return
+        apart, total = other.mean - self.mean, self.count + other.count
+        self.scatter += other.scatter
+        self.scatter += np.outer(apart, apart * (self.count * other.count / total))
+        self.mean = self.mean + apart * (other.count / total)
+        self.count = total
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
         """The unbiased covariance of all vectors seen; at least 2."""
         if self.count < 2:
             raise InputError(f"{self.count} samples: a covariance needs at least 2")
-        return (self._outer - np.outer(self._sum, self._sum) / self.count) / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
 
 def moments(features: Float[np.ndarray, "n d"]) -> RunningMoments:
@@ -79,22 +90,52 @@ def frechet_distance(a: Moments | RunningMoments, b: Moments | RunningMoments) -
     )
 
 
-def inception_score(
-    probabilities: Float[np.ndarray, "n k"], *, split: int = 5000
-) -> float:
-    """exp(E KL(p(y|x) || p(y))), the mean over splits of so many samples (arXiv:1606.03498).
+@dataclasses.dataclass
+class RunningInceptionScore:
+    """exp(E KL(p(y|x) || p(y))), arXiv:1606.03498: the mean over splits of consecutive samples.
 
-    Args:
-      probabilities: a softmax a sample; each row sums to 1.
-      split: samples of a split; a last one that is not full is left out, unless it is the only one.
+    Attributes:
+      split: samples of a split; the last one may have fewer.
+      sums: by the number of a split: how many were seen, the sum of their p log p, and of their p.
     """
-    p = np.asarray(probabilities, np.float64)
-    count = max(len(p) // split, 1)
-    scores = []
-    for part in (p[i * split : (i + 1) * split] for i in range(count)):
-        logs = np.log(np.maximum(part, 1e-300)) - np.log(np.maximum(part.mean(0), 1e-300))[None]
-        scores.append(np.exp((part * logs).sum(1).mean()))
-    return float(np.mean(scores))
+
+    split: int = 5000
+    sums: dict[int, tuple[int, float, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    def add(
+        self, indices: Int[np.ndarray, "n"], probabilities: Float[np.ndarray, "n k"]
+    ) -> None:
+        """Takes in a softmax [k] for each of some samples, whose indices say their splits."""
+        p = np.asarray(probabilities, np.float64)
+        entropies = (p * np.log(np.maximum(p, 1e-300))).sum(axis=1)
+        for number in np.unique(indices // self.split).tolist():
+            here = indices // self.split == number
+            self._take(number, (int(here.sum()), float(entropies[here].sum()), p[here].sum(0)))
+
+    def merge(self, other: "RunningInceptionScore") -> None:
+        """Takes in what was seen elsewhere."""
+        for number, sums in other.sums.items():
+            self._take(number, sums)
+
+    def _take(self, number: int, sums: tuple[int, float, np.ndarray]) -> None:
+        count, entropy, total = self.sums.get(number, (0, 0.0, np.zeros_like(sums[2])))
+        self.sums[number] = count + sums[0], entropy + sums[1], total + sums[2]
+
+    @property
+    def score(self) -> float:
+        """The score of all samples seen."""
+        scores = []
+        for _, (count, entropy, total) in sorted(self.sums.items()):
+            mean = total / count
+            scores.append(np.exp(entropy / count - mean @ np.log(np.maximum(mean, 1e-300))))
+        return float(np.mean(scores))
+
+
+def inception_score(probabilities: Float[np.ndarray, "n k"], *, split: int = 5000) -> float:
+    """The Inception score of a softmax a sample, see `RunningInceptionScore`."""
+    running = RunningInceptionScore(split)
+    running.add(np.arange(len(probabilities)), probabilities)
+    return running.score
 
 
 def precision_recall(
@@ -112,9 +153,8 @@ def precision_recall(
     if min(len(reference), len(samples)) <= k:
         raise InputError(f"{min(len(reference), len(samples))} images: precision and recall need "
                          f"more than {k}")
-    sets = [np.asarray(x, np.float64) for x in (reference, samples)]
-    radii = [_radii(x, k) for x in sets]
-    return _covered(sets[1], sets[0], radii[0]), _covered(sets[0], sets[1], radii[1])
+    of_reference, of_samples = _radii(reference, k), _radii(samples, k)
+    return _covered(samples, reference, of_reference), _covered(reference, samples, of_samples)
 
 
 def _squared_distances(
@@ -126,8 +166,14 @@ def _squared_distances(
 
 def _radii(x: Float[np.ndarray, "n d"], k: int) -> Float[np.ndarray, "n"]:
     """Squared distance of each point to its k-th nearest other point."""
-    parts = [np.partition(_squared_distances(part, x), k, axis=1)[:, k] for part in _parts(x)]
-    return np.concatenate(parts)
+    radii = []
+    for part in _parts(x):
+        nearest = np.full((len(part), k + 1), np.inf)  # itself among them
+        for others in _parts(x):
+            found = np.concatenate([nearest, _squared_distances(part, others)], axis=1)
+            nearest = np.partition(found, k, axis=1)[:, : k + 1]
+        radii.append(nearest.max(axis=1))
+    return np.concatenate(radii)
 
 
 def _covered(
@@ -135,13 +181,18 @@ def _covered(
     radii: Float[np.ndarray, "m"],
 ) -> float:
     """Share of points that lie in one of the balls."""
-    hits = [(_squared_distances(part, centres) <= radii[None]).any(1) for part in _parts(points)]
+    hits = []
+    for part in _parts(points):
+        hit = np.zeros(len(part), bool)
+        for centre, radius in zip(_parts(centres), _parts(radii), strict=True):
+            hit |= (_squared_distances(part, centre) <= radius[None]).any(axis=1)
+        hits.append(hit)
     return float(np.concatenate(hits).mean())
 
 
-def _parts(x: Float[np.ndarray, "n d"], size: int = 500) -> list[Float[np.ndarray, "m d"]]:
-    """Rows in parts, whose distances to many points fit in memory."""
-    return [x[i : i + size] for i in range(0, len(x), size)]
+def _parts(x: Float[np.ndarray, "n *d"], size: int = 2500) -> Iterator[Float[np.ndarray, "m *d"]]:
+    """Rows in parts, in float64: distances between two parts fit in memory."""
+    return (np.asarray(x[i : i + size], np.float64) for i in range(0, len(x), size))
 
 
 def halves_distance(features: Float[np.ndarray, "n d"], *, splits: int = 10) -> float:

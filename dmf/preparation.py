@@ -14,13 +14,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
 from dmf import logs
-from dmf.checkpoint import disk_errors, write_json
+from dmf.checkpoint import disk_errors, fingerprint, write_json
 from dmf.data.sources import LABELS_FILE
 from dmf.shards import RECORDS, SPLIT, Images, Preparation, ShardWriter, shard_name
 from dmf.typing import InputError, Params, RunError
@@ -87,17 +86,9 @@ def _settings(
     settings |= {
         "images": len(source),
         "listing": hashlib.sha256(listing.encode()).hexdigest()[:16],
-        "parameters": _fingerprint(params),
+        "parameters": fingerprint(params),
     }
     return json.loads(json.dumps(settings))
-
-
-def _fingerprint(params: Params | None) -> str:
-    """Tells parameters from others."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _claim(

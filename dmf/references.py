@@ -1,28 +1,35 @@
 """Statistics of images that samples are compared with, in the layouts they are published in."""
 
+import contextlib
 import dataclasses
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float, Int64
 
+from dmf.checkpoint import fingerprint
 from dmf.convert import numpy_pickles
-from dmf.metrics import Moments
+from dmf.metrics import Moments, RunningMoments
+from dmf.statistics import write_npz
 from dmf.typing import InputError
 
-# What is measured, by the names of mean and covariance in a file; the first that is there counts.
+# Features, by the names of their mean and covariance in an .npz; the first that is there counts.
 _NPZ_NAMES = {
-    "fid": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
-    "sfid": (("mu_s", "sigma_s"),),
-    "fd_dinov2": (("mu_dinov2", "sigma_dinov2"),),
+    "pool3": (("mu", "sigma"), ("ref_mu", "ref_sigma")),
+    "spatial": (("mu_s", "sigma_s"),),
+    "dinov2": (("mu_dinov2", "sigma_dinov2"),),
+    "pixels": (("mu_pixels", "sigma_pixels"),),
 }
-_IMAGES = "arr_0"
+_PKL_NAMES = {"pool3": "fid", "dinov2": "fd_dinov2"}
+_KEPT = "features_{}"
+_IMAGES, _LABELS = "arr_0", "labels"
 _REMEDY = (
     "give an .npz with mu and sigma (ADM's also has mu_s, sigma_s and arr_0), or EDM2's .pkl with "
-    "fid and fd_dinov2"
+    "fid and fd_dinov2; dmf evaluate --make-reference makes one"
 )
 
 
@@ -31,14 +38,33 @@ class Reference:
     """What samples are compared with.
 
     Attributes:
-      name: of the file.
-      moments: by "fid" (Inception's pool3), "sfid" (its spatial features), "fd_dinov2".
+      name: of the file or the set of images.
+      moments: by kind of feature.
+      features: of the images, or of some of them, by kind; for precision and recall.
+      labels: of the images whose features are kept, None without labels.
       images: the file itself, if it also holds images (`arr_0`, uint8 NHWC).
     """
 
     name: str
-    moments: Mapping[str, Moments]
+    moments: Mapping[str, Moments | RunningMoments]
+    features: Mapping[str, Float[np.ndarray, "n d"]] = dataclasses.field(default_factory=dict)
+    labels: Int64[np.ndarray, "n"] | None = None
     images: epath.Path | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells its moments from others."""
+        return fingerprint({kind: (m.mean, m.covariance) for kind, m in self.moments.items()})
+
+
+def holds_statistics(path: epath.PathLike) -> bool:
+    """Whether a file is to be read by `read_reference`, and is no set of images."""
+    path = epath.Path(path)
+    if path.suffix != ".npz" or not path.is_file():
+        return path.suffix in (".npz", ".pkl")
+    names = {name for pairs in _NPZ_NAMES.values() for pair in pairs for name in pair}
+    with _npz(path) as file:
+        return bool(names & set(file.files)) or _IMAGES not in file.files
 
 
 def read_reference(path: epath.PathLike) -> Reference:
@@ -55,31 +81,59 @@ def read_reference(path: epath.PathLike) -> Reference:
     return _from_npz(path)
 
 
-def _from_npz(path: epath.Path) -> Reference:
+@contextlib.contextmanager
+def _npz(path: epath.Path) -> Iterator[np.lib.npyio.NpzFile]:
     try:
         with np.load(os.fspath(path), allow_pickle=False) as file:
-            names = set(file.files)
-            found = {kind: (file[mean], file[covariance])
-                     for kind, pairs in _NPZ_NAMES.items() for mean, covariance in pairs[::-1]
-                     if {mean, covariance} <= names}
+            yield file
     except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"reference={path}: no .npz, or a damaged one ({error})") from None
+
+
+def _from_npz(path: epath.Path) -> Reference:
+    with _npz(path) as file:
+        names = set(file.files)
+        found = {kind: (file[mean], file[covariance])
+                 for kind, pairs in _NPZ_NAMES.items() for mean, covariance in pairs[::-1]
+                 if {mean, covariance} <= names}
+        kept = {kind: file[_KEPT.format(kind)] for kind in _NPZ_NAMES
+                if _KEPT.format(kind) in names}
+        labels = file[_LABELS] if kept and _LABELS in names else None
     moments = {kind: _moments(path, kind, *pair) for kind, pair in found.items()}
     if not moments:
         raise InputError(f"reference={path}: it has {', '.join(sorted(names)) or 'nothing'}; "
                          f"{_REMEDY}")
-    return Reference(name=path.name, moments=moments, images=path if _IMAGES in names else None)
+    images = path if _IMAGES in names else None
+    return Reference(name=path.name, moments=moments, features=kept, labels=labels, images=images)
 
 
 def _from_pickle(path: epath.Path) -> Reference:
     held = numpy_pickles.read(path)
-    kinds = held.keys() & _NPZ_NAMES.keys() if isinstance(held, dict) else set()
-    pairs = {kind: held[kind] for kind in sorted(kinds) if isinstance(held[kind], dict)}
+    kinds = {kind: held[name] for kind, name in _PKL_NAMES.items()
+             if isinstance(held, dict) and isinstance(held.get(name), dict)}
     moments = {kind: _moments(path, kind, pair.get("mu"), pair.get("sigma"))
-               for kind, pair in pairs.items()}
+               for kind, pair in kinds.items()}
     if not moments:
         raise InputError(f"reference={path}: no statistics in it; {_REMEDY}")
     return Reference(name=path.name, moments=moments)
+
+
+def write_reference(path: epath.PathLike, reference: Reference) -> None:
+    """Writes statistics as an `.npz`: plain names, ADM's for spatial features, and our own.
+
+    Raises:
+      RunError: the disk is full or cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for kind, moments in reference.moments.items():
+        mean, covariance = _NPZ_NAMES[kind][0]
+        arrays |= {mean: moments.mean, covariance: moments.covariance}
+    arrays |= {_KEPT.format(kind): values for kind, values in reference.features.items()}
+    if reference.labels is not None:
+        arrays[_LABELS] = reference.labels
+    write_npz(epath.Path(path), arrays)
 
 
 def _moments(path: epath.Path, kind: str, mean: Any, covariance: Any) -> Moments:

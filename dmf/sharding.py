@@ -7,7 +7,7 @@ what is only touched once a step is never replicated.
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,11 @@ def make_mesh(
     )
 
 
+def local_mesh() -> Mesh:
+    """All devices of this process along "data"."""
+    return make_mesh(devices=jax.local_devices())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -83,6 +88,36 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_divisor(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def by_device(function: Callable[..., Any], on: Mesh) -> Callable[..., Any]:
+    """The function (whole, *parts) -> parts over a mesh, compiled.
+
+    Each device runs one and the same program on an equal share of the leading axis of the parts,
+    with `whole` replicated. Other than where the compiler splits one large program, the bits of a
+    result depend on the size of the share, and not on the number of devices.
+    """
+    split = PartitionSpec(on.axis_names)
+    mapped = jax.shard_map(
+        lambda whole, parts: function(whole, *parts),
+        mesh=on,
+        in_specs=(PartitionSpec(), split),
+        out_specs=split,
+        check_vma=False,
+    )
+    return jax.jit(lambda whole, *parts: mapped(whole, parts))
+
+
+def on_this_host(tree: Any, on: Mesh) -> Any:
+    """A tree of arrays, whole on every device of a mesh of this process, wherever they lie now.
+
+    All processes that hold a part of it must call this.
+    """
+    if jax.process_count() > 1:
+        where = jax.tree.leaves(tree)[0].sharding.mesh
+        tree = jax.jit(lambda tree: tree, out_shardings=replicated(where))(tree)
+        tree = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    return jax.device_put(tree, replicated(on))
 
 
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:

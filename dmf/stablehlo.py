@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Int, UInt8
 from ml_collections import ConfigDict
 
-from dmf import evaluation
+from dmf import generation
 from dmf.encoders.latents import LatentSpace
 from dmf.typing import Network, Params
 
@@ -57,24 +57,15 @@ def image_function(
 ) -> Callable[[Weights, Int[Array, "n"], Int[Array, ""]], UInt8[Array, "n h w c"]]:
     """The function (weights, labels, seed) -> images; image i is what `dmf sample` makes as its
     i-th with the same labels and seed."""
-    generate = evaluation.sampling(network, config, steps=steps)
+    make = generation.image_function(network, config, space, steps=steps)
 
     def images(
         weights: Weights, labels: Int[Array, "n"], seed: Int[Array, ""]
     ) -> UInt8[Array, "n h w c"]:
-        parts = unflatten_dict(weights, sep="/")
         indices = jnp.arange(labels.shape[0], dtype=jnp.int32)
-        samples = generate(parts["network"], indices, labels, seed)
-        if space is not None:
-            samples = space.decode(parts["autoencoder"], samples)
-        return _to_uint8(samples)
+        return make(unflatten_dict(weights, sep="/"), indices, labels, seed).images
 
     return images
-
-
-def _to_uint8(x: Float[Array, "n h w c"]) -> UInt8[Array, "n h w c"]:
-    """[-1, 1] to 0..255, clipped and rounded to the nearest, as `images.to_uint8`."""
-    return jnp.rint((jnp.clip(x, -1, 1) + 1) * 127.5).astype(jnp.uint8)
 
 
 def serialized(function: Callable[..., Array], weights: dict[str, np.ndarray]) -> bytes:

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from dmf import build, evaluation, images, loading, logs
+from dmf import build, loading, logs
 from dmf import state as states
 from dmf.checkpoint import (
     CONFIG_FILE,
@@ -26,15 +26,16 @@ from dmf.checkpoint import (
     latest_step,
     write_json,
 )
+from dmf.monitoring import Examiner, preview
 from dmf.optimizer import averaged
-from dmf.sharding import BATCH_AXES, batch_divisor, batch_sharding, replicated
+from dmf.sharding import BATCH_AXES, batch_sharding, replicated
 from dmf.state import TrainState
 from dmf.typing import Batch, InputError, Metrics, Params, PRNGKey, RunError
 
-# What may differ when a run is taken up again.
 # Folded into the key of a step for what its rows become; its draws split that key.
 _ROWS = 2**31 - 1
-CHANGEABLE = ("run", "mesh")
+# What may differ when a run is taken up again.
+CHANGEABLE = ("run", "mesh", "sampling", "evaluation")
 
 Step = Callable[[TrainState, Batch, Mapping[str, Params]], tuple[TrainState, Metrics]]
 
@@ -196,13 +197,17 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
     start = latest_step(workdir)
     pretrained = {} if start else build.pretrained(config, built.network, built.mesh)
+    examine = Examiner(config, built, workdir) if config.evaluation.every else None
     claim(workdir, config)
     abstract = jax.eval_shape(make, {})
     where = states.shardings(built.mesh, abstract)
     run = config.run
     with (
         disk_errors(workdir),
-        Checkpoints(workdir, keep_last=run.keep_last, keep_every=run.keep_every) as checkpoints,
+        Checkpoints(
+            workdir, keep_last=run.keep_last, keep_every=run.keep_every,
+            best_step=examine.best_step if examine else lambda: None,
+        ) as checkpoints,
     ):
         if start:
             done = "nothing left to do" if start >= run.steps else "going on"
@@ -212,7 +217,7 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             start, state = 0, states.create(make, built.mesh, pretrained)
             _describe(workdir, abstract.params, built)
         step = training_step(built, draw_key, where, accumulation=config.accumulation)
-        return _loop(config, workdir, built, checkpoints, step, state, start)
+        return _loop(config, workdir, built, checkpoints, examine, step, state, start)
 
 
 def _describe(workdir: epath.Path, params: Params, built: build.Training) -> None:
@@ -235,6 +240,7 @@ def _loop(
     workdir: epath.Path,
     built: build.Training,
     checkpoints: Checkpoints,
+    examine: Examiner | None,
     step: Step,
     state: TrainState,
     start: int,
@@ -243,14 +249,21 @@ def _loop(
     batch_size = built.pipeline.batch_size
     writer = logs.MetricsWriter(workdir, start)
     watch = _Watch(lambda at: _due(at, run.log_every, total), lambda: checkpoints.latest_step)
-    show = _preview(config, built, workdir)
+    show = preview(config, built, workdir)
+
+    def examined(count: int, state: TrainState) -> None:
+        writer.write(count, {f"evaluation/{k}": v for k, v in examine(count, state).items()})
+
     clock = logs.Clock(start, total)
     batches = built.pipeline.batches(start, batch_sharding(built.mesh))
     try:
+        if start and _due(start, config.evaluation.every, total) and not examine.has(start):
+            examined(start, state)
         for count, batch in zip(range(start + 1, total + 1), batches, strict=False):
             state, metrics = step(state, batch, built.frozen)
             watch.add(count, metrics)
-            saving = _due(count, run.checkpoint_every, total)
+            examining = _due(count, config.evaluation.every, total)
+            saving = examining or _due(count, run.checkpoint_every, total)
             # A report waits for the next step to be under way, so that the device never waits for
             # it; but a state is saved only after its own loss and gradient were seen to be finite.
             ready = count if saving or count == total else count - 1
@@ -262,6 +275,8 @@ def _loop(
                 checkpoints.save(count, state, built.pipeline.position(count))
             if _due(count, run.sample_every, total):
                 show(count, state)
+            if examining:
+                examined(count, state)
     finally:
         batches.close()
         writer.close()
@@ -281,30 +296,3 @@ def _report(
     logs.say(f"step {count}/{total}  loss {means['loss']:.4f}  gradient norm "
              f"{means['gradient_norm']:.3g}  {rate:.2f} steps/s  {rate * batch_size:.0f} images/s  "
              f"left {clock.left(count)}")
-
-
-def _preview(
-    config: ConfigDict, built: build.Training, workdir: epath.Path
-) -> Callable[[int, TrainState], None]:
-    """A function that writes a grid of samples: two rows for each number of steps."""
-    network, ema = built.network, config.sampling.ema
-    latents = network.sample_shape[-1] not in (1, 3) and not config.latents.autoencoder
-    if latents or not config.run.sample_every:
-        return lambda count, state: None
-    to_images = evaluation.image_decoder(config)
-    generates = [
-        evaluation.generator(network, config, steps=n, on=built.mesh)
-        for n in config.sampling.steps
-    ]
-    folder = workdir / "samples"
-
-    def show(count: int, state: TrainState) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        params = state.averages[ema] if ema else state.params
-        fill = batch_divisor(built.mesh)
-        sheet = evaluation.class_grid(
-            generates, params, network.num_classes, to_images=to_images, fill=fill
-        )
-        images.write_png(folder / f"{count:08}.png", sheet)
-
-    return show

@@ -18,7 +18,7 @@ from dmf.typing import InputError
 @pytest.mark.parametrize(
     ("kind", "name"),
     [(kind, name) for kind, table in components.COMPONENTS.items() for name in table
-     if kind not in ("model", "interpolant")],
+     if kind not in ("model", "interpolant", "protocol")],
 )
 def test_every_component_is_made_by_its_name(kind, name):
     fields = {"name": name}

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import dmf
-from dmf import __main__, build, evaluation, loading
+from dmf import __main__, generation, loading, sharding
 
 
 def made(run) -> str:
@@ -78,12 +78,13 @@ def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
     found = json.loads(output.read_text())
     assert [row["steps"] for row in found["results"]] == [1, 3]
     for row in found["results"]:
-        assert row["frechet_distance"] > 0
+        assert row["fd_pixels"] > 0
         assert 0 <= row["label_agreement"] <= 1
-    assert found["reference"] == {"name": "digits", "split": "train", "count": 1797}
-    assert found["settings"]["count"] == 80
-    assert found["ema"] == "main"
-    assert 0.2 < found["reference_halves_distance"] < 0.4
+        assert (row["protocol"], row["count"], row["ema"]) == ("pixels", 80, "main")
+    assert found["reference"]["name"] == "digits"
+    assert 0.2 < found["reference"]["halves_distance"] < 0.4
+    assert found["settings"] == {"chunk_size": 12, "part_size": 24}
+    assert (found["seed"], found["step"]) == (0, 8)
 
 
 def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):
@@ -100,7 +101,7 @@ def test_a_flow_model_is_measured_as_a_flow_map(tmp_path):
         output = tmp_path / f"{name}.json"
         arguments = [made(tiny.flow_run()), "--steps=2", f"--output={output}", *others]
         assert tiny.dmf("evaluate", *arguments) == 0
-        distances[name] = json.loads(output.read_text())["results"][0]["frechet_distance"]
+        distances[name] = json.loads(output.read_text())["results"][0]["fd_pixels"]
     assert distances["flow"] != distances["map"]
 
 
@@ -137,18 +138,19 @@ def test_guidance_of_the_command_line_reaches_the_samples(tmp_path):
 def test_samples_depend_on_seed_and_index_alone(sampler):
     network, config, params = loading.load_network(tiny.flow_run())
     config.sampling.sampler = {"name": sampler}
-    labels = evaluation.labels_of(np.arange(20), 10)
-    on = build.make_mesh(2, 2, 2)
+    labels = np.arange(24) % 10
+    generators = [generation.Generator(network, config, on=sharding.make_mesh(devices=devices))
+                  for devices in (jax.devices(), jax.devices()[:1])]
 
-    def samples(batch_size: int, seed: int = 0, **options) -> np.ndarray:
-        generate = evaluation.generator(network, config, steps=2, seed=seed, **options)
-        parts = evaluation.generate_all(generate, params, labels, batch_size)
-        return np.concatenate(list(parts))
+    def samples(generator: generation.Generator, size: int, seed: int = 0) -> np.ndarray:
+        generate = generator(params, steps=2, seed=seed)
+        parts = [generate(i, labels[i]).images for i in generation.chunks(24, size)]
+        return np.concatenate(parts)
 
-    twenty = samples(20)
-    np.testing.assert_allclose(samples(7), twenty, atol=1e-6)
-    np.testing.assert_allclose(samples(8, on=on), twenty, atol=1e-6)
-    assert np.abs(samples(20, seed=1) - twenty).max() > 0.1
+    eight, one = generators
+    np.testing.assert_array_equal(samples(eight, 24), samples(one, 3))
+    np.testing.assert_allclose(samples(one, 24).astype(int), samples(one, 3), atol=1)
+    assert (samples(one, 24, seed=1) != samples(one, 24)).mean() > 0.9
 
 
 def test_an_export_evaluates_samples_and_loads_as_its_run(tmp_path):

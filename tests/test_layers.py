@@ -12,15 +12,17 @@ LAYERS = (
     ({"typing", "sharding", "defaults"},),
     ({"flow", "times"}, {"scaling"}, {"kernels"}, {"logs"}),
     ({"objectives", "guidance", "weighting", "samplers"}, {"models", "encoders"}),
-    ({"data"}, {"convert"}, {"metrics"}, {"images"}),
-    ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}),
-    ({"components"}, {"references"}),
+    ({"data"}, {"convert"}, {"metrics"}, {"images"}, {"features"}),
+    ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}, {"protocols"}),
+    ({"components"}, {"references", "statistics"}),
     ({"loading"},),
     ({"build"},),
-    ({"evaluation"}, {"shards"}),
+    ({"generation"},),
+    ({"surveys"},),
+    ({"evaluator", "evaluation"}, {"outputs"}, {"shards"}),
     ({"preparation"},),
     ({"stablehlo"},),
-    ({"exports"},),
+    ({"exports"}, {"monitoring"}),
     ({"training"},),
     ({"cli"},),
     ({"__main__", "__init__"},),
@@ -33,8 +35,8 @@ PLACE = {
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 READERS_OF_CONFIGS = {
-    "defaults", "components", "loading", "build", "evaluation", "stablehlo", "exports", "training",
-    "cli",
+    "defaults", "components", "loading", "build", "generation", "evaluator", "evaluation",
+    "monitoring", "stablehlo", "exports", "training", "cli",
 }
 MAKERS_OF_NETWORKS = {"models", "encoders"}
 

@@ -38,10 +38,10 @@ def written(folder: pathlib.Path, name: str, **arrays: np.ndarray) -> pathlib.Pa
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_npz(tmp_path, name):
     found = read_reference(written(tmp_path, name, **LAYOUTS[name]))
-    np.testing.assert_allclose(found.moments["fid"].mean, FID[0], rtol=1e-6)
-    np.testing.assert_allclose(found.moments["fid"].covariance, FID[1], rtol=1e-5)
-    assert found.moments["fid"].covariance.dtype == np.float64
-    assert ("sfid" in found.moments) == (found.images is not None) == (name == "adm.npz")
+    np.testing.assert_allclose(found.moments["pool3"].mean, FID[0], rtol=1e-6)
+    np.testing.assert_allclose(found.moments["pool3"].covariance, FID[1], rtol=1e-5)
+    assert found.moments["pool3"].covariance.dtype == np.float64
+    assert ("spatial" in found.moments) == (found.images is not None) == (name == "adm.npz")
     assert found.name == name
 
 
@@ -55,8 +55,8 @@ def test_pkl(tmp_path, protocol, order):
     path = tmp_path / "edm2.pkl"
     path.write_bytes(pickle.dumps(held, protocol=protocol))
     found = read_reference(path)
-    np.testing.assert_array_equal(found.moments["fid"].covariance, FID[1])
-    np.testing.assert_array_equal(found.moments["fd_dinov2"].mean, SFID[0])
+    np.testing.assert_array_equal(found.moments["pool3"].covariance, FID[1])
+    np.testing.assert_array_equal(found.moments["dinov2"].mean, SFID[0])
 
 
 class Harmful:
@@ -103,7 +103,7 @@ BAD = {
     "nothing": ({"a": FID[0]}, "it has a; give an .npz with mu and sigma"),
     "shapes": ({"mu": FID[0], "sigma": SFID[1]}, "which are no moments"),
     "integers": ({"mu": np.arange(6), "sigma": FID[1]}, "which are no moments"),
-    "infinite": ({"mu": FID[0] * np.inf, "sigma": FID[1]}, "fid holds NaN or infinity"),
+    "infinite": ({"mu": FID[0] * np.inf, "sigma": FID[1]}, "pool3 holds NaN or infinity"),
     "asymmetric": ({"mu": FID[0], "sigma": np.triu(FID[1])}, "is not symmetric"),
 }
 

@@ -36,7 +36,8 @@ def get_config() -> ConfigDict:
     config.run.checkpoint_every = 4
     config.sampling.steps = (1, 2)
     config.evaluation.count = 72
-    config.evaluation.batch_size = 24
+    config.evaluation.chunk_size = 12
+    config.evaluation.part_size = 24
     return config
 
 

@@ -140,3 +140,15 @@ def overridden(config: ConfigDict, arguments: Sequence[str]) -> ConfigDict:
             "config", config, flag_values=values, sys_argv=["dmf", *arguments]
         )
     return parse("", arguments, values, "").config
+
+
+def whole_numbers(flag: str, given: Sequence[str]) -> list[int]:
+    """The numbers of a flag that takes several.
+
+    Raises:
+      InputError: one is no whole number.
+    """
+    try:
+        return [int(number) for number in given]
+    except ValueError:
+        raise InputError(f"--{flag}={','.join(given)}: give whole numbers") from None

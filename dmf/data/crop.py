@@ -81,7 +81,7 @@ def center_crop(image: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3
     """
     if side < 1:
         raise InputError(f"side={side}: it must be at least 1")
-    image = _rgb(_upright(image))
+    image = upright_rgb(image)
     while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = side / min(image.size)
@@ -94,6 +94,11 @@ def center_crop(image: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - side) // 2, (height - side) // 2
     return np.array(image.crop((left, top, left + side, top + side)))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB, turned as its EXIF orientation says."""
+    return _rgb(_upright(image))
 
 
 def _upright(image: Image.Image) -> Image.Image:

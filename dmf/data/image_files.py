@@ -59,12 +59,14 @@ class ImageFiles:
       labels: [n] indices into class_names; None without labels.
       class_names: what each label is called; empty without labels.
       read: the bytes of a file by its name; a ValueError says that they are damaged.
+      others: files that are no images, but for those with labels.
     """
 
     names: tuple[str, ...]
     labels: Int64[np.ndarray, "n"] | None
     class_names: tuple[str, ...]
     read: Callable[[str], bytes]
+    others: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -115,6 +117,7 @@ def open_images(source: str, *, labels: str = "") -> ImageFiles:
         labels=None if numbers is None else np.array(numbers, np.int64),
         class_names=class_names,
         read=place.read,
+        others=tuple(sorted(f for f in listing - {*names, *LABELS_FILES, labels} if f[-1] != "/")),
     )
 
 

@@ -329,7 +329,7 @@ def tfds_builder(
     try:
         builder = tfds.builder(name, data_dir=directory)
         prepared = builder.is_prepared()
-    except (tfds.core.DatasetNotFoundError, ImportError):
+    except (tfds.core.DatasetNotFoundError, ImportError, ValueError):
         prepared = False
     if not prepared:
         raise InputError(f"{field}={name}: no such dataset in {directory}; {remedy}")

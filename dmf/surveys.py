@@ -1,0 +1,176 @@
+"""Statistics of a set of images, taken part by part over the devices of this process.
+
+Images go through the devices in chunks of a fixed size, one a device at a time, and parts are whole
+chunks; so neither images nor statistics depend on the number of devices. A part that is finished is
+a file: the same survey goes on where it was interrupted, and processes share the parts.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jaxtyping import Int, UInt8
+
+from dmf import logs
+from dmf.checkpoint import write_json
+from dmf.features import Extractor
+from dmf.generation import Generated, chunks
+from dmf.sharding import by_device, on_this_host
+from dmf.statistics import Statistics, read_statistics
+from dmf.typing import InputError, RunError
+
+ImagesOf = Callable[[Int[np.ndarray, "n"]], Generated]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Surveyor:
+    """Takes statistics.
+
+    Attributes:
+      extractor: of the features.
+      on: a mesh of devices of this process.
+      chunk_size: images that a device sees at a time; another size may round otherwise.
+      part_size: images between two files, rounded up to whole chunks.
+    """
+
+    extractor: Extractor
+    on: Mesh
+    chunk_size: int
+    part_size: int
+
+    def __post_init__(self):
+        for field in ("chunk_size", "part_size"):
+            if getattr(self, field) < 1:
+                raise InputError(f"evaluation.{field}={getattr(self, field)}: give a whole number "
+                                 ">= 1")
+
+    @functools.cached_property
+    def _features(self) -> Callable[[UInt8[np.ndarray, "n h w c"]], dict[str, jax.Array]]:
+        compiled = by_device(self.extractor.apply, self.on)
+        params = on_this_host(self.extractor.params, self.on)
+        return lambda images: compiled(params, images)
+
+    def widths(self, shape: tuple[int, ...]) -> dict[str, int]:
+        """How many values the features of images of a shape (h, w, c) have, by kind."""
+        image = jax.ShapeDtypeStruct((1, *shape), np.uint8)
+        found = jax.eval_shape(self.extractor.apply, self.extractor.params, image)
+        return {kind: features.shape[1] for kind, features in found.items()}
+
+    def features(self, images: UInt8[np.ndarray, "n h w c"]) -> dict[str, np.ndarray]:
+        """Features of any number of images at once, by kind."""
+        filled = np.zeros((-(-len(images) // self.on.size) * self.on.size, *images.shape[1:]),
+                          np.uint8)
+        filled[: len(images)] = images
+        found = jax.device_get(self._features(filled))
+        return {kind: values[: len(images)] for kind, values in found.items()}
+
+    def survey(
+        self,
+        images_of: ImagesOf,
+        count: int,
+        folder: epath.Path,
+        *,
+        keep: Mapping[str, int],
+        what: str,
+    ) -> Statistics:
+        """The statistics of images 0 to count - 1.
+
+        Args:
+          images_of: images by their indices, of which as many are asked for at once as all devices
+            see; the last ones may be beyond the count.
+          count: number of images.
+          folder: for the parts.
+          keep: kinds of features to keep, of every n-th image.
+          what: to say what goes on.
+
+        Raises:
+          RunError: some images hold NaN or infinity, or a part cannot be written.
+        """
+        size = -(-self.part_size // self.chunk_size) * self.chunk_size
+        parts = {folder / f"{number:05}.npz": (first, min(first + size, count))
+                 for number, first in enumerate(range(0, count, size))}
+        mine = list(parts)[jax.process_index() :: jax.process_count()]
+        todo = [path for path in mine if not path.exists()]
+        total = sum(last - first for first, last in (parts[path] for path in mine))
+        done = total - sum(last - first for first, last in (parts[path] for path in todo))
+        progress = logs.Progress(what, done, total, "images")
+        for path in todo:
+            self._part(images_of, *parts[path], keep, progress).write(path)
+        wait_for_all(str(folder))
+        statistics = Statistics(keep)
+        for path in parts:
+            statistics.merge(read_statistics(path, keep))
+        return statistics
+
+    def _part(
+        self,
+        images_of: ImagesOf,
+        first: int,
+        last: int,
+        keep: Mapping[str, int],
+        progress: logs.Progress,
+    ) -> Statistics:
+        """The statistics of images first to last - 1."""
+        statistics, bad = Statistics(keep), []
+        waiting = None
+        # One round is under way on the devices while the one before is added up here.
+        for indices in [*chunks(last, self.chunk_size * self.on.size, first), None]:
+            begun = None if indices is None else self._begin(images_of, indices)
+            if waiting is not None:
+                seen, finite, features = waiting[0], *jax.device_get(waiting[1:])
+                inside = seen < last
+                bad += seen[inside & ~finite].tolist()
+                if not bad:
+                    self._add(statistics, seen[inside], features)
+                progress.add(int(inside.sum()))
+            waiting = begun
+        if bad:
+            raise RunError(f"{len(bad)} of images {first} to {last - 1} hold NaN or infinity, the "
+                           f"first of them {bad[0]}: nothing can be measured on them")
+        return statistics
+
+    def _begin(self, images_of: ImagesOf, indices: Int[np.ndarray, "n"]) -> tuple:
+        images, finite = images_of(indices)
+        return indices, finite, self._features(images)
+
+    def _add(
+        self, statistics: Statistics, indices: np.ndarray, features: Mapping[str, np.ndarray]
+    ) -> None:
+        """Adds one chunk after the other, however many came at once."""
+        for start in range(0, len(indices), self.chunk_size):
+            stop = min(start + self.chunk_size, len(indices))
+            part = {kind: values[start:stop] for kind, values in features.items()}
+            statistics.add(indices[start:stop], part)
+
+
+def claimed(folder: epath.Path, identity: Any) -> epath.Path:
+    """A folder for some work, emptied if it holds other work.
+
+    Args:
+      folder: that may hold what an earlier process left.
+      identity: what tells the work from others, as JSON holds it.
+    """
+    note, mine = folder / "work.json", json.loads(json.dumps(identity))
+    if note.exists() and json.loads(note.read_text()) != mine:
+        logs.say(f"{folder}: what lies there is of other settings; begun anew")
+        wait_for_all(f"{folder} seen")
+        if jax.process_index() == 0:
+            folder.rmtree()
+    wait_for_all(f"{folder} free")
+    if jax.process_index() == 0 and not note.exists():
+        write_json(note, mine)
+    wait_for_all(f"{folder} claimed")
+    return folder
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes of the run are here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
