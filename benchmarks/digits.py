@@ -82,7 +82,7 @@ def table(folders: Sequence[Path]) -> str:
         cells = []
         for n in columns:
             rows = [row for e in found for row in e["results"] if row["steps"] == n]
-            distances = [row["frechet_distance"] for row in rows]
+            distances = [row["fd_pixels"] for row in rows]
             agreement = np.mean([row["label_agreement"] for row in rows]) if rows else 0
             cells.append(f"{np.mean(distances):.2f} ± {np.std(distances):.2f} ({agreement:.0%})"
                          if rows else "")
@@ -99,8 +99,8 @@ def main(_: Sequence[str]) -> None:
     reference = json.loads((folders[0] / "sit.json").read_text())
     text = "\n".join([
         table(folders), "",
-        f"Two random halves of the data differ by {reference['reference_halves_distance']:.2f}. "
-        f"{len(folders)} seeds, {reference['settings']['count']} samples each; MeanFlow trained "
+        f"Two random halves of the data differ by {reference['reference']['halves_distance']:.2f}. "
+        f"{len(folders)} seeds, {reference['count']} samples each; MeanFlow trained "
         f"for {mean_flow_steps()} steps, the compute of the flow model and the flow map together. "
         f"On {machine()}.",
     ])

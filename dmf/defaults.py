@@ -173,7 +173,7 @@ def get_config() -> ConfigDict:
                 "rounding": "",
                 "count": 5000,
                 "seed": 0,
-                "chunk_size": 500,
+                "chunk_size": 64,
                 "part_size": 5000,
                 "every": 0,
                 "emas": ("main",),

@@ -23,14 +23,18 @@ from dmf.components import COMPONENTS, lookup
 from dmf.data.image_sets import DatasetImages, ImageSet, open_image_set
 from dmf.generation import Generated
 from dmf.protocols import DISTANCES, KEEPING, METRICS, Protocol
-from dmf.references import Reference, holds_statistics, read_reference
+from dmf.references import (
+    Reference,
+    holds_statistics,
+    kept_of,
+    of_statistics,
+    read_reference,
+)
 from dmf.sharding import local_mesh
 from dmf.statistics import Statistics, write_npz
 from dmf.surveys import ImagesOf, Surveyor, claimed, wait_for_all
 from dmf.typing import InputError
 
-# Of a reference that is a set of images, about so many are kept for precision and recall.
-REFERENCE_IMAGES = 10_000
 _FROZEN = ("inception", "dinov2")
 
 
@@ -109,7 +113,7 @@ class Evaluator:
         """Opens the networks that features come from.
 
         Args:
-          config: its `evaluation`; its dataset is the reference unless a file is named.
+          config: its `evaluation`; its dataset is the reference unless one is named.
           folder: for work under way.
           labelled: whether there are labels.
           features_folder: for the features of all images; None writes none.
@@ -126,7 +130,7 @@ class Evaluator:
             for name in _FROZEN if self._settings[name]
         }
         extractor = features.extractor(self.protocol.features, **self._networks)
-        self._surveyor = Surveyor(
+        self.surveyor = Surveyor(
             extractor=extractor,
             on=self.on,
             chunk_size=self._settings.chunk_size,
@@ -188,10 +192,10 @@ class Evaluator:
           InputError: they are too few, or not of the reference's width, or lack labels, or the
             reference is not one.
         """
-        widths, found = self._surveyor.widths(shape), self._opened
-        self._check_count(shape, count, f"evaluation.count={count}")
+        widths, found = self.surveyor.widths(shape), self._opened
+        self.check_count(shape, count, f"evaluation.count={count}")
         if isinstance(found, Subject):
-            theirs, name = self._surveyor.widths(found.shape), found.row["images"]
+            theirs, name = self.surveyor.widths(found.shape), found.row["images"]
         else:
             theirs = {kind: len(moments.mean) for kind, moments in found.moments.items()}
             name = found.name
@@ -225,20 +229,13 @@ class Evaluator:
           InputError: it has fewer images than a covariance needs.
         """
         name = subject.row["images"]
-        self._check_count(subject.shape, subject.count, f"reference={name}")
-        kinds = {*self.protocol.kept, *({"pixels"} & {*self.protocol.features})}
-        stride = max(1, subject.count // REFERENCE_IMAGES)
-        keep = dict.fromkeys(sorted(kinds), stride)
+        self.check_count(subject.shape, subject.count, f"reference={name}")
+        keep = kept_of(self.protocol.kept_of_reference, subject.count)
         folder = claimed(self._folder / "reference", [subject.identity, self._identity(), keep])
-        statistics = self._surveyor.survey(
+        statistics = self.surveyor.survey(
             subject.images, subject.count, folder, keep=keep, what="reference"
         )
-        return Reference(
-            name=name,
-            moments=statistics.moments,
-            features={kind: statistics.features(kind) for kind in statistics.kept},
-            labels=None if subject.labels is None else subject.labels[::stride],
-        )
+        return of_statistics(name, statistics, subject.labels)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """One row of a result: what the images are, and their scores.
@@ -256,7 +253,7 @@ class Evaluator:
         if finished.exists():
             return json.loads(finished.read_text())
         kept = self.protocol.features if self._features_folder else self.protocol.kept
-        statistics = self._surveyor.survey(
+        statistics = self.surveyor.survey(
             subject.images, subject.count, folder,
             keep=dict.fromkeys(kept, 1),
             what=" ".join(f"{key} {value}" for key, value in subject.row.items()),
@@ -294,8 +291,15 @@ class Evaluator:
                 found |= {name: both[name] for name in both if name in self.protocol.metrics}
         return found
 
-    def _check_count(self, shape: tuple[int, ...], count: int, field: str) -> None:
-        widths = self._surveyor.widths(shape)
+    def check_count(self, shape: tuple[int, ...], count: int, field: str) -> None:
+        """Raises InputError where a covariance would be singular.
+
+        Args:
+          shape: (h, w, c) of images.
+          count: how many there are.
+          field: what the message begins with.
+        """
+        widths = self.surveyor.widths(shape)
         for metric in self.protocol.metrics:
             width = widths[METRICS[metric]]
             if metric in DISTANCES and count <= width:

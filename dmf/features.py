@@ -31,10 +31,12 @@ class Extractor(NamedTuple):
     """Features of images.
 
     Attributes:
+      kinds: of the features.
       apply: (params, uint8 images [n, h, w, c]) -> features [n, d] in float32, by kind.
       params: of the networks, by their names.
     """
 
+    kinds: tuple[str, ...]
     apply: Callable[[Mapping[str, Params], Pixels], Features]
     params: Mapping[str, Params]
 
@@ -74,7 +76,7 @@ def extractor(
             found["dinov2"] = tokens[:, 0]
         return {kind: found[kind] for kind in kinds}
 
-    return Extractor(apply, {name: networks[name][1] for name in needed})
+    return Extractor(tuple(sorted(kinds)), apply, {name: networks[name][1] for name in needed})
 
 
 def dinov2_input(images: UInt8[Array, "n h w 3"]) -> Float[Array, "n 224 224 3"]:

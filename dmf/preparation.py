@@ -20,7 +20,10 @@ from etils import epath
 
 from dmf import logs
 from dmf.checkpoint import disk_errors, fingerprint, write_json
+from dmf.crop_surveys import CropSurvey
 from dmf.data.sources import LABELS_FILE
+from dmf.evaluator import Evaluator
+from dmf.references import write_reference
 from dmf.shards import RECORDS, SPLIT, Images, Preparation, ShardWriter, shard_name
 from dmf.typing import InputError, Params, RunError
 
@@ -34,6 +37,8 @@ def prepare(
     preparation: Preparation,
     params: Params | None = None,
     *,
+    evaluator: Evaluator | None = None,
+    reference: epath.PathLike = "",
     process: int = 0,
     processes: int = 1,
 ) -> None:
@@ -44,6 +49,8 @@ def prepare(
       output: a directory, new or left by an earlier call.
       preparation: what is made of them.
       params: of the autoencoder.
+      evaluator: of a protocol, to make a reference of the crops in the same pass; and its file.
+      reference: the `.npz` to write.
       process, processes: which of how many that share the work, each with the same arguments.
 
     Raises:
@@ -55,14 +62,20 @@ def prepare(
         raise InputError(f"process={process}: give a number from 0 to processes - 1 = "
                          f"{processes - 1}")
     output = epath.Path(output)
+    survey = None
+    if evaluator is not None:
+        survey = CropSurvey(
+            evaluator, output / REPORTS,
+            side=preparation.resolution, count=len(source), process=process,
+        )  # fmt: skip
     with disk_errors(output):
-        _claim(output, source, preparation, params)
+        _claim(output, _settings(source, preparation, params, survey))
         count = -(-len(source) // preparation.shard_size)
         mine = [i for i in range(count) if i % processes == process]
         todo = [i for i in mine if not _report(output, i).exists()]
         logs.say(f"{len(source):,} images in {count} shards: {len(mine) - len(todo)} of "
                  f"{len(mine)} are done" + (f" (process {process})" if processes > 1 else ""))
-        write = ShardWriter(source, output, preparation, params, count)
+        write = ShardWriter(source, output, preparation, params, count, survey)
         clock = logs.Clock(0, len(todo))
         for done, shard in enumerate(todo, 1):
             # A shard with a report is whole.
@@ -71,11 +84,15 @@ def prepare(
             logs.say(f"shard {shard} written, {done}/{len(todo)}  {rate:.1f} images/s  left "
                      f"{clock.left(done)}")
         if all(_report(output, i).exists() for i in range(count)):
+            if survey is not None:
+                path = epath.Path(reference)
+                write_reference(path, survey.reference(path.name))
+                logs.say(f"reference written: {path}")
             _finish(output, source, preparation, count)
 
 
 def _settings(
-    source: Images, preparation: Preparation, params: Params | None
+    source: Images, preparation: Preparation, params: Params | None, survey: CropSurvey | None
 ) -> dict[str, Any]:
     """What determines the records, as JSON holds it."""
     labels = [] if source.labels is None else source.labels.tolist()
@@ -88,14 +105,14 @@ def _settings(
         "listing": hashlib.sha256(listing.encode()).hexdigest()[:16],
         "parameters": fingerprint(params),
     }
+    if survey is not None:
+        settings["reference"] = survey.identity
     return json.loads(json.dumps(settings))
 
 
-def _claim(
-    output: epath.Path, source: Images, preparation: Preparation, params: Params | None
-) -> None:
+def _claim(output: epath.Path, mine: dict[str, Any]) -> None:
     """Writes the settings into a new directory, or checks that they are those of the work there."""
-    path, mine = output / SETTINGS_FILE, _settings(source, preparation, params)
+    path = output / SETTINGS_FILE
     if not path.exists():
         if output.exists() and any(p.name != REPORTS for p in output.iterdir()):
             raise InputError(f"output={output}: it exists and is not empty; choose another")

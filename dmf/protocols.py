@@ -65,6 +65,11 @@ class Protocol:
         """Those of them that must be kept for every image."""
         return tuple(sorted({METRICS[name] for name in self.metrics if name in KEEPING}))
 
+    @property
+    def kept_of_reference(self) -> tuple[str, ...]:
+        """Those that a reference keeps: pixels too, which tell what chance amounts to."""
+        return tuple(sorted({*self.kept, *({"pixels"} & {*self.features})}))
+
 
 PROTOCOLS = {
     # The evaluator of guided diffusion (arXiv:2105.05233), as SiT and REPA use it.
@@ -97,11 +102,11 @@ def labels_of(
     """
     if not num_classes or how == "balanced":
         return (indices % max(num_classes, 1)).astype(np.int32)
-    return np.asarray(_drawn(seed, jnp.asarray(indices, jnp.int32), num_classes))
+    return np.asarray(_drawn(jnp.int32(seed), jnp.asarray(indices, jnp.int32), num_classes))
 
 
 @jax.jit(static_argnums=2)
-def _drawn(seed: int, indices: jax.Array, num_classes: int) -> jax.Array:
+def _drawn(seed: jax.Array, indices: jax.Array, num_classes: int) -> jax.Array:
     def draw(index: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), _LABEL)
         return jax.random.randint(key, (), 0, num_classes, jnp.int32)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from dmf.checkpoint import fingerprint
 from dmf.convert import numpy_pickles
 from dmf.metrics import Moments, RunningMoments
-from dmf.statistics import write_npz
+from dmf.statistics import Statistics, write_npz
 from dmf.typing import InputError
 
 # Features, by the names of their mean and covariance in an .npz; the first that is there counts.
@@ -26,6 +26,8 @@ _NPZ_NAMES = {
 }
 _PKL_NAMES = {"pool3": "fid", "dinov2": "fd_dinov2"}
 _KEPT = "features_{}"
+# Of a set of images, the features of about so many are kept for precision and recall.
+KEPT_IMAGES = 10_000
 _IMAGES, _LABELS = "arr_0", "labels"
 _REMEDY = (
     "give an .npz with mu and sigma (ADM's also has mu_s, sigma_s and arr_0), or EDM2's .pkl with "
@@ -55,6 +57,31 @@ class Reference:
     def fingerprint(self) -> str:
         """Tells its moments from others."""
         return fingerprint({kind: (m.mean, m.covariance) for kind, m in self.moments.items()})
+
+
+def kept_of(kinds: Collection[str], count: int) -> dict[str, int]:
+    """Kinds of features that a reference of so many images keeps, and that it does so of every n-th
+    image."""
+    return dict.fromkeys(sorted(kinds), max(1, count // KEPT_IMAGES))
+
+
+def of_statistics(
+    name: str, statistics: Statistics, labels: Int64[np.ndarray, "n"] | None
+) -> Reference:
+    """A set of images as a reference.
+
+    Args:
+      name: of the set.
+      statistics: of its images, with the features that `kept_of` says.
+      labels: of its images, None without labels.
+    """
+    stride = max(statistics.keep.values(), default=1)
+    return Reference(
+        name=name,
+        moments=statistics.moments,
+        features={kind: statistics.features(kind) for kind in statistics.kept},
+        labels=None if labels is None else labels[::stride],
+    )
 
 
 def holds_statistics(path: epath.PathLike) -> bool:

@@ -70,9 +70,9 @@ def make_mesh(
     )
 
 
-def local_mesh() -> Mesh:
-    """All devices of this process along "data"."""
-    return make_mesh(devices=jax.local_devices())
+def local_mesh(most: int | None = None) -> Mesh:
+    """The devices of this process along "data", at most so many."""
+    return make_mesh(devices=jax.local_devices()[:most])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

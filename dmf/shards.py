@@ -19,6 +19,7 @@ from jaxtyping import Array, Float16, UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dmf import images
+from dmf.crop_surveys import CropSurvey
 from dmf.data.crop import center_crop
 from dmf.data.image_files import UnreadableImage
 from dmf.encoders.autoencoder import Autoencoder
@@ -159,9 +160,10 @@ class ShardWriter:
         preparation: Preparation,
         params: Params | None,
         count: int,
+        survey: CropSurvey | None = None,
     ):
         self._source, self._output, self._preparation = source, output, preparation
-        self._count = count
+        self._count, self._survey = count, survey
         self._features = preparation.features(source.class_names)
         self._serialize = tfds.core.example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
@@ -181,8 +183,10 @@ class ShardWriter:
         written, labels, skipped = 0, [], []
         writer = array_record_module.ArrayRecordWriter(os.fspath(partial), _WRITER_OPTIONS)
         try:
-            for crops, rows in self._rows(indices, skipped):
-                for crop, row in zip(crops, rows, strict=False):
+            for crops, pixels in self._batches(indices, skipped):
+                if self._survey is not None:
+                    self._survey.add([crop.index for crop in crops], pixels)
+                for crop, row in zip(crops, self._encode(pixels), strict=False):
                     record = self._record(crop, row)
                     writer.write(record)
                     written += len(record)
@@ -191,13 +195,15 @@ class ShardWriter:
         finally:
             writer.close()
         partial.replace(final)
+        if self._survey is not None:
+            self._survey.finish(shard)
         length = len(indices) - len(skipped)
         return {"length": length, "bytes": written, "labels": labels, "skipped": skipped}
 
-    def _rows(
+    def _batches(
         self, indices: Sequence[int], skipped: list[dict[str, str]]
-    ) -> Iterator[tuple[list[Crop], np.ndarray]]:
-        """Batches of crops and of what is stored for them; a last one is filled up."""
+    ) -> Iterator[tuple[list[Crop], UInt8[np.ndarray, "n side side 3"]]]:
+        """Batches of crops, and their pixels; the pixels of a last one are filled up."""
         size, waiting = self._preparation.batch_size, []
         for crop in self._crops(indices):
             if crop.pixels is None:
@@ -205,12 +211,12 @@ class ShardWriter:
                 continue
             waiting.append(crop)
             if len(waiting) == size:
-                yield waiting, self._encode(np.stack([crop.pixels for crop in waiting]))
+                yield waiting, np.stack([crop.pixels for crop in waiting])
                 waiting = []
         if waiting:
             filled = [crop.pixels for crop in waiting]
             filled += [np.zeros_like(filled[0])] * (size - len(filled))
-            yield waiting, self._encode(np.stack(filled))
+            yield waiting, np.stack(filled)
 
     def _crops(self, indices: Sequence[int]) -> Iterator[Crop]:
         """The crops in order, decoded in threads, a few batches ahead."""

@@ -16,6 +16,7 @@ from dmf.checkpoint import disk_errors
 from dmf.metrics import RunningInceptionScore, RunningMoments
 
 PROBABILITIES = "probabilities"
+_PARTS = "parts"
 
 
 @dataclasses.dataclass
@@ -27,6 +28,7 @@ class Statistics:
       moments: of each kind but probabilities.
       inception_score: of the probabilities.
       kept: features in parts, in the order they were seen; float32.
+      parts: numbers of the parts that are in it, for those who count them.
     """
 
     keep: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -35,6 +37,7 @@ class Statistics:
         default_factory=RunningInceptionScore
     )
     kept: dict[str, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    parts: list[int] = dataclasses.field(default_factory=list)
 
     def add(
         self, indices: Int[np.ndarray, "n"], features: Mapping[str, Shaped[np.ndarray, "n d"]]
@@ -60,6 +63,7 @@ class Statistics:
         self.inception_score.merge(other.inception_score)
         for kind, parts in other.kept.items():
             self.kept.setdefault(kind, []).extend(parts)
+        self.parts.extend(other.parts)
 
     def features(self, kind: str) -> Float[np.ndarray, "n d"]:
         """All that was kept of a kind."""
@@ -72,7 +76,7 @@ class Statistics:
         Raises:
           RunError: the disk is full or cannot be written.
         """
-        arrays: dict[str, np.ndarray] = {}
+        arrays: dict[str, np.ndarray] = {_PARTS: np.array(self.parts, np.int64)}
         for kind, moments in self.moments.items():
             for name in ("count", "mean", "scatter"):
                 arrays[f"moments/{kind}/{name}"] = np.asarray(getattr(moments, name))
@@ -101,10 +105,11 @@ def read_statistics(path: epath.Path, keep: Mapping[str, int]) -> Statistics:
     """The statistics that `Statistics.write` wrote."""
     found: dict[str, dict[str, dict[str, np.ndarray]]] = {"moments": {}, "splits": {}, "kept": {}}
     with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-        for name in file.files:
+        parts = file[_PARTS].tolist()
+        for name in sorted({*file.files} - {_PARTS}):
             group, key, field = name.split("/")
             found[group].setdefault(key, {})[field] = file[name]
-    statistics = Statistics(keep)
+    statistics = Statistics(keep, parts=parts)
     for kind, fields in found["moments"].items():
         count = int(fields["count"])
         statistics.moments[kind] = RunningMoments(count, fields["mean"], fields["scatter"])
@@ -113,3 +118,9 @@ def read_statistics(path: epath.Path, keep: Mapping[str, int]) -> Statistics:
         statistics.inception_score.sums[int(number)] = sums
     statistics.kept = {kind: [fields["features"]] for kind, fields in found["kept"].items()}
     return statistics
+
+
+def parts_in(path: epath.Path) -> list[int]:
+    """The parts that are in a file that `Statistics.write` wrote; nothing else of it is read."""
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+        return held[_PARTS].tolist()

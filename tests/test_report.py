@@ -12,8 +12,13 @@ from dmf.typing import InputError
 
 def evaluation(distances, agreement=None):
     extra = {} if agreement is None else {"label_agreement": agreement}
-    rows = [{"steps": n, "frechet_distance": d, **extra} for n, d in distances.items()]
-    return {"results": rows, "reference_halves_distance": 0.28}
+    rows = [{"ema": "main", "steps": n, "count": 5000, "fd_pixels": d, **extra}
+            for n, d in distances.items()]
+    return {
+        "protocol": {"name": "pixels", "metrics": ["fd_pixels"]},
+        "reference": {"name": "digits", "halves_distance": 0.28},
+        "results": rows,
+    }
 
 
 FLOW = evaluation({1: 5.854, 4: 0.7})
@@ -21,12 +26,35 @@ MAP = evaluation({1: 0.476, 2: 0.27}, agreement=0.934)
 
 
 def test_a_table_has_a_row_an_evaluation_and_a_column_a_number_of_steps():
-    lines = report.table({"flow": FLOW, "map": MAP}).splitlines()
+    lines = report.table({"flow": FLOW, "map": MAP}, "fd_pixels").splitlines()
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:4]]
     assert cells[0][1:] == ["1 step", "2 steps", "4 steps"]
     assert cells[2] == ["flow", "5.85", "", "0.70"]
     assert cells[3] == ["map", "0.48 (93%)", "0.27 (93%)", ""]
+    assert lines[-2] == "Protocol pixels, 5,000 samples, against digits."
     assert "0.28" in lines[-1]
+
+
+def test_averages_are_rows_of_their_own():
+    rows = [{"ema": ema, "steps": 1, "count": 50, "fid": d} for ema, d in (("a", 3.0), ("", 4.0))]
+    both = {**FLOW, "results": rows, "protocol": {"name": "adm", "metrics": ["fid"]}}
+    lines = report.table({"map": both}, "fid").splitlines()
+    assert lines[0].startswith("| FID | 1 step")
+    assert lines[2:4] == ["| map (a) | 3.00 |", "| map (parameters) | 4.00 |"]
+    assert "0.28" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [("protocol", "its protocol is other, and that of flow is pixels"),
+     ("reference", "its reference is other, and that of flow is digits")],
+)
+def test_numbers_that_cannot_be_compared_are_refused(field, message):
+    other = {**MAP, field: {**MAP[field], "name": "other"}}
+    with pytest.raises(InputError, match=message):
+        report.check({"flow": FLOW, "map": other}, "fd_pixels")
+    with pytest.raises(InputError, match="metric=fid: flow has fd_pixels"):
+        report.check({"flow": FLOW}, "fid")
 
 
 def test_the_command_prints_the_table_and_draws_the_picture(tmp_path, capsys):

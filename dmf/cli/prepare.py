@@ -4,7 +4,8 @@ Makes a dataset to train on: centre crops of images, as latents of the autoencod
 (what dmf convert wrote), or as they are without one. IMAGES is a folder of class folders, a flat
 folder with a labels file (--labels) or without labels, a .zip or .tar of such, or a TFDS name. The
 same command goes on where it was interrupted; several processes share the work with --process=0
---processes=4, 1 and 4, and so on, each with the same other flags.
+--processes=4, 1 and 4, and so on, each with the same other flags. With --reference=FILE.npz,
+--protocol and --inception, statistics of the crops are written in the same pass, for dmf evaluate.
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     text("labels", "", "labels file of a flat folder", flag_values=values)
     text("split", "train", "of a TFDS name", flag_values=values)
     text("data-directory", "", "where TFDS keeps its datasets", flag_values=values)
+    text("reference", "", "an .npz of statistics to write", flag_values=values)
+    text("protocol", "adm", "that the reference is for", flag_values=values)
+    text("inception", "", "Inception, as dmf convert wrote it", flag_values=values)
+    text("dinov2", "", "DINOv2, as dmf convert wrote it", flag_values=values)
     text("name", "latents", "of the dataset", flag_values=values)
     text("dtype", "float32", "of the encoding, float32 or bfloat16", flag_values=values)
     text("unreadable", "skip", "skip or fail: images that cannot be read", flag_values=values)
@@ -71,7 +76,21 @@ def main(verb: str, arguments: Sequence[str]) -> None:
             name=values.name,
         ),
         params,
+        evaluator=_evaluator(values) if values.reference else None,
+        reference=values.reference,
         process=values.process,
         processes=values.processes,
     )
     print(values.output)
+
+
+def _evaluator(values: flags.FlagValues):
+    from dmf.defaults import get_config
+    from dmf.evaluator import Evaluator
+
+    if not values.reference.endswith(".npz"):
+        raise InputError(f"--reference={values.reference}: give an .npz file to write")
+    config = get_config()
+    for field in ("protocol", "inception", "dinov2"):
+        config.evaluation[field] = values[field].value
+    return Evaluator(config, "", labelled=False)

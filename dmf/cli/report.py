@@ -1,7 +1,7 @@
-"""dmf report --output=DIR NAME=FILE [NAME=FILE ...]
+"""dmf report --output=DIR [--metric=fid] NAME=FILE [NAME=FILE ...]
 
-Compares evaluations (the JSON files of `dmf evaluate`): prints a table of distance against steps,
-and writes it as report.md, with the curves as distance.png.
+Compares evaluations of flow maps (the JSON files of `dmf evaluate`) by one protocol: prints a table
+of a metric against steps, and writes it as report.md, with the curves as distance.png.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     """Writes a table and a picture of several evaluations."""
     values = flags.FlagValues()
     flags.DEFINE_string("output", None, "a directory for the report", flag_values=values)
+    flags.DEFINE_string("metric", "", "what is shown; the first by default", flag_values=values)
     named = [a for a in arguments if not a.startswith("-")]
     cli.parse(verb, [a for a in arguments if a not in named], values, __doc__)
     cli.require(values, "output")
@@ -31,4 +32,4 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         evaluations[name] = report.read(path)
     if not evaluations:
         raise InputError("nothing to compare: give NAME=FILE for each evaluation")
-    print(report.write(values.output, evaluations))
+    print(report.write(values.output, evaluations, values.metric))

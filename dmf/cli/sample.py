@@ -49,7 +49,9 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if len(steps) > 1 and output.suffix != ".png":
         raise InputError(f"--steps={','.join(values.steps)}: several are for a .png grid; give one")
     config = cli.overridden(loading.read_config(values.checkpoint), others)
-    on = local_mesh()
+    chunk = min(config.evaluation.chunk_size, values.count)
+    # No more devices than there are chunks: images do not depend on their number.
+    on = local_mesh(-(-values.count // chunk))
     labels = _labels(values, components.network(config).num_classes)
     network, config, params = loading.load_network(
         values.checkpoint, values.ema, on=on, config=config
@@ -57,7 +59,6 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     generator = Generator(network, config, on=on)
     options = {"seed": values.seed, "rounding": values.rounding}
     generates = [generator(params, steps=n, **options) for n in steps]
-    chunk = min(config.evaluation.chunk_size, -(-values.count // on.size))
     if output.suffix == ".png":
         sheets = []
         for generate in generates:

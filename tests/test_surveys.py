@@ -1,0 +1,126 @@
+"""A survey is the same for any number of devices, any cut into parts, and after interruptions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from dmf.features import Extractor
+from dmf.generation import Generated
+from dmf.sharding import make_mesh
+from dmf.statistics import Statistics
+from dmf.surveys import Surveyor, claimed
+from dmf.typing import InputError, RunError
+
+COUNT = 50
+IMAGES = np.random.default_rng(0).integers(0, 256, (COUNT, 4, 4, 3)).astype(np.uint8)
+WEIGHTS = np.random.default_rng(1).normal(size=(48, 6)).astype("f")
+
+
+def surveyor(devices: int = 8, chunk_size: int = 3, part_size: int = 12) -> Surveyor:
+    """Of one kind of feature: a projection of the pixels."""
+
+    def apply(params, images):
+        return {"pool3": jnp.tanh(images.reshape(len(images), -1) / 255 @ params["weights"])}
+
+    return Surveyor(
+        extractor=Extractor(("pool3",), apply, {"weights": WEIGHTS}),
+        on=make_mesh(devices=jax.devices()[:devices]),
+        chunk_size=chunk_size,
+        part_size=part_size,
+    )
+
+
+def images_of(indices: np.ndarray) -> Generated:
+    return Generated(IMAGES[indices % COUNT], np.ones(len(indices), bool))
+
+
+def survey(folder, images=images_of, **options) -> Statistics:
+    return surveyor(**options).survey(
+        images, COUNT, epath.Path(folder), keep={"pool3": 1}, what="test"
+    )
+
+
+def bits(statistics: Statistics) -> tuple[bytes, ...]:
+    moments = statistics.moments["pool3"]
+    return (moments.mean.tobytes(), moments.scatter.tobytes(),
+            statistics.features("pool3").tobytes())  # fmt: skip
+
+
+def test_it_takes_the_features_of_every_image(tmp_path):
+    found = survey(tmp_path)
+    expected = np.tanh(IMAGES.reshape(COUNT, -1) / 255 @ WEIGHTS)
+    np.testing.assert_allclose(found.features("pool3"), expected, atol=1e-5)
+    assert found.moments["pool3"].count == COUNT
+    np.testing.assert_allclose(found.moments["pool3"].covariance, np.cov(expected.T), atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"{i:05}.npz" for i in range(5)]
+
+
+def test_to_the_bit_on_any_number_of_devices(tmp_path):
+    one, three, eight = (bits(survey(tmp_path / str(n), devices=n)) for n in (1, 3, 8))
+    assert one == three == eight
+
+
+def test_parts_change_no_more_than_rounding(tmp_path):
+    parts = [survey(tmp_path / str(n), part_size=n) for n in (1, 17, 100)]
+    assert len(list((tmp_path / "17").iterdir())) == 3, "17 images are 18 in chunks of 3"
+    for other in parts[1:]:
+        np.testing.assert_array_equal(other.features("pool3"), parts[0].features("pool3"))
+        np.testing.assert_allclose(
+            other.moments["pool3"].scatter, parts[0].moments["pool3"].scatter, rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_it_goes_on_where_it_was_interrupted(tmp_path, devices):
+    whole, asked = bits(survey(tmp_path / "whole")), []
+
+    def watched(indices: np.ndarray) -> Generated:
+        asked.append(int(indices[0]))
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return images_of(indices)
+
+    with pytest.raises(KeyboardInterrupt):
+        survey(tmp_path / "cut", watched, devices=8)
+    assert len(list((tmp_path / "cut").glob("*.npz"))) == 2
+    asked.append(0)  # so that nothing is raised any more
+    assert bits(survey(tmp_path / "cut", watched, devices=devices)) == whole
+    assert min(asked[4:]) == 24, "finished parts are not made again"
+
+
+def test_images_that_are_not_finite_are_counted(tmp_path):
+    def some_bad(indices: np.ndarray) -> Generated:
+        return Generated(IMAGES[indices % COUNT], ~np.isin(indices, [14, 20, 40, 50]))
+
+    with pytest.raises(RunError, match="2 of images 12 to 23 hold NaN or infinity, the first of "
+                                       "them 14"):
+        survey(tmp_path, some_bad)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.npz"]
+
+
+def test_what_lies_beyond_the_last_image_is_not_looked_at(tmp_path):
+    def beyond_bad(indices: np.ndarray) -> Generated:
+        return Generated(np.where(indices[:, None, None, None] < COUNT, IMAGES[indices % COUNT], 7),
+                         indices < COUNT)
+
+    assert bits(survey(tmp_path / "a", beyond_bad)) == bits(survey(tmp_path / "b"))
+
+
+def test_work_of_other_settings_is_begun_anew(tmp_path, capsys):
+    folder = epath.Path(tmp_path / "work")
+    (claimed(folder, {"seed": 0, "sizes": (3, 4)}) / "part").write_text("x")
+    assert (claimed(folder, {"sizes": [3, 4], "seed": 0}) / "part").exists()
+    assert not (claimed(folder, {"sizes": [3, 4], "seed": 1}) / "part").exists()
+    assert "is of other settings; begun anew" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["chunk_size", "part_size"])
+def test_sizes_that_cannot_be(field):
+    with pytest.raises(InputError, match=f"evaluation.{field}=0: give a whole number >= 1"):
+        surveyor(**{field: 0})
+
+
+def test_widths_are_known_beforehand():
+    assert surveyor().widths((4, 4, 3)) == {"pool3": 6}
