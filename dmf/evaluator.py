@@ -320,14 +320,17 @@ class Evaluator:
             if name in {features.NETWORK[kind] for kind in self.protocol.features}
         }
 
+    @functools.cached_property
+    def _halves_distance(self) -> float:
+        return metrics.halves_distance(self.reference.features["pixels"])
+
     def result(self, rows: Sequence[Mapping[str, Any]], **more: Any) -> dict[str, Any]:
         """Rows with everything that they depend on."""
         settings = self._settings
         device = jax.devices()[0]
         reference = {"name": self.reference.name, "fingerprint": self.reference.fingerprint}
         if "pixels" in self.reference.features:
-            halves = metrics.halves_distance(self.reference.features["pixels"])
-            reference["halves_distance"] = halves
+            reference["halves_distance"] = self._halves_distance
         return {
             "format": FORMAT,
             "protocol": {"name": settings.protocol, **dataclasses.asdict(self.protocol)},

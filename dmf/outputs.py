@@ -54,8 +54,11 @@ def write_images(
     if output.suffix not in FORMS:
         raise InputError(f"--output={output}: give a .png for a grid, a .npz, a .array_record, or "
                          "a folder to make")
-    if not output.suffix and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(f"output={output}: it exists and is not empty; choose another")
+    if output.is_dir() and (output.suffix or any(output.iterdir())):
+        raise InputError(f"output={output}: it is a folder, and not an empty one to fill; choose "
+                         "another")
+    if not output.suffix and output.is_file():
+        raise InputError(f"output={output}: it is a file; choose another")
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         folder = claimed(output.parent / f".{output.name}.parts", [identity, size, len(labels)])
@@ -146,7 +149,9 @@ def _folder(output: epath.Path, paths: list[epath.Path], labels: Int[np.ndarray,
                 name = f"{len(listed):06}.png"
                 (folder / name).write_bytes(picture)
                 listed.append([name, int(label)])
-        (folder / LABELS_FILE).write_text(json.dumps({"labels": listed}))
+        names = [str(label) for label in range(int(labels.max()) + 1)]
+        held = {"labels": listed, "class_names": names}
+        (folder / LABELS_FILE).write_text(json.dumps(held))
 
 
 def _encoded(made: UInt8[np.ndarray, "n h w c"]) -> Iterator[bytes]:

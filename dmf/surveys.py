@@ -158,7 +158,9 @@ def claimed(folder: epath.Path, identity: Any) -> epath.Path:
       identity: what tells the work from others, as JSON holds it.
     """
     note, mine = folder / "work.json", json.loads(json.dumps(identity))
-    if note.exists() and json.loads(note.read_text()) != mine:
+    theirs = json.loads(note.read_text()) if note.exists() else None
+    if folder.exists() and theirs != mine:
+        # Without a note, it is what is left of a folder that was being taken away.
         logs.say(f"{folder}: what lies there is of other settings; begun anew")
         wait_for_all(f"{folder} seen")
         if jax.process_index() == 0:

@@ -7,7 +7,6 @@ import zipfile
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import PIL.Image
 from etils import epath
 from jaxtyping import Int, Int64, UInt8
 
@@ -107,12 +106,14 @@ class FileImages:
     Attributes:
       name, shape, notes: as of every set.
       images: that are decoded.
+      about: what messages begin with.
       side: of the centre crop; 0 where images are taken as they are.
     """
 
     name: str
     images: ImageFiles | TfdsImages
     shape: tuple[int, ...]
+    about: str
     side: int = 0
     notes: str = ""
 
@@ -125,16 +126,12 @@ class FileImages:
             return np.stack(list(pool.map(self._one, indices.tolist())))
 
     def _one(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        file = self.images.names[index]
-        try:
-            image = self.images.image(index)
-        except UnreadableImage as error:
-            raise InputError(f"images={self.name}: {error}; take it out, or make it anew") from None
-        pixels = _pixels(image, self.side, grey=self.shape[2] == 1)
+        pixels = _pixels(self.images, index, self.side, self.about, grey=self.shape[2] == 1)
         if pixels.shape != self.shape:
-            raise InputError(f"images={self.name}: {file} has the shape {pixels.shape}, and "
-                             f"{self.images.names[0]} has {self.shape}; give images of one size, "
-                             "or --resolution=SIDE, which cuts squares")
+            first, this = self.images.names[0], self.images.names[index]
+            raise InputError(f"{self.about}: {this} has the shape {pixels.shape}, and {first} has "
+                             f"{self.shape}; give images of one size, or --resolution=SIDE, which "
+                             "cuts squares")
         return pixels
 
     def labels(self) -> Int64[np.ndarray, "n"] | None:
@@ -142,13 +139,21 @@ class FileImages:
         return self.images.labels
 
 
-def _pixels(image: PIL.Image.Image, side: int, *, grey: bool) -> UInt8[np.ndarray, "h w c"]:
+def _pixels(
+    images: ImageFiles | TfdsImages, index: int, side: int, about: str, *, grey: bool
+) -> UInt8[np.ndarray, "h w c"]:
     """An image as an array; a grey one has one channel only where all are meant to."""
-    if side:
-        return center_crop(image, side)
-    if grey and image.mode in _GREY:
-        return np.asarray(image.convert("L"))[..., None]
-    return np.asarray(upright_rgb(image))
+    file = images.names[index]
+    try:
+        image = images.image(index)
+        if side:
+            return center_crop(image, side)
+    except UnreadableImage as error:
+        raise InputError(f"{about}: {error}; take it out, or make it anew") from None
+    except InputError as error:
+        raise InputError(f"{about}: {file}: {error}") from None
+    pixels = np.asarray(upright_rgb(image))
+    return pixels[..., :1] if grey and image.mode in _GREY else pixels
 
 
 def open_image_set(source: str, *, side: int = 0, field: str = "images") -> ImageSet:
@@ -157,53 +162,54 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
     Args:
       source: an `.npz` with `arr_0`, uint8 [n, h, w, c] (and `labels`); a folder, .zip or .tar of
         image files; or a TFDS name. Files that are no images are passed over, and noted.
-      side: of the centre crop that images are cut to; 0 takes them as they are. Files that are
-        grey, as the first one is, have one channel; else all have three.
+      side: of the centre crop that images are cut to; 0 takes them as they are. Where the first
+        file is grey and is not cut, so are all, and have one channel; else all have three.
       field: what messages call the source.
 
     Raises:
       InputError: there is no such set, or it has no images.
     """
-    path = epath.Path(source)
+    path, about = epath.Path(source), f"{field}={source}"
+    if path.suffix == ".npz":
+        if side:
+            raise InputError(f"resolution={side}: the images of {source} are taken as they are; "
+                             "leave it out")
+        return _open_array(path, about)
     try:
-        if path.suffix == ".npz":
-            return _open_array(path, side)
-        if path.suffix or path.exists() or path.parent.name:
-            return _of_files(path.name, open_images(source), side)
-        return _of_files(source, open_originals(source), side)
-    except UnreadableImage as error:
-        raise InputError(f"{field}={source}: {error}; take it out, or make it anew") from None
+        if path.exists() or source.startswith(("/", ".", "~")):
+            images, name = open_images(source), path.name
+        else:
+            images, name = open_originals(source), source
     except InputError as error:
-        raise InputError(str(error).replace("source=", f"{field}=", 1)) from None
-
-
-def _of_files(name: str, images: ImageFiles | TfdsImages, side: int) -> FileImages:
+        told = str(error).removeprefix(f"source={source}: ")
+        raise InputError(f"{about}: {told}") from None
     others = images.others if isinstance(images, ImageFiles) else ()
-    some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-    notes = f"{len(others)} files that are no images were passed over: {some}" if others else ""
-    shape = _pixels(images.image(0), side, grey=True).shape
-    return FileImages(name=name, images=images, shape=shape, side=side, notes=notes)
+    notes = ""
+    if others:
+        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        notes = f"passed over {len(others)} that are no images: {some}"
+    shape = _pixels(images, 0, side, about, grey=True).shape
+    return FileImages(name=name, images=images, shape=shape, about=about, side=side, notes=notes)
 
 
-def _open_array(path: epath.Path, side: int) -> ArrayImages:
+def _open_array(path: epath.Path, about: str) -> ArrayImages:
     remedy = f"give an .npz with {ARRAY}, uint8 [n, h, w, c] of 1 or 3 channels"
-    if side:
-        raise InputError(f"resolution={side}: the images of {path} are taken as they are")
     if not path.is_file():
-        raise InputError(f"source={path}: there is no such file; {remedy}")
+        raise InputError(f"{about}: there is no such file; {remedy}")
     try:
         with np.load(os.fspath(path), allow_pickle=False) as file:
             names = file.files
             labels = file["labels"] if "labels" in names else None
         array = _mapped(path) if ARRAY in names else None
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"source={path}: no .npz, or a damaged one ({error})") from None
+    except Exception as error:  # what zipfile, zlib and numpy raise is not all documented
+        raise InputError(f"{about}: no .npz, or a damaged one ({error})") from None
     if array is None:
-        raise InputError(f"source={path}: it has {', '.join(names) or 'nothing'}; {remedy}")
+        raise InputError(f"{about}: it has {', '.join(names) or 'nothing'}; {remedy}")
     if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not len(array):
-        raise InputError(f"source={path}: {ARRAY} is {array.dtype} {array.shape}; {remedy}")
-    if labels is not None and labels.shape != (len(array),):
-        raise InputError(f"source={path}: labels of shape {labels.shape} for {len(array)} images")
+        raise InputError(f"{about}: {ARRAY} is {array.dtype} {array.shape}; {remedy}")
+    if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iu"):
+        raise InputError(f"{about}: labels are {labels.dtype} {labels.shape}; give {len(array)} "
+                         "whole numbers, or none")
     classes = None if labels is None else labels.astype(np.int64)
     return ArrayImages(name=path.name, array=array, classes=classes)
 

@@ -1,0 +1,93 @@
+"""A run that evaluates itself: files, metrics, the best checkpoint, and none left out."""
+
+import json
+
+import pytest
+import tiny
+from etils import epath
+
+from dmf import logs, monitoring
+from dmf.training import train
+from dmf.typing import InputError
+
+EVALUATING = {
+    "evaluation.every": 2, "evaluation.emas": ("main", ""), "evaluation.steps": (1, 2),
+    "evaluation.metrics": ("fd_pixels",), "run.checkpoint_every": 3,
+}  # fmt: skip
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Distances are known: of each evaluation the same four times."""
+    known = iter([score for score in (5.0, 1.0, 3.0, 4.0) for _ in range(4)])
+    monkeypatch.setattr(monitoring.Evaluator, "_scores", lambda *parts: {"fd_pixels": next(known)})
+
+
+def checkpoints(workdir) -> list[int]:
+    return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores):
+    train(tiny.config(EVALUATING), tmp_path)
+    names = [f"{step:08}.json" for step in (2, 4, 6, 8)]
+    folder = tmp_path / "evaluations"
+    assert sorted(p.name for p in folder.iterdir()) == names
+    found = json.loads((folder / names[1]).read_text())
+    assert [(row["ema"], row["steps"], row["fd_pixels"]) for row in found["results"]] == [
+        ("main", 1, 1.0), ("main", 2, 1.0), ("", 1, 1.0), ("", 2, 1.0)
+    ]  # fmt: skip
+    assert found["step"] == 4
+    assert checkpoints(tmp_path) == [4, 8]
+    assert tiny.dmf("sample", f"--checkpoint={tmp_path}/checkpoints/4", "--steps=1",
+                    f"--output={tmp_path}/best.png") == 0  # fmt: skip
+    rows = [row for row in logs.read_metrics(epath.Path(tmp_path)) if "loss" not in row]
+    names = [f"evaluation/fd_pixels/{ema}/{n}" for ema in ("main", "params") for n in (1, 2)]
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    assert rows[1] == {"step": 4} | dict.fromkeys(names, 1.0)
+
+
+def test_evaluating_changes_nothing_and_can_be_begun_later(tmp_path):
+    config = tiny.config({"evaluation.every": 2, "evaluation.steps": (1,), "run.steps": 4})
+    train(config, tmp_path / "a")
+    train(tiny.config({"run.steps": 2}), tmp_path / "b")
+    train(config, tmp_path / "b")
+    first, second = (
+        json.loads((tmp_path / f"{name}/evaluations/00000004.json").read_text())
+        for name in ("a", "b")
+    )
+    assert first == second
+
+
+def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, monkeypatch):
+    config = tiny.config({"evaluation.every": 8, "evaluation.steps": (1,)})
+    train(config, tmp_path / "whole")
+
+    finish = monitoring.Evaluator.finish
+
+    def killed(self, write, path, *what):
+        if path.name == "00000008.json":
+            raise KeyboardInterrupt
+        finish(self, write, path, *what)
+
+    monkeypatch.setattr(monitoring.Evaluator, "finish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "cut")
+    monkeypatch.undo()
+    train(config, tmp_path / "cut")
+    paths = [tmp_path / name / "evaluations/00000008.json" for name in ("whole", "cut")]
+    assert paths[0].read_text() == paths[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"evaluation.emas": ("slow",)}, "evaluation.emas=slow: config.emas has main"),
+        ({"evaluation.count": 64}, "evaluation.count=64: fd_pixels compares 64 features"),
+        ({"evaluation.protocol": "adm"}, "give --inception=DIR"),
+        ({"evaluation.reference": "nowhere.npz"}, "reference=nowhere.npz: there is no such file"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_found_before_training(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        train(tiny.config({"evaluation.every": 2} | fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
