@@ -34,8 +34,10 @@ def write_images(
     generate: Generate,
     labels: Int[np.ndarray, "n"],
     *,
-    size: int,
+    chunk_size: int,
+    devices: int,
     identity: object,
+    part_chunks: int = 16,
 ) -> None:
     """Makes images 0 to n - 1 and writes them.
 
@@ -43,8 +45,10 @@ def write_images(
       output: `.npz`, `.array_record`, or, without a suffix, a folder to make.
       generate: makes images by index and label.
       labels: of the images.
-      size: of a part; a multiple of the number of devices.
+      chunk_size: images that a device makes at a time.
+      devices: how many there are.
       identity: tells these images from others, for work that was interrupted.
+      part_chunks: chunks that are written at once.
 
     Raises:
       InputError: no such form of output, or the folder exists and is not empty.
@@ -61,8 +65,9 @@ def write_images(
         raise InputError(f"output={output}: it is a file; choose another")
     with disk_errors(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        folder = claimed(output.parent / f".{output.name}.parts", [identity, size, len(labels)])
-        paths = _made(folder, generate, labels, size)
+        work = [identity, chunk_size, len(labels)]
+        folder = claimed(output.parent / f".{output.name}.parts", work)
+        paths = _made(folder, generate, labels, chunk_size * part_chunks, chunk_size * devices)
         wait_for_all(f"{output} made")
         if jax.process_index() == 0:
             FORMS[output.suffix](output, paths, labels)
@@ -71,29 +76,39 @@ def write_images(
 
 
 def _made(
-    folder: epath.Path, generate: Generate, labels: Int[np.ndarray, "n"], size: int
+    folder: epath.Path, generate: Generate, labels: Int[np.ndarray, "n"], size: int, at_once: int
 ) -> list[epath.Path]:
     """Makes the parts that are not there yet, this process its share of them."""
-    parts = list(chunks(len(labels), size))
-    paths = [folder / f"{number:06}.npy" for number in range(len(parts))]
-    mine = list(zip(paths, parts, strict=True))[jax.process_index() :: jax.process_count()]
-    todo = [(path, indices) for path, indices in mine if not path.exists()]
-    progress = logs.Progress("samples", len(mine) - len(todo), len(mine), "parts")
-    for path, indices in todo:
-        made, finite = jax.device_get(
-            generate(indices, labels[np.minimum(indices, len(labels) - 1)])
-        )
-        inside = indices < len(labels)
-        bad = indices[inside & ~finite]
-        if len(bad):
-            raise RunError(f"{len(bad)} of images {indices[0]} to {indices[inside][-1]} hold NaN "
-                           f"or infinity, the first of them {bad[0]}")
+    parts = {folder / f"{number:06}.npy": (first, min(first + size, len(labels)))
+             for number, first in enumerate(range(0, len(labels), size))}
+    mine = list(parts)[jax.process_index() :: jax.process_count()]
+    todo = [path for path in mine if not path.exists()]
+    counts = {path: parts[path][1] - parts[path][0] for path in mine}
+    total = sum(counts.values())
+    done = total - sum(counts[path] for path in todo)
+    progress = logs.Progress("samples", done, total, "images")
+    for path in todo:
+        rounds = [_round(generate, labels, indices, parts[path][1])
+                  for indices in chunks(parts[path][1], at_once, parts[path][0])]
         partial = folder / f".{path.name}"
         with partial.open("wb") as file:
-            np.save(file, made[inside])
+            np.save(file, np.concatenate(rounds))
         partial.replace(path)
-        progress.add(1)
-    return paths
+        progress.add(counts[path])
+    return list(parts)
+
+
+def _round(
+    generate: Generate, labels: Int[np.ndarray, "n"], indices: Int[np.ndarray, "m"], last: int
+) -> UInt8[np.ndarray, "k h w c"]:
+    """The images of some indices, but for those from `last` on."""
+    made, finite = jax.device_get(generate(indices, labels[np.minimum(indices, len(labels) - 1)]))
+    inside = indices < last
+    bad = indices[inside & ~finite]
+    if len(bad):
+        raise RunError(f"{len(bad)} of images {indices[0]} to {indices[inside][-1]} hold NaN or "
+                       f"infinity, the first of them {bad[0]}")
+    return made[inside]
 
 
 def _parts(paths: Iterable[epath.Path], labels: Int[np.ndarray, "n"]) -> Iterator[Part]:

@@ -10,48 +10,19 @@ import numpy as np
 import pytest
 import scipy.linalg
 import tiny
+import tiny_networks
 
 from dmf import loading, metrics, references
-from dmf.encoders.dinov2 import DINOV2_SIZES, DinoV2
-from dmf.encoders.inception import Inception, InceptionFeatures
 from dmf.evaluator import protocol
 
 COUNT = 60
 ADM = ("--protocol=adm", "--inception=I")
 
 
-def seen(params, images) -> jax.Array:
-    """Seven values of each image."""
-    small = jax.image.resize(images, (len(images), 3, 3, 3), "linear")
-    return jnp.tanh(small.reshape(len(images), -1) @ params["weights"])
-
-
-class TinyInception(Inception):
-    """Few features of small images."""
-
-    def apply(self, params, images):
-        found = seen(params, images)
-        logits = found[:, :5] * 2
-        return InceptionFeatures(found[:, :6], found[:, 2:6], logits + 1, logits)
-
-
-class TinyDino(DinoV2):
-    """Two tokens an image."""
-
-    def apply(self, params, images):
-        return jnp.stack([seen(params, images), -seen(params, images)], axis=1)
-
-
 @pytest.fixture(autouse=True)
 def networks(monkeypatch):
     """Networks are tiny ones, and their directories any names."""
-    made = {"inception": TinyInception(), "dinov2": TinyDino(**DINOV2_SIZES["S"])}
-
-    def load(directory, name):
-        weights = np.random.default_rng(len(name)).normal(size=(27, 7)).astype("f")
-        return made[name], {"weights": weights}
-
-    monkeypatch.setattr(loading, "load_encoder", load)
+    tiny_networks.install(monkeypatch)
 
 
 def evaluate(*arguments) -> int:

@@ -51,7 +51,8 @@ class Maker:
 
 
 def write(output: pathlib.Path, maker: Maker, labels: np.ndarray = LABELS, identity="a") -> None:
-    outputs.write_images(output, maker, labels, size=SIZE, identity=identity)
+    outputs.write_images(output, maker, labels, chunk_size=SIZE, devices=1, identity=identity,
+                         part_chunks=1)
 
 
 def interrupted(output: pathlib.Path, calls: int, **settings) -> None:

@@ -74,7 +74,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         made_of = [fingerprint(params), steps, options, labels.tolist(),
                    loading.plain(config.sampling), loading.plain(config.model)]
         outputs.write_images(
-            output, generates[0], labels, size=chunk * on.size, identity=made_of
+            output, generates[0], labels, chunk_size=chunk, devices=on.size, identity=made_of
         )
     print(output)
 

@@ -1,0 +1,115 @@
+"""A reference that is made while a dataset is prepared is that of the crops."""
+
+import functools
+import pathlib
+
+import image_set
+import numpy as np
+import pytest
+import tiny
+import tiny_networks
+
+from dmf import preparation
+from dmf.crop_surveys import CropSurvey
+
+COUNT = 60
+FLAGS = ("--resolution=32", "--shard-size=16", "--batch-size=8", "--protocol=adm", "--inception=I")
+
+
+@pytest.fixture(autouse=True)
+def networks(monkeypatch):
+    """Networks are tiny ones."""
+    tiny_networks.install(monkeypatch)
+
+
+@functools.cache
+def images() -> pathlib.Path:
+    """Class folders, one image of which is truncated."""
+    folder = tiny.SCRATCH / "images_of_crop_surveys"
+    image_set.make(folder, count=COUNT)
+    return folder
+
+
+def prepare(output: pathlib.Path, *more: str) -> int:
+    return tiny.dmf("prepare", f"--source={images()}", f"--output={output}/data", *FLAGS,
+                    f"--reference={output}/reference.npz", *more)  # fmt: skip
+
+
+def statistics(output: pathlib.Path) -> dict[str, np.ndarray]:
+    return dict(np.load(output / "reference.npz"))
+
+
+def check_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """Up to the order in which sums were made."""
+    assert found.keys() == expected.keys() == {"mu", "sigma", "mu_s", "sigma_s", "features_pool3"}
+    for name in ("mu", "sigma", "mu_s", "sigma_s"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-9, atol=1e-12)
+    rows = [sorted(map(tuple, each["features_pool3"].tolist())) for each in (found, expected)]
+    assert rows[0] == rows[1]
+
+
+def test_it_is_that_of_the_dataset_that_was_made(tmp_path):
+    assert prepare(tmp_path) == 0
+    found = statistics(tmp_path)
+    assert found["features_pool3"].shape == (COUNT - 1, 6), "all but the one that is truncated"
+    crops = np.load(written(tmp_path))["arr_0"]
+    assert len(crops) == COUNT - 1
+    assert tiny.dmf("evaluate", f"--images={tmp_path}/crops.npz", "--protocol=adm",
+                    "--inception=I", "--config.evaluation.chunk_size=8",
+                    f"--make-reference={tmp_path}/again.npz") == 0  # fmt: skip
+    again = dict(np.load(tmp_path / "again.npz"))
+    for name in found:
+        np.testing.assert_allclose(found[name], again[name], rtol=1e-4, atol=1e-6)
+
+
+def written(output: pathlib.Path) -> pathlib.Path:
+    """The crops of the dataset as an `.npz`."""
+    from dmf.data.sources import open_source
+
+    source = open_source("latents", directory=str(output / "data"))
+    np.savez(output / "crops.npz", arr_0=source.read(range(len(source)))[0])
+    return output / "crops.npz"
+
+
+def test_two_processes_make_what_one_makes(tmp_path):
+    assert prepare(tmp_path / "one") == 0
+    for process in (1, 0):
+        assert prepare(tmp_path / "two", f"--process={process}", "--processes=2") == 0
+        assert (tmp_path / "two/reference.npz").exists() == (process == 0)
+    check_same(statistics(tmp_path / "two"), statistics(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("moment", ["before the sums", "between sums and report"])
+def test_a_shard_counts_once_however_often_it_is_made(tmp_path, monkeypatch, moment):
+    assert prepare(tmp_path / "whole") == 0
+    finish, write = CropSurvey.finish, preparation.write_json
+
+    def stopped(self, shard):
+        if shard == 2:
+            raise KeyboardInterrupt
+        finish(self, shard)
+
+    def unreported(path, value):
+        if path.name == "00002.json":
+            raise KeyboardInterrupt
+        write(path, value)
+
+    with monkeypatch.context() as patch:
+        if moment == "before the sums":
+            patch.setattr(CropSurvey, "finish", stopped)
+        else:
+            patch.setattr(preparation, "write_json", unreported)
+        assert prepare(tmp_path / "cut") == 130
+    # Another number of processes takes the work up.
+    for process in (0, 1):
+        assert prepare(tmp_path / "cut", f"--process={process}", "--processes=2") == 0
+    check_same(statistics(tmp_path / "cut"), statistics(tmp_path / "whole"))
+
+
+def test_too_few_images_are_found_before_anything_is_written(tmp_path, capsys):
+    folder = tmp_path / "few"
+    image_set.make(folder, count=6)
+    assert tiny.dmf("prepare", f"--source={folder}", f"--output={tmp_path}/data", *FLAGS,
+                    f"--reference={tmp_path}/reference.npz") == 2  # fmt: skip
+    assert "reference=6 images: fid compares 6 features" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
