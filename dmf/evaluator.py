@@ -260,10 +260,11 @@ class Evaluator:
         )  # fmt: skip
         row = {"protocol": self._settings.protocol, "count": subject.count, **subject.row}
         row |= self._scores(statistics, subject)
-        if self._features_folder:
-            held = {kind: statistics.features(kind) for kind in kept}
-            write_npz(self._features_folder / f"{folder.name}.npz", held)
-        write_json(finished, row)
+        if jax.process_index() == 0:
+            if self._features_folder:
+                held = {kind: statistics.features(kind) for kind in kept}
+                write_npz(self._features_folder / f"{folder.name}.npz", held)
+            write_json(finished, row)
         logs.say("  ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
                            for name, value in row.items()))
         return row

@@ -113,9 +113,11 @@ def on_this_host(tree: Any, on: Mesh) -> Any:
 
     All processes that hold a part of it must call this.
     """
-    if jax.process_count() > 1:
-        where = jax.tree.leaves(tree)[0].sharding.mesh
-        tree = jax.jit(lambda tree: tree, out_shardings=replicated(where))(tree)
+    spread = [leaf for leaf in jax.tree.leaves(tree)
+              if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable]
+    if spread:
+        everywhere = replicated(spread[0].sharding.mesh)
+        tree = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
         tree = jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
     return jax.device_put(tree, replicated(on))
 

@@ -8,7 +8,7 @@ a file: the same survey goes on where it was interrupted, and processes share th
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,8 @@ from dmf.statistics import Statistics, read_statistics
 from dmf.typing import InputError, RunError
 
 ImagesOf = Callable[[Int[np.ndarray, "n"]], Generated]
+Features = dict[str, np.ndarray]
+Round = tuple[np.ndarray, np.ndarray, Features]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,36 +120,54 @@ class Surveyor:
         progress: logs.Progress,
     ) -> Statistics:
         """The statistics of images first to last - 1."""
-        statistics, bad = Statistics(keep), []
-        waiting = None
-        # One round is under way on the devices while the one before is added up here.
-        for indices in [*chunks(last, self.chunk_size * self.on.size, first), None]:
-            begun = None if indices is None else self._begin(images_of, indices)
-            if waiting is not None:
-                seen, finite, features = waiting[0], *jax.device_get(waiting[1:])
-                inside = seen < last
-                bad += seen[inside & ~finite].tolist()
-                if not bad:
-                    self._add(statistics, seen[inside], features)
-                progress.add(int(inside.sum()))
-            waiting = begun
+        statistics, bad, waiting = Statistics(keep), [], []
+        # The sums are long: some chunks are added to them together, always as many.
+        at_once = max(1, 1024 // self.chunk_size)
+        for seen, finite, features in self._rounds(images_of, first, last):
+            bad += seen[~finite].tolist()
+            progress.add(len(seen))
+            for start in range(0, len(seen), self.chunk_size):
+                cut = slice(start, min(start + self.chunk_size, len(seen)))
+                chunk = {kind: values[cut] for kind, values in features.items()}
+                waiting.append((seen[cut], chunk))
+                if len(waiting) == at_once:
+                    statistics.add(*_together(waiting))
+                    waiting = []
+        if waiting:
+            statistics.add(*_together(waiting))
         if bad:
             raise RunError(f"{len(bad)} of images {first} to {last - 1} hold NaN or infinity, the "
                            f"first of them {bad[0]}: nothing can be measured on them")
         return statistics
 
-    def _begin(self, images_of: ImagesOf, indices: Int[np.ndarray, "n"]) -> tuple:
-        images, finite = images_of(indices)
-        return indices, finite, self._features(images)
+    def _rounds(self, images_of: ImagesOf, first: int, last: int) -> Iterator[Round]:
+        """What the devices see at once, in order; one round is under way while the one before is
+        looked at."""
 
-    def _add(
-        self, statistics: Statistics, indices: np.ndarray, features: Mapping[str, np.ndarray]
-    ) -> None:
-        """Adds one chunk after the other, however many came at once."""
-        for start in range(0, len(indices), self.chunk_size):
-            stop = min(start + self.chunk_size, len(indices))
-            part = {kind: values[start:stop] for kind, values in features.items()}
-            statistics.add(indices[start:stop], part)
+        def begin(indices: Int[np.ndarray, "n"]) -> Round:
+            images, finite = images_of(indices)
+            return indices, finite, self._features(images)
+
+        def end(indices: Int[np.ndarray, "n"], finite: Any, features: Any) -> Round:
+            inside = indices < last
+            finite, features = jax.device_get((finite, features))
+            kept = {kind: values[inside] for kind, values in features.items()}
+            return indices[inside], finite[inside], kept
+
+        begun = None
+        for indices in chunks(last, self.chunk_size * self.on.size, first):
+            before, begun = begun, begin(indices)
+            if before is not None:
+                yield end(*before)
+        if begun is not None:
+            yield end(*begun)
+
+
+def _together(parts: Sequence[tuple[np.ndarray, Features]]) -> tuple[np.ndarray, Features]:
+    """Indices and features of several chunks."""
+    indices, features = zip(*parts, strict=True)
+    joined = {kind: np.concatenate([each[kind] for each in features]) for kind in features[0]}
+    return np.concatenate(indices), joined
 
 
 def claimed(folder: epath.Path, identity: Any) -> epath.Path:

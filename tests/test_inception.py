@@ -8,11 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from flax import linen as nn
 
+from dmf import metrics
 from dmf.convert.inception import SPELLINGS
 from dmf.convert.names import Entry, Table, to_ours, to_theirs
 from dmf.encoders.inception import Inception, InceptionFeatures
+from dmf.features import extractor
+from dmf.generation import Generated
+from dmf.sharding import make_mesh
+from dmf.surveys import Surveyor
 from dmf.typing import InputError, Params
 
 (SPELLING,) = SPELLINGS
@@ -166,3 +172,37 @@ def test_images_of_another_size_are_refused(shape):
 def test_bad_fields_are_named(field, value):
     with pytest.raises(InputError, match=f"^inception.{field}={value}: "):
         Inception(**{field: value})
+
+
+def test_the_distance_of_a_small_set_is_that_of_a_plain_computation(tmp_path):
+    """From 8-bit images through all that `dmf evaluate` does, against numpy alone."""
+    sets = np.random.default_rng(0).integers(0, 256, (2, 5, 40, 40, 3)).astype(np.uint8)
+    sets[1] //= 2
+    surveyor = Surveyor(
+        extractor=extractor(("pool3",), inception=(NETWORK, params())),
+        on=make_mesh(devices=jax.devices()[:1]), chunk_size=3, part_size=3,
+    )  # fmt: skip
+    found = [
+        surveyor.survey(
+            lambda i, images=images: Generated(images[i % 5], np.ones(len(i), bool)), 5,
+            epath.Path(tmp_path / str(number)), keep={}, what="set",
+        ).moments["pool3"]
+        for number, images in enumerate(sets)
+    ]  # fmt: skip
+    # One by one; every source pixel of the published rule lies at i * 40 / 299.
+    places = np.arange(299) * 40 / 299
+    low = np.floor(places).astype(int)
+    share, high = places - low, np.minimum(low + 1, 39)
+    run, features = jax.jit(NETWORK.apply), []
+    for images in sets.astype(float):
+        rows = images[:, low] * (1 - share)[:, None, None] + images[:, high] * share[:, None, None]
+        both = rows[:, :, low] * (1 - share)[:, None] + rows[:, :, high] * share[:, None]
+        inputs = ((both - 128) / 128).astype("f")
+        seen = np.concatenate([run(params(), x[None]).pool3 for x in inputs])
+        features.append(seen.astype(float))
+    a, b = (x - x.mean(0) for x in features)
+    # The root of the product has the singular values of a b^T, of which there are but five.
+    root = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    gap = ((features[0].mean(0) - features[1].mean(0)) ** 2).sum()
+    expected = gap + ((a**2).sum() + (b**2).sum() - 2 * root) / 4
+    assert metrics.frechet_distance(*found) == pytest.approx(expected, rel=1e-3)

@@ -1,9 +1,11 @@
-"""A thousand images, to the bit, whatever devices made them and however often they were begun."""
+"""Images and numbers, to the bit, whatever devices and processes made them and however often they
+were begun."""
 
 import hashlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import time
 
@@ -53,3 +55,29 @@ def test_killed_on_eight_devices_and_finished_on_three(tmp_path, of_eight):
     assert 2 <= len(list(parts.glob("0*.npy"))) < 6
     assert not (tmp_path / "images.npz").exists()
     assert made(tmp_path / "images.npz", 3) == of_eight
+
+
+def test_two_processes_measure_what_one_measures(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = (
+        "import jax, sys\n"
+        f"jax.distributed.initialize('localhost:{port}', 2, int(sys.argv[1]))\n"
+        "from dmf import cli\n"
+        "from dmf.cli import evaluate\n"
+        "sys.exit(cli.run(evaluate.main, 'evaluate', sys.argv[2:]))\n"
+    )
+    command = ["--steps=1,2", "--count=80", f"--checkpoint={tiny.flow_run()}"]
+    together, alone = tmp_path / "together.json", tmp_path / "alone.json"
+    processes = [
+        subprocess.Popen([*tiny.command(code=code), str(i), *command, f"--output={together}"],
+                         env=environment(2), cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]  # fmt: skip
+    for process in processes:
+        _, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+    assert tiny.dmf("evaluate", *command, f"--output={alone}") == 0
+    assert together.read_text() == alone.read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.json", "together.json"]
