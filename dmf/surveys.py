@@ -144,7 +144,7 @@ class Surveyor:
         """What the devices see at once, in order; one round is under way while the one before is
         looked at."""
 
-        def begin(indices: Int[np.ndarray, "n"]) -> Round:
+        def begin(indices: Int[np.ndarray, "n"]) -> tuple[Any, Any, Any]:
             images, finite = images_of(indices)
             return indices, finite, self._features(images)
 
