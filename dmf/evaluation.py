@@ -53,6 +53,7 @@ def evaluate(
                 weights, steps=count, seed=settings.seed, rounding=evaluator.protocol.rounding
             )
             rows.append(evaluator.measure(Subject(
+                name=f"{ema or 'parameters'}, {count} step{'s' * (count > 1)}",
                 images=lambda indices, generate=generate: generate(indices, labels(indices)),
                 count=settings.count,
                 shape=generator.image_shape,

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
@@ -43,6 +42,7 @@ class Subject:
     """Images to be measured.
 
     Attributes:
+      name: what to call them.
       images: by their indices.
       count: how many.
       shape: (h, w, c).
@@ -51,6 +51,7 @@ class Subject:
       identity: tells them from others, for work that was interrupted.
     """
 
+    name: str
     images: ImagesOf
     count: int
     shape: tuple[int, ...]
@@ -79,8 +80,8 @@ def protocol(config: ConfigDict, *, labelled: bool) -> Protocol:
     return dataclasses.replace(named, metrics=chosen, **changes)
 
 
-def image_set_of(images: ImageSet, identity: Any = None) -> Subject:
-    """A set of images, to be measured."""
+def image_set_of(images: ImageSet) -> Subject:
+    """A set of images, to be measured. A few of them tell it from others of its name and size."""
 
     def read(indices: Int[np.ndarray, "n"]) -> Generated:
         inside = indices[indices < len(images)]
@@ -88,14 +89,15 @@ def image_set_of(images: ImageSet, identity: Any = None) -> Subject:
         rows[: len(inside)] = images.read(inside)
         return Generated(rows, np.ones(len(indices), bool))
 
-    notes = {"notes": images.notes} if images.notes else {}
+    few = np.unique(np.linspace(0, len(images) - 1, 16).astype(np.int64))
     return Subject(
+        name=images.name,
         images=read,
         count=len(images),
         shape=tuple(images.shape),
         labels=images.labels(),
-        row={"images": images.name, **notes},
-        identity=[images.name, len(images), identity],
+        row={"images": images.name} | ({"notes": images.notes} if images.notes else {}),
+        identity=[images.name, len(images), fingerprint(images.read(few))],
     )
 
 
@@ -129,6 +131,7 @@ class Evaluator:
             name: loading.load_encoder(self._settings[name], name)
             for name in _FROZEN if self._settings[name]
         }
+        self.on = local_mesh()
         extractor = features.extractor(self.protocol.features, **self._networks)
         self.surveyor = Surveyor(
             extractor=extractor,
@@ -136,11 +139,6 @@ class Evaluator:
             chunk_size=self._settings.chunk_size,
             part_size=self._settings.part_size,
         )
-
-    @functools.cached_property
-    def on(self) -> Mesh:
-        """The devices of this process."""
-        return local_mesh()
 
     @functools.cached_property
     def _opened(self) -> Reference | Subject:
@@ -195,7 +193,7 @@ class Evaluator:
         widths, found = self.surveyor.widths(shape), self._opened
         self.check_count(shape, count, f"evaluation.count={count}")
         if isinstance(found, Subject):
-            theirs, name = self.surveyor.widths(found.shape), found.row["images"]
+            theirs, name = self.surveyor.widths(found.shape), found.name
         else:
             theirs = {kind: len(moments.mean) for kind, moments in found.moments.items()}
             name = found.name
@@ -228,14 +226,13 @@ class Evaluator:
         Raises:
           InputError: it has fewer images than a covariance needs.
         """
-        name = subject.row["images"]
-        self.check_count(subject.shape, subject.count, f"reference={name}")
+        self.check_count(subject.shape, subject.count, f"reference={subject.name}")
         keep = kept_of(self.protocol.kept_of_reference, subject.count)
         folder = claimed(self._folder / "reference", [subject.identity, self._identity(), keep])
         statistics = self.surveyor.survey(
             subject.images, subject.count, folder, keep=keep, what="reference"
         )
-        return of_statistics(name, statistics, subject.labels)
+        return of_statistics(subject.name, statistics, subject.labels)
 
     def measure(self, subject: Subject) -> dict[str, Any]:
         """One row of a result: what the images are, and their scores.
@@ -245,9 +242,8 @@ class Evaluator:
           RunError: some hold NaN or infinity.
         """
         self.check(subject.shape, subject.count, labelled=subject.labels is not None)
-        name = "_".join(str(value) for value in subject.row.values())
         identity = [subject.identity, self._identity(), self.reference.fingerprint]
-        name = "".join(c if c.isalnum() else "-" for c in name)
+        name = "".join(c if c.isalnum() else "-" for c in subject.name)
         folder = claimed(self._folder / name, identity)
         finished = folder / "row.json"
         if finished.exists():
@@ -255,8 +251,7 @@ class Evaluator:
         kept = self.protocol.features if self._features_folder else self.protocol.kept
         statistics = self.surveyor.survey(
             subject.images, subject.count, folder,
-            keep=dict.fromkeys(kept, 1),
-            what=" ".join(f"{key} {value}" for key, value in subject.row.items()),
+            keep=dict.fromkeys(kept, 1), what=subject.name,
         )  # fmt: skip
         row = {"protocol": self._settings.protocol, "count": subject.count, **subject.row}
         row |= self._scores(statistics, subject)
@@ -265,8 +260,8 @@ class Evaluator:
                 held = {kind: statistics.features(kind) for kind in kept}
                 write_npz(self._features_folder / f"{folder.name}.npz", held)
             write_json(finished, row)
-        logs.say("  ".join(f"{name} {value:.5g}" if isinstance(value, float) else f"{name} {value}"
-                           for name, value in row.items()))
+        told = "  ".join(f"{metric} {row[metric]:.5g}" for metric in self.protocol.metrics)
+        logs.say(f"{subject.name}: {told}")
         return row
 
     def _scores(self, statistics: Statistics, subject: Subject) -> dict[str, float]:
@@ -316,7 +311,8 @@ class Evaluator:
     @functools.cached_property
     def _frozen(self) -> dict[str, Any]:
         return {
-            name: {"checkpoint": self._settings[name], "parameters": fingerprint(params)}
+            name: {"checkpoint": self._settings[name], "parameters": fingerprint(params),
+                   "input": features.INPUT[name]}
             for name, (_, params) in self._networks.items()
             if name in {features.NETWORK[kind] for kind in self.protocol.features}
         }
@@ -332,9 +328,11 @@ class Evaluator:
         reference = {"name": self.reference.name, "fingerprint": self.reference.fingerprint}
         if "pixels" in self.reference.features:
             reference["halves_distance"] = self._halves_distance
+        constants = {"inception_score_split": metrics.SPLIT, "neighbours": metrics.NEIGHBOURS}
         return {
             "format": FORMAT,
-            "protocol": {"name": settings.protocol, **dataclasses.asdict(self.protocol)},
+            "protocol": {"name": settings.protocol, **dataclasses.asdict(self.protocol),
+                         **constants},
             "reference": reference,
             "networks": self._frozen,
             "settings": {field: settings[field] for field in ("chunk_size", "part_size")},

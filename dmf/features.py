@@ -20,7 +20,11 @@ from dmf.typing import InputError, Params
 # The network that a kind of feature comes from, none for pixels.
 NETWORK = {"pool3": "inception", "spatial": "inception", "probabilities": "inception",
            "dinov2": "dinov2", "pixels": None}  # fmt: skip
-WIDTH = {"pool3": 2048, "spatial": 2023}
+# What a network is shown, in a result's words.
+INPUT = {
+    "inception": "299 x 299, bilinear at i * side / 299, (x - 128) / 128",
+    "dinov2": "224 x 224, bicubic with antialiasing, x / 255, ImageNet's mean and deviation",
+}
 DINOV2_SIDE = 224
 
 Pixels = UInt8[Array, "n h w c"]

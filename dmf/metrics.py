@@ -9,6 +9,9 @@ from jaxtyping import Float, Int
 
 from dmf.typing import InputError
 
+# Samples of a split of the Inception score, and which neighbour precision and recall look at.
+SPLIT, NEIGHBOURS = 5000, 3
+
 
 class Moments(NamedTuple):
     """Mean [d] and unbiased covariance [d, d] of features, float64."""
@@ -99,7 +102,7 @@ class RunningInceptionScore:
       sums: by the number of a split: how many were seen, the sum of their p log p, and of their p.
     """
 
-    split: int = 5000
+    split: int = SPLIT
     sums: dict[int, tuple[int, float, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     def add(
@@ -131,7 +134,7 @@ class RunningInceptionScore:
         return float(np.mean(scores))
 
 
-def inception_score(probabilities: Float[np.ndarray, "n k"], *, split: int = 5000) -> float:
+def inception_score(probabilities: Float[np.ndarray, "n k"], *, split: int = SPLIT) -> float:
     """The Inception score of a softmax a sample, see `RunningInceptionScore`."""
     running = RunningInceptionScore(split)
     running.add(np.arange(len(probabilities)), probabilities)
@@ -139,7 +142,7 @@ def inception_score(probabilities: Float[np.ndarray, "n k"], *, split: int = 500
 
 
 def precision_recall(
-    reference: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], *, k: int = 3
+    reference: Float[np.ndarray, "n d"], samples: Float[np.ndarray, "m d"], *, k: int = NEIGHBOURS
 ) -> tuple[float, float]:
     """Improved precision and recall (arXiv:1904.06991).
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -53,10 +54,11 @@ class Reference:
     labels: Int64[np.ndarray, "n"] | None = None
     images: epath.Path | None = None
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells its moments from others."""
-        return fingerprint({kind: (m.mean, m.covariance) for kind, m in self.moments.items()})
+        """Tells its moments and features from others."""
+        moments = {kind: (m.mean, m.covariance) for kind, m in self.moments.items()}
+        return fingerprint([moments, self.features])
 
 
 def kept_of(kinds: Collection[str], count: int) -> dict[str, int]:

@@ -3,6 +3,8 @@ and types of `dmf` checked at every call."""
 
 import os
 import pathlib
+import shutil
+import tempfile
 from importlib.metadata import version
 
 # Tests compile much and compute little. The last of two equal flags counts, so that flags that
@@ -35,7 +37,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        os.environ["DMF_TESTS_SHARED"] = tempfile.mkdtemp(prefix="dmf-tests-shared-")
     config.addinivalue_line("markers", "slow: takes a minute or more; runs only with --slow")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["DMF_TESTS_SHARED"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

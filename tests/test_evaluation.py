@@ -58,7 +58,7 @@ def test_every_number_is_that_of_the_stored_features(tmp_path, real):
                    "--keep-features")  # fmt: skip
     assert evaluate(f"--images={real}", f"--reference={real}", *ADM, "--keep-features",
                     f"--output={tmp_path}/r.json") == 0  # fmt: skip
-    made = np.load(tmp_path / "e_features/main-2.npz")
+    made = np.load(tmp_path / "e_features/main--2-steps.npz")
     theirs = np.load(tmp_path / "r_features/real-npz.npz")
     (row,) = found["results"]
     assert (row["protocol"], row["count"], row["ema"], row["steps"]) == ("adm", COUNT, "main", 2)
@@ -135,8 +135,11 @@ def test_written_samples_measure_as_samples(tmp_path, real):
 def test_every_setting_stands_beside_the_numbers(tmp_path, real):
     found = of_run(tmp_path / "e.json", *ADM, f"--reference={real}", "--steps=1,2", "--ema=main,",
                    "--labels=balanced", "--rounding=half_up", "--metrics=fid")  # fmt: skip
-    assert found["protocol"] == {"name": "adm", "metrics": ["fid"], "rounding": "half_up",
-                                 "labels": "balanced"}  # fmt: skip
+    assert found["protocol"] == {
+        "name": "adm", "metrics": ["fid"], "rounding": "half_up", "labels": "balanced",
+        "inception_score_split": 5000, "neighbours": 3,
+    }  # fmt: skip
+    assert found["networks"]["inception"]["input"].startswith("299 x 299, bilinear")
     assert found["networks"]["inception"]["checkpoint"] == "I"
     assert found["step"] == 8
     assert found["model"]["depth"] == 2
@@ -166,7 +169,21 @@ def test_what_was_interrupted_goes_on(tmp_path, real, monkeypatch, capsys):
     capsys.readouterr()
     again = of_run(tmp_path / "cut.json", *flags)
     assert again["results"] == whole["results"]
-    assert "steps 1" not in capsys.readouterr().err, "a finished row is not made again"
+    assert "1 step:" not in capsys.readouterr().err, "a finished row is not made again"
+
+
+def test_a_set_that_changed_is_measured_anew(tmp_path, real, monkeypatch):
+    images, output = tmp_path / "images.npz", tmp_path / "e.json"
+    pixels = np.load(real)["arr_0"]
+    np.savez(images, arr_0=pixels[::-1] // 2)
+    arguments = [f"--images={images}", f"--reference={real}", *ADM, f"--output={output}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics, "precision_recall", None)  # so that it ends before the result
+        with pytest.raises(TypeError):
+            evaluate(*arguments)
+    np.savez(images, arr_0=pixels)
+    assert evaluate(*arguments) == 0
+    assert json.loads(output.read_text())["results"][0]["fid"] == pytest.approx(0, abs=1e-6)
 
 
 BAD = {

@@ -26,16 +26,14 @@ over_files = pytest.mark.parametrize("name", FILES)
 
 
 def over_executions(executions: Iterable[str]):
-    """Of the file whose queries and keys are normalised, which no execution can tell, two are
-    enough but where there is time for all."""
-    few = (next(iter(gv.EXECUTIONS)), "scan-dots-2x2x2")
+    """A few, with scan and without, on one device and on eight; of the file whose queries and keys
+    are normalised, which no execution can tell, still fewer. All where there is time."""
+    few = {next(iter(gv.EXECUTIONS)), "scan-dots-2x2x2"}
+    enough = {FILES[0]: few | {"unrolled-none-2x1x4"}, FILES[1]: few}
     return pytest.mark.parametrize(("name", "execution"), [
-        pytest.param(name, execution,
-                     marks=[pytest.mark.slow] * (name != FILES[0] and execution not in few))
+        pytest.param(name, execution, marks=[pytest.mark.slow] * (execution not in enough[name]))
         for name in FILES for execution in executions
     ])
-
-
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """A run that evaluates itself: files, metrics, the best checkpoint, and none left out."""
 
 import json
+import shutil
 
 import pytest
 import tiny
@@ -46,36 +47,26 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores):
     assert rows[1] == {"step": 4} | dict.fromkeys(names, 1.0)
 
 
-def test_evaluating_changes_nothing_and_can_be_begun_later(tmp_path):
-    config = tiny.config({"evaluation.every": 2, "evaluation.steps": (1,), "run.steps": 4})
-    train(config, tmp_path / "a")
-    train(tiny.config({"run.steps": 2}), tmp_path / "b")
-    train(config, tmp_path / "b")
-    first, second = (
-        json.loads((tmp_path / f"{name}/evaluations/00000004.json").read_text())
-        for name in ("a", "b")
-    )
-    assert first == second
-
-
-def test_an_evaluation_that_was_interrupted_is_made_up_for(tmp_path, monkeypatch):
-    config = tiny.config({"evaluation.every": 8, "evaluation.steps": (1,)})
-    train(config, tmp_path / "whole")
-
-    finish = monitoring.Evaluator.finish
+def test_an_evaluation_that_is_missing_is_made_up_for(tmp_path, monkeypatch):
+    """One that was interrupted, or was not asked for when the run was here."""
+    shutil.copytree(tiny.flow_run(), tmp_path / "run")
+    config = tiny.config({"run.sample_every": 4, "evaluation.every": 4, "evaluation.steps": (1,)})
 
     def killed(self, write, path, *what):
-        if path.name == "00000008.json":
-            raise KeyboardInterrupt
-        finish(self, write, path, *what)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(monitoring.Evaluator, "finish", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "cut")
-    monkeypatch.undo()
-    train(config, tmp_path / "cut")
-    paths = [tmp_path / name / "evaluations/00000008.json" for name in ("whole", "cut")]
-    assert paths[0].read_text() == paths[1].read_text()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(monitoring.Evaluator, "finish", killed)
+        train(config, tmp_path / "run")
+    assert not list((tmp_path / "run/evaluations").glob("*.json"))
+    train(config, tmp_path / "run")
+    found = json.loads((tmp_path / "run/evaluations/00000008.json").read_text())
+    assert tiny.dmf("evaluate", f"--checkpoint={tmp_path}/run", "--steps=1") == 0
+    plain = json.loads((tmp_path / "run/evaluation.json").read_text())
+    assert found["results"] == plain["results"]
+    last = logs.read_metrics(epath.Path(tmp_path / "run"))[-1]
+    distance = found["results"][0]["fd_pixels"]
+    assert last["evaluation/fd_pixels/main/1"] == pytest.approx(distance, rel=1e-6)
 
 
 @pytest.mark.parametrize(

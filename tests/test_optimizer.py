@@ -140,8 +140,7 @@ def test_a_run_keeps_several_averages(tmp_path):
 def test_accumulation_changes_nothing(tmp_path):
     runs = {
         "whole": {},
-        "quarters": {"accumulation": 4},
-        "on another mesh": {"accumulation": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
+        "quarters": {"accumulation": 4, "mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2},
     }
     fields = {"data.batch_size": 32, "run.steps": 3, "optimizer.eps": 1e-3}
     flat = {}

@@ -43,8 +43,8 @@ def losses(workdir) -> list[float]:
 
 @pytest.mark.parametrize(
     ("make", "meshes"),
-    [(tiny.config, ("1", "8")), (tiny.flow_map, ("1", "2x2x2"))],
-    ids=["flow", "flow_map"],
+    [pytest.param(tiny.config, ("1", "8"), marks=pytest.mark.slow, id="flow"),
+     pytest.param(tiny.flow_map, ("1", "2x2x2"), id="flow_map")],
 )
 def test_losses_are_the_same_on_every_mesh(make, meshes, tmp_path, monkeypatch):
     curves = {}

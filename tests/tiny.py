@@ -1,6 +1,7 @@
 """A run small enough for a test: its config, and the command line around it."""
 
 import atexit
+import fcntl
 import functools
 import importlib
 import os
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,6 +21,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = pathlib.Path(__file__)
 SCRATCH = pathlib.Path(tempfile.mkdtemp(prefix="dmf-tests-"))
 atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+# Runs that all processes of a test session share; conftest.py makes and removes the folder.
+SHARED = pathlib.Path(os.environ.get("DMF_TESTS_SHARED", SCRATCH))
 
 
 def get_config() -> ConfigDict:
@@ -94,20 +98,34 @@ def process(*arguments: Any, code: str | None = None) -> subprocess.CompletedPro
 
 
 @functools.cache
+def shared_run(name: str, make: Callable[[], ConfigDict]) -> pathlib.Path:
+    """The workdir of a finished run, trained by the first process that asks for it."""
+    from dmf.training import train
+
+    workdir = SHARED / name
+    with open(SHARED / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not workdir.exists():
+            partial = SHARED / f"{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            train(make(), partial)
+            partial.rename(workdir)
+    return workdir
+
+
 def flow_run() -> pathlib.Path:
-    """The workdir of a finished run of a flow model, made once; copy it to change it."""
-    from dmf.training import train
-
-    workdir = SCRATCH / "flow"
-    train(config({"run.sample_every": 4}), workdir)
-    return workdir
+    """A run of a flow model; copy it to change it."""
+    return shared_run("flow", _flow_config)
 
 
-@functools.cache
 def flow_map_run() -> pathlib.Path:
-    """The workdir of a finished Decoupled MeanFlow run that started from `flow_run`."""
-    from dmf.training import train
+    """A Decoupled MeanFlow run that started from `flow_run`."""
+    return shared_run("flow_map", _flow_map_config)
 
-    workdir = SCRATCH / "flow_map"
-    train(flow_map({"init.checkpoint": str(flow_run())}), workdir)
-    return workdir
+
+def _flow_config() -> ConfigDict:
+    return config({"run.sample_every": 4})
+
+
+def _flow_map_config() -> ConfigDict:
+    return flow_map({"init.checkpoint": str(flow_run())})

@@ -121,7 +121,7 @@ def _of_images(config, values: flags.FlagValues, output: epath.Path) -> None:
 
     images = _image_set(values)
     evaluator = _evaluator(config, values, output, labelled=images.labels() is not None)
-    row = evaluator.measure(image_set_of(images, values.images))
+    row = evaluator.measure(image_set_of(images))
     evaluator.finish(write_json, output, evaluator.result([row], images=values.images))
 
 
@@ -134,6 +134,6 @@ def _make_reference(config, values: flags.FlagValues) -> None:
         raise InputError(f"--make-reference={output}: give an .npz file to write")
     evaluator = _evaluator(config, values, output, labelled=True)
     images = _image_set(values) if values.images else evaluator.dataset()
-    subject = image_set_of(images, values.images)
+    subject = image_set_of(images)
     evaluator.finish(write_reference, output, evaluator.surveyed(subject))
     print(output)
