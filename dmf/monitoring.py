@@ -11,7 +11,7 @@ from dmf.checkpoint import write_json
 from dmf.evaluator import Evaluator
 from dmf.generation import Generator, class_grid
 from dmf.protocols import HIGHER_IS_BETTER
-from dmf.sharding import local_mesh
+from dmf.sharding import local_mesh, on_this_host
 from dmf.state import TrainState
 from dmf.typing import InputError, Params
 
@@ -37,7 +37,7 @@ def preview(
 
     def show(count: int, state: TrainState) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        params = average(state, config.sampling.ema)
+        params = on_this_host(average(state, config.sampling.ema), on)
         generates = [generator(params, steps=n) for n in config.sampling.steps]
         sheet = class_grid(generates, network.num_classes, fill=on.size)
         images.write_png(folder / f"{count:08}.png", sheet)

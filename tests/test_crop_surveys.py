@@ -52,23 +52,12 @@ def test_it_is_that_of_the_dataset_that_was_made(tmp_path):
     assert prepare(tmp_path) == 0
     found = statistics(tmp_path)
     assert found["features_pool3"].shape == (COUNT - 1, 6), "all but the one that is truncated"
-    crops = np.load(written(tmp_path))["arr_0"]
-    assert len(crops) == COUNT - 1
-    assert tiny.dmf("evaluate", f"--images={tmp_path}/crops.npz", "--protocol=adm",
+    assert tiny.dmf("evaluate", f"--images={tmp_path}/data", "--protocol=adm",
                     "--inception=I", "--config.evaluation.chunk_size=8",
                     f"--make-reference={tmp_path}/again.npz") == 0  # fmt: skip
     again = dict(np.load(tmp_path / "again.npz"))
     for name in found:
         np.testing.assert_allclose(found[name], again[name], rtol=1e-4, atol=1e-6)
-
-
-def written(output: pathlib.Path) -> pathlib.Path:
-    """The crops of the dataset as an `.npz`."""
-    from dmf.data.sources import open_source
-
-    source = open_source("latents", directory=str(output / "data"))
-    np.savez(output / "crops.npz", arr_0=source.read(range(len(source)))[0])
-    return output / "crops.npz"
 
 
 def test_two_processes_make_what_one_makes(tmp_path):

@@ -13,7 +13,7 @@ from jaxtyping import Int, Int64, UInt8
 from dmf.data.crop import center_crop, upright_rgb
 from dmf.data.image_files import ImageFiles, UnreadableImage, open_images
 from dmf.data.originals import TfdsImages, open_originals
-from dmf.data.sources import Source
+from dmf.data.sources import Source, is_dataset, open_source
 from dmf.typing import InputError
 
 ARRAY = "arr_0"
@@ -161,7 +161,8 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
 
     Args:
       source: an `.npz` with `arr_0`, uint8 [n, h, w, c] (and `labels`); a folder, .zip or .tar of
-        image files; or a TFDS name. Files that are no images are passed over, and noted.
+        image files; a dataset of crops that `dmf prepare` wrote; or a TFDS name. Files that are no
+        images are passed over, and noted.
       side: of the centre crop that images are cut to; 0 takes them as they are. Where the first
         file is grey and is not cut, so are all, and have one channel; else all have three.
       field: what messages call the source.
@@ -175,6 +176,11 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
             raise InputError(f"resolution={side}: the images of {source} are taken as they are; "
                              "leave it out")
         return _open_array(path, about)
+    if is_dataset(source):
+        rows = open_source(path.name, directory=source)
+        if len(rows.shape) != 3:
+            raise InputError(f"{about}: its rows are latents; give images")
+        return DatasetImages(source=rows)
     try:
         if path.exists() or source.startswith(("/", ".", "~")):
             images, name = open_images(source), path.name

@@ -303,6 +303,11 @@ def tfds_records(
         ) from None
 
 
+def is_dataset(directory: epath.PathLike) -> bool:
+    """Whether a TFDS dataset lies there."""
+    return (epath.Path(directory) / _INFO_FILE).exists()
+
+
 def tfds_builder(
     name: str, directory: str, *, field: str = "data.name"
 ) -> tfds.core.DatasetBuilder:
@@ -311,7 +316,7 @@ def tfds_builder(
     Raises:
       InputError: there is none; the message says how to prepare it.
     """
-    if (epath.Path(directory) / _INFO_FILE).exists():
+    if is_dataset(directory):
         return tfds.builder_from_directory(directory)
     if name == "digits":
         builder = Digits(data_dir=directory, file_format="array_record")
