@@ -13,6 +13,8 @@ OLD = tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11)
 FLAGS = (
     *(("--xla_cpu_use_fusion_emitters=false",) if OLD else ()),
     "--xla_force_host_platform_device_count=8",
+    # A machine that stands still for a while is no deadlock.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     os.environ.get("XLA_FLAGS", ""),
