@@ -13,6 +13,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from mutations import mutated
 
 from dmf.convert import pickles
 from dmf.convert.pickles import Global, Record, load, walk
@@ -388,24 +389,6 @@ def test_walk_gives_paths_in_order():
     record = Record("name", {"b": 1, "a": [2, (3,)]})
     found = list(walk({"x": record, 7: {"y": set()}, "z": []}))
     assert found == [(("x", "b"), 1), (("x", "a", 0), 2), (("x", "a", 1, 0), 3), ((7, "y"), set())]
-
-
-def mutated(data: bytes, random: np.random.Generator) -> bytes:
-    """A few bytes changed, put in, taken out, or moved from elsewhere."""
-    changed = bytearray(data)
-    for _ in range(random.integers(1, 6)):
-        at, other = (int(random.integers(len(changed) + 1)) for _ in range(2))
-        length = int(random.integers(1, 20))
-        kind = random.integers(4)
-        if kind == 0:
-            changed[at : at + 1] = random.bytes(1)
-        elif kind == 1:
-            changed[at:at] = random.bytes(length)
-        elif kind == 2:
-            del changed[at : at + length]
-        else:
-            changed[at:at] = changed[other : other + length]
-    return bytes(changed)
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in a mutated name

@@ -12,6 +12,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from mutations import mutated
 from test_pytorch_files import (
     FORMS,
     SIX,
@@ -219,23 +220,6 @@ def test_cut_short_anywhere(path):
         for length in [*range(0, 200, 7), *range(200, len(data), 97), len(data) - 1]:
             path.write_bytes(data[:length])
             assert_refused(path, "checkpoint")
-
-
-def mutated(data: bytes, random: np.random.Generator) -> bytes:
-    changed = bytearray(data)
-    for _ in range(random.integers(1, 5)):
-        at, other = (int(random.integers(len(changed) + 1)) for _ in range(2))
-        length = int(random.integers(1, 60))
-        kind = random.integers(5)
-        if kind < 2:
-            changed[at : at + 1] = random.bytes(1)
-        elif kind == 2:
-            changed[at : at + length] = changed[other : other + length]
-        elif kind == 3:
-            changed[at:at] = changed[other : other + length]
-        else:
-            del changed[at : at + (length if random.integers(20) else len(changed))]
-    return bytes(changed)
 
 
 def mutated_zip(source: pathlib.Path, path: pathlib.Path, random: np.random.Generator) -> None:
