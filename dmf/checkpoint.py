@@ -175,7 +175,8 @@ def fingerprint(params: Any) -> str:
     """Tells parameters, or any other tree of arrays, from others."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf))
+        # As bytes: a buffer of bfloat16, say, is none that hashlib knows.
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
     return digest.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import pytest
 import tiny
 
 from dmf import checkpoint, loading
-from dmf.checkpoint import Checkpoints, new_directory, restore_params
+from dmf.checkpoint import Checkpoints, fingerprint, new_directory, restore_params
 from dmf.state import TrainState
 from dmf.typing import InputError, RunError
 
@@ -162,3 +162,10 @@ def test_a_full_disk_keeps_the_checkpoints_before(saved, monkeypatch):
             checkpoints.save(7, state(7), {"step": 7})
     assert checkpoint.latest_step(saved) == 5
     same(restore_params(saved, abstract(PARAMS)), state(5).params)
+
+
+def test_a_fingerprint_tells_any_arrays_from_others():
+    for dtype in ("float32", "float64", "bfloat16", "bool"):
+        ones = {"a": np.ones((2, 3), jnp.dtype(dtype)), "b": np.ones((), jnp.dtype(dtype))}
+        other = {**ones, "b": np.zeros((), jnp.dtype(dtype))}
+        assert fingerprint(ones) == fingerprint(jax.tree.map(np.copy, ones)) != fingerprint(other)
