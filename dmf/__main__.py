@@ -5,6 +5,7 @@ import sys
 
 VERBS = {
     "prepare": "make a dataset of latents or crops from images",
+    "compile": "compile a training step, also for TPUs that are not there: memory, FLOPs",
     "train": "train a flow model, MeanFlow or a flow map",
     "sample": "make images from a run or an export",
     "evaluate": "measure how far samples are from the data",

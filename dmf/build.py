@@ -130,16 +130,51 @@ def to_samples(config: ConfigDict) -> ToSamples:
     return ToSamples(scaling=scaling(config), mirror=config.data.mirror)
 
 
-class Training(NamedTuple):
-    """Everything that a training step is made of."""
+class Recipe(NamedTuple):
+    """What a training step computes: all of a config that needs neither data nor checkpoints.
+
+    Attributes:
+      accumulation: parts that a batch is cut into, one after the other.
+    """
 
     network: Network
     objective: Objective
     optimizer: AdamW
     emas: dict[str, Ema]
     mesh: Mesh
-    pipeline: Pipeline
     to_samples: ToSamples
+    batch_size: int
+    accumulation: int
+
+
+def recipe(config: ConfigDict, on: Mesh, teacher: Network | None = None) -> Recipe:
+    """What a step of `config` computes on a mesh, with a teacher where the objective asks for one.
+
+    Raises:
+      InputError: a field that cannot be; the message names it.
+    """
+    made, goal = network(config), objective(config, teacher)
+    check(config, goal, on)
+    if teacher is not None and teacher.sample_shape != made.sample_shape:
+        raise InputError(f"teacher.checkpoint={config.teacher.checkpoint}: it takes "
+                         f"{teacher.sample_shape}, config.model {made.sample_shape}")
+    return Recipe(
+        network=made,
+        objective=goal,
+        optimizer=component("optimizer", config.optimizer, "optimizer"),
+        emas=emas(config),
+        mesh=on,
+        to_samples=to_samples(config),
+        batch_size=config.data.batch_size,
+        accumulation=config.accumulation,
+    )
+
+
+class Training(NamedTuple):
+    """Everything that a run is made of."""
+
+    recipe: Recipe
+    pipeline: Pipeline
     frozen: dict[str, Params]
 
 
@@ -149,32 +184,22 @@ def training(config: ConfigDict) -> Training:
     Raises:
       InputError: a field that cannot be; the message names it.
     """
-    made = network(config)
     on = mesh(config)
     teacher, frozen = None, {}
     if config.teacher.checkpoint:
         with _about("teacher"):
             teacher, _, params = load_network(config.teacher.checkpoint, config.teacher.ema, on=on)
         frozen = {"teacher": params}
-    goal = objective(config, teacher)
-    check(config, goal, on)
-    if teacher is not None and teacher.sample_shape != made.sample_shape:
-        raise InputError(f"teacher.checkpoint={config.teacher.checkpoint}: it takes "
-                         f"{teacher.sample_shape}, config.model {made.sample_shape}")
+    made = recipe(config, on, teacher)
     return Training(
-        network=made,
-        objective=goal,
-        optimizer=component("optimizer", config.optimizer, "optimizer"),
-        emas=emas(config),
-        mesh=on,
+        recipe=made,
         pipeline=Pipeline(
             source=source(config),
             batch_size=config.data.batch_size,
             seed=config.seed,
             weights=weights(config),
         ),
-        to_samples=to_samples(config),
-        frozen=frozen if goal.needs_teacher else {},
+        frozen=frozen if made.objective.needs_teacher else {},
     )
 
 

@@ -1,8 +1,9 @@
 """From a config to components, by one table of names.
 
 A component of a config is a dictionary with a `name` and the fields of the class that the name
-stands for in `COMPONENTS`. A field that the class does not have, or a name that the table does not
-hold, is an error that says so. A config file may add components of its own with `register`.
+stands for in `COMPONENTS`; where there is but one class, the name may be left out. A field that the
+class does not have, or a name that the table does not hold, is an error that says so. A config file
+may add components of its own with `register`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from dmf.encoders.inception import Inception
 from dmf.models.dit import DiT
 from dmf.optimizer import AdamW
 from dmf.typing import InputError, Network
+from dmf.work import Work
 
 COMPONENTS: dict[str, dict[str, Any]] = {
     "model": {"dit": DiT},
@@ -41,6 +43,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "cauchy": weighting.Cauchy,
         "released": weighting.Released,
     },
+    "work": {"work": Work},
     "optimizer": {"adamw": AdamW},
     "emas": {"constant": optimizer.ConstantEma, "half_life": optimizer.HalfLifeEma},
     "protocol": protocols.PROTOCOLS,
@@ -88,14 +91,15 @@ def component(kind: str, config: Mapping[str, Any] | ConfigDict, field: str, **m
     Raises:
       InputError: an unknown name or field, or values that the component refuses.
     """
-    values = dict(config)
-    made = lookup(COMPONENTS[kind], values.pop("name", None), f"{field}.name")
+    values, table = dict(config), COMPONENTS[kind]
+    name = values.pop("name", next(iter(table)) if len(table) == 1 else None)
+    made = lookup(table, name, f"{field}.name")
     known = {f.name for f in dataclasses.fields(made)}
-    for name, value in values.items():
-        if name not in known:
-            raise InputError(f"{field}.{name}={value}: {config['name']} has no such field; it has "
+    for key, value in values.items():
+        if key not in known:
+            raise InputError(f"{field}.{key}={value}: {name} has no such field; it has "
                              f"{', '.join(sorted(known)) or 'none'}")
-        values[name] = field_value(name, value, f"{field}.{name}")
+        values[key] = field_value(key, value, f"{field}.{key}")
     return made(**values, **more)
 
 
@@ -111,5 +115,4 @@ def field_value(name: str, value: Any, field: str) -> Any:
 
 def network(config: ConfigDict) -> Network:
     """The network of `config.model`."""
-    fields = dict(config.model)
-    return component("model", {"name": fields.pop("name", "dit"), **fields}, "model")
+    return component("model", {"name": "dit", **config.model}, "model")

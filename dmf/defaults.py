@@ -32,6 +32,11 @@ def teacher_guidance(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -
     return ConfigDict({"name": "teacher", "scale": scale, "interval": interval})
 
 
+def work() -> ConfigDict:
+    """How losses are computed, at no change of their values: see dmf/work.py."""
+    return ConfigDict({"shared": True, "null_parts": 1})
+
+
 def flow_matching(
     time: ConfigDict | None = None, alignment_coefficient: float = 0.0
 ) -> ConfigDict:
@@ -58,6 +63,7 @@ def mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
             "guidance": guidance or self_guidance(),
             "label_dropout": 0.1,
             "weighting": {"name": "adaptive", "power": 1.0, "offset": 0.01},
+            "work": work(),
         }
     )
 
@@ -73,6 +79,7 @@ def decoupled_mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
             "guidance": guidance or self_guidance(),
             "label_dropout": 0.1,
             "weighting": {"name": "cauchy"},
+            "work": work(),
         }
     )
 

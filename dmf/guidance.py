@@ -5,13 +5,16 @@ Training has one formula for every method,
     v_g = omega v_t + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null),
 
 with coefficients per sample; a kind of guidance is a choice of coefficients and of whose u is
-meant. Its effective scale is omega / (1 - kappa) (MeanFlow, arXiv:2505.13447).
+meant. Network velocities in it carry no gradient. Its effective scale is omega / (1 - kappa)
+(MeanFlow, arXiv:2505.13447).
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from dmf.flow import check_interval, inside, per_sample
 from dmf.typing import Dropped, FlowMap, Images, InputError, Labels, PerSample, Times
@@ -87,35 +90,52 @@ class TeacherGuidance:
 Guidance = NoGuidance | SelfGuidance | TeacherGuidance
 
 
+class GuidedVelocity(NamedTuple):
+    """v_g as a function of the velocity of the network itself: base + kappa u(x_t, t, t, y).
+
+    Attributes:
+      base: [b, h, w, c], omega v_t + (1 - omega - kappa) u(x_t, t, t, null).
+      kappa: [b], or None where the network's own velocity plays no part.
+    """
+
+    base: jax.Array
+    kappa: jax.Array | None
+
+    def at(self, conditional: Images | None) -> Images:
+        """v_g, which carries no gradient.
+
+        Args:
+          conditional: u(x_t, t, t, y); not looked at where it plays no part.
+        """
+        v_g = self.base
+        if self.kappa is not None:
+            v_g += per_sample(self.kappa, v_g) * conditional
+        return jax.lax.stop_gradient(v_g)
+
+
 def guided_velocity(
-    guidance: Guidance,
-    flow_map: FlowMap,
-    x_t: Images,
-    t: Times,
-    y: Labels,
-    v_t: Images,
-    dropped: Dropped,
-    null_label: int,
-) -> Images:
-    """v_g, the velocity to regress on; it carries no gradient.
+    guidance: Guidance, t: Times, dropped: Dropped, v_t: Images, unconditional: Images | None
+) -> GuidedVelocity:
+    """How v_g follows from the velocity of the network, or of its teacher.
 
     Args:
-      guidance: which coefficients, and which of the two network velocities are needed at all.
-      flow_map: the network (or its teacher) that guides.
-      x_t, t: points of the path and their times.
-      y: labels, already replaced by the null label where dropped.
-      v_t: the path's own velocity.
+      guidance: which coefficients.
+      t: times.
       dropped: whether a sample's label was dropped.
-      null_label: the label that stands for none.
+      v_t: the path's own velocity.
+      unconditional: u(x_t, t, t, null); not looked at unless `guidance.needs_null`.
     """
     omega, kappa = guidance.coefficients(t, dropped)
-    v_g = per_sample(omega, v_t) * v_t
-    if guidance.needs_label:
-        v_g += per_sample(kappa, v_t) * flow_map(x_t, t, t, y)
+    base = per_sample(omega, v_t) * v_t
     if guidance.needs_null:
-        null = jnp.full_like(y, null_label)
-        v_g += per_sample(1 - omega - kappa, v_t) * flow_map(x_t, t, t, null)
-    return jax.lax.stop_gradient(v_g)
+        base += per_sample(1 - omega - kappa, v_t) * unconditional
+    return GuidedVelocity(base, kappa if guidance.needs_label else None)
+
+
+def null_needed(guidance: Guidance, t: Times, dropped: Dropped) -> Bool[Array, "b"]:
+    """Where the unconditional velocity has a coefficient other than 0."""
+    omega, kappa = guidance.coefficients(t, dropped)
+    return omega + kappa != 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

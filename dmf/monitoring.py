@@ -27,7 +27,7 @@ def preview(
     config: ConfigDict, built: build.Training, workdir: epath.Path
 ) -> Callable[[int, TrainState], None]:
     """A function that writes a grid of samples: two rows for each number of steps."""
-    network = built.network
+    network = built.recipe.network
     latents = network.sample_shape[-1] not in (1, 3) and not config.latents.autoencoder
     if latents or not config.run.sample_every:
         return lambda count, state: None
@@ -59,16 +59,16 @@ class Examiner:
         Raises:
           InputError: a field of `config.evaluation` that cannot be.
         """
-        self._config, self._network = config, built.network
+        self._config, self._network = config, built.recipe.network
         self._folder = workdir / EVALUATIONS
         settings = config.evaluation
         for name in settings.emas:
             if name and name not in config.emas:
                 raise InputError(f"evaluation.emas={name}: config.emas has "
                                  f"{', '.join(config.emas) or 'none'}; empty takes the parameters")
-        labelled = bool(built.network.num_classes)
+        labelled = bool(built.recipe.network.num_classes)
         self._evaluator = Evaluator(config, self._folder / ".parts", labelled=labelled)
-        self._generator = Generator(built.network, config, on=self._evaluator.on)
+        self._generator = Generator(built.recipe.network, config, on=self._evaluator.on)
         self._evaluator.check(self._generator.image_shape, settings.count, labelled=labelled)
 
     def has(self, step: int) -> bool:

@@ -4,24 +4,25 @@ An objective draws its randomness in one place, `draw(key, batch)`, and computes
 `loss(network, params, batch, draws, frozen)`, one loss a sample and a dictionary of per-sample
 metrics. A loss is therefore a pure function of its inputs, and no sample sees another.
 `frozen` holds parameters that are not trained; {"teacher": ...} where the guidance asks for one.
+
+How a loss is computed is a choice of its own that changes no number: `dmf.work`.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from dmf.flow import LINEAR, Interpolant, per_sample
-from dmf.guidance import Guidance, NoGuidance, SelfGuidance, guided_velocity
+from dmf.flow import LINEAR, Interpolant
+from dmf.guidance import Guidance, GuidedVelocity, NoGuidance, SelfGuidance
+from dmf.identity import Point, no_gradient
 from dmf.times import LogitNormal, OrderedPair, TimeSampler
 from dmf.typing import (
     Batch,
     Dropped,
     Features,
-    FlowMap,
     Images,
     InputError,
     Metrics,
@@ -31,6 +32,7 @@ from dmf.typing import (
     PRNGKey,
 )
 from dmf.weighting import Adaptive, Cauchy, Uniform, Weighting
+from dmf.work import Work
 
 
 class Draws(NamedTuple):
@@ -55,17 +57,6 @@ class DecoupledDraws(NamedTuple):
     mean_flow: Draws
 
 
-class Point(NamedTuple):
-    """Where on its path each sample is: x_t, the path's velocity there, times, kept labels."""
-
-    x_t: jax.Array
-    v_t: jax.Array
-    t: jax.Array
-    r: jax.Array
-    y: jax.Array
-    dropped: jax.Array
-
-
 @runtime_checkable
 class Objective(Protocol):
     """Draws, then losses. `learned_variance` tells whether the network needs its head."""
@@ -84,6 +75,10 @@ class Objective(Protocol):
         draws: Draws | DecoupledDraws,
         frozen: Mapping[str, Params],
     ) -> tuple[PerSample, Metrics]: ...
+
+    def flops(self, network: Network) -> float:
+        """What a sample's loss and gradient take at least, with nothing computed twice."""
+        ...
 
 
 def squared_error(prediction: Images, target: Images) -> PerSample:
@@ -110,34 +105,6 @@ def _point(interpolant: Interpolant, batch: Batch, draws: Draws, null_label: int
         y=jnp.where(draws.dropped, null_label, batch.y),
         dropped=draws.dropped,
     )
-
-
-def _guided(guidance: Guidance, source: FlowMap, point: Point, null_label: int) -> Images:
-    x_t, v_t, t, _, y, dropped = point
-    return guided_velocity(guidance, source, x_t, t, y, v_t, dropped, null_label)
-
-
-class Identity(NamedTuple):
-    """Both sides of the MeanFlow identity: u, the target without gradient, and du/dt."""
-
-    u: jax.Array
-    target: jax.Array
-    du_dt: jax.Array
-
-
-def mean_flow_identity(flow_map: FlowMap, point: Point, v_g: Images) -> Identity:
-    """u and its target sg(v_g + (r - t) du/dt), with d/dt along (v_g, 1, 0) for (x_t, t, r).
-
-    MeanFlow, arXiv:2505.13447, the MeanFlow identity (equation 6) and its training target.
-    """
-    x_t, _, t, r, y, _ = point
-    u, du_dt = jax.jvp(
-        lambda x_t, t, r: flow_map(x_t, t, r, y),
-        (x_t, t, r),
-        (v_g, jnp.ones_like(t), jnp.zeros_like(r)),
-    )
-    target = v_g + per_sample(r - t, x_t) * du_dt
-    return Identity(u, *jax.lax.stop_gradient((target, du_dt)))
 
 
 def _root_mean_square(x: Images) -> PerSample:
@@ -208,6 +175,10 @@ class FlowMatching:
             loss += self.alignment_coefficient * distance
         return loss, metrics
 
+    def flops(self, network: Network) -> float:
+        """Forward and backward (2): three forward passes."""
+        return 3 * network.flops.forward
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeanFlow:
@@ -218,6 +189,8 @@ class MeanFlow:
       times: distribution of (t, r).
       guidance: of the velocity in target and tangent.
       label_dropout: probability that a label is replaced by the null label.
+      weighting: of the squared error.
+      work: how it is computed.
     """
 
     interpolant: Interpolant = LINEAR
@@ -227,6 +200,7 @@ class MeanFlow:
     guidance: NoGuidance | SelfGuidance = NoGuidance()
     label_dropout: float = 0.1
     weighting: Weighting = Adaptive()
+    work: Work = Work()
     alignment = False
     needs_teacher = False
 
@@ -255,10 +229,16 @@ class MeanFlow:
         frozen: Mapping[str, Params],
     ) -> tuple[PerSample, Metrics]:
         del frozen
-        point = _point(self.interpolant, batch, draws, network.num_classes)
-        flow_map = functools.partial(network.apply, params)
-        v_g = _guided(self.guidance, _no_gradient(network, params), point, network.num_classes)
-        return _mean_flow_loss(self, network, params, flow_map, point, v_g)
+        null = network.num_classes
+        point = _point(self.interpolant, batch, draws, null)
+        source = no_gradient(network, params)
+        (guided,) = self.work.guides(self.guidance, source, [point], null)
+        return _mean_flow_loss(self, network, params, point, guided)
+
+    def flops(self, network: Network) -> float:
+        """Forward, tangent and backward (2), and the guidance."""
+        guidance = _guidance_flops(self.guidance, network, network.flops.decode)
+        return 4 * network.flops.forward + guidance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -271,6 +251,8 @@ class DecoupledMeanFlow:
       times: distribution of (t, r) in the MeanFlow half.
       guidance: of the velocity in both halves: none, the network's own, or a frozen teacher's.
       label_dropout: probability that a label is replaced by the null label, in both halves.
+      weighting: of the squared error.
+      work: how it is computed.
       teacher: the network of `frozen["teacher"]`, where the guidance is a teacher's.
     """
 
@@ -280,6 +262,7 @@ class DecoupledMeanFlow:
     guidance: Guidance = NoGuidance()
     label_dropout: float = 0.1
     weighting: Weighting = Cauchy()
+    work: Work = Work()
     teacher: Network | None = None
     alignment = False
 
@@ -314,24 +297,36 @@ class DecoupledMeanFlow:
         frozen: Mapping[str, Params],
     ) -> tuple[PerSample, Metrics]:
         null = network.num_classes
-        flow_map = functools.partial(network.apply, params)
+        looks = [_point(self.interpolant, batch, look, null) for look in draws]
         if self.guidance.teacher:
-            source = _no_gradient(self.teacher, frozen["teacher"])
+            source = no_gradient(self.teacher, frozen["teacher"])
         else:
-            source = _no_gradient(network, params)
+            source = no_gradient(network, params)
+        guides = self.work.guides(self.guidance, source, looks, null)
 
-        point = _point(self.interpolant, batch, draws.flow_matching, null)
-        v_g = _guided(self.guidance, source, point, null)
-        error = squared_error(flow_map(point.x_t, point.t, point.t, point.y), v_g)
+        x_t, _, t, _, y, _ = looks[0]
+        u = network.apply(params, x_t, t, t, y)
+        conditional = u if self.work.shared or guides[0].kappa is None else source(x_t, t, t, y)
+        error = squared_error(u, guides[0].at(conditional))
         metrics = {"flow_matching_error": error / _size(batch.x)}
-        phi = _phi(self, network, params, point.t, point.t, metrics)
+        phi = _phi(self, network, params, t, t, metrics)
         flow_matching = self.weighting(error, _size(batch.x), phi)
 
-        point = _point(self.interpolant, batch, draws.mean_flow, null)
-        v_g = _guided(self.guidance, source, point, null)
-        mean_flow, more = _mean_flow_loss(self, network, params, flow_map, point, v_g)
+        mean_flow, more = _mean_flow_loss(self, network, params, looks[1], guides[1])
         metrics |= more | {"flow_matching_loss": flow_matching, "mean_flow_loss": mean_flow}
         return (flow_matching + mean_flow) / 2, metrics
+
+    def flops(self, network: Network) -> float:
+        """Flow matching (3) and MeanFlow (4), and the guidance of both."""
+        if self.guidance.teacher:
+            guidance = 2 * _guidance_flops(
+                self.guidance, self.teacher, self.teacher.flops.forward
+            )
+        else:
+            # The velocity of the flow-matching half is its prediction.
+            guidance = sum(_guidance_flops(self.guidance, network, own)
+                           for own in (0.0, network.flops.decode))
+        return 7 * network.flops.forward + guidance
 
 
 def _check_dropout(rate: float) -> None:
@@ -339,8 +334,9 @@ def _check_dropout(rate: float) -> None:
         raise InputError(f"objective.label_dropout={rate}: a probability lies in [0, 1]")
 
 
-def _no_gradient(network: Network, params: Params) -> FlowMap:
-    return functools.partial(network.apply, jax.lax.stop_gradient(params))
+def _guidance_flops(guidance: Guidance, source: Network, own: float) -> float:
+    """Of the velocities in a guided velocity, the one under the sample's label costing `own`."""
+    return guidance.needs_null * source.flops.forward + guidance.needs_label * own
 
 
 def _phi(
@@ -362,11 +358,10 @@ def _mean_flow_loss(
     objective: MeanFlow | DecoupledMeanFlow,
     network: Network,
     params: Params,
-    flow_map: FlowMap,
     point: Point,
-    v_g: Images,
+    guided: GuidedVelocity,
 ) -> tuple[PerSample, Metrics]:
-    u, target, du_dt = mean_flow_identity(flow_map, point, v_g)
+    u, target, du_dt = objective.work.identity(network, params, point, guided)
     error, size = squared_error(u, target), _size(u)
     metrics = {
         "mean_flow_error": error / size,

@@ -1,19 +1,17 @@
-"""The training step, and the loop that repeats it, saves, shows and resumes."""
+"""The loop that repeats the training step, saves, shows and resumes."""
 
 import collections
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from clu import parameter_overview
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from dmf import build, loading, logs
@@ -26,91 +24,15 @@ from dmf.checkpoint import (
     latest_step,
     write_json,
 )
+from dmf.chips import share_of_peak
 from dmf.monitoring import Examiner, preview
-from dmf.optimizer import averaged
-from dmf.sharding import BATCH_AXES, batch_sharding, replicated
+from dmf.sharding import batch_sharding
 from dmf.state import TrainState
-from dmf.typing import Batch, InputError, Metrics, Params, PRNGKey, RunError
+from dmf.step import Step, initial_state, training_step
+from dmf.typing import InputError, Metrics, Params, RunError
 
-# Folded into the key of a step for what its rows become; its draws split that key.
-_ROWS = 2**31 - 1
 # What may differ when a run is taken up again.
 CHANGEABLE = ("run", "mesh", "sampling", "evaluation")
-
-Step = Callable[[TrainState, Batch, Mapping[str, Params]], tuple[TrainState, Metrics]]
-
-
-def _mean_gradient(built: build.Training, parts: int) -> Callable[..., Any]:
-    """(params, batch, draws, frozen) -> mean gradient and mean metrics, a part at a time."""
-
-    def loss(params: Params, batch: Batch, draws: Any, frozen: Any) -> tuple[jax.Array, Metrics]:
-        losses, metrics = built.objective.loss(built.network, params, batch, draws, frozen)
-        return jnp.mean(losses), jax.tree.map(jnp.mean, metrics | {"loss": losses})
-
-    gradient = jax.grad(loss, has_aux=True)
-    if parts == 1:
-        return gradient
-
-    def cut(x: jax.Array) -> jax.Array:
-        # Every part takes an equal share of each device's rows, so that no row moves.
-        x = x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
-        split = NamedSharding(built.mesh, PartitionSpec(None, BATCH_AXES))
-        return jax.lax.with_sharding_constraint(x, split)
-
-    def accumulated(params: Params, batch: Batch, draws: Any, frozen: Any) -> Any:
-        def add(total: Any, part: Any) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *part, frozen)), None
-
-        shapes = jax.eval_shape(gradient, params, batch, draws, frozen)
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-        total, _ = jax.lax.scan(add, zeros, jax.tree.map(cut, (batch, draws)))
-        return jax.tree.map(lambda x: x / parts, total)
-
-    return accumulated
-
-
-def training_step(
-    built: build.Training, key: PRNGKey, where: TrainState, *, accumulation: int = 1
-) -> Step:
-    """One compiled update: (state, rows, frozen) -> state, metrics. The state is donated.
-
-    Args:
-      built: the parts of the step.
-      key: of all draws; a step folds in its number, so that a step is a pure function of it.
-      where: the state's shardings.
-      accumulation: parts that the batch is cut into, one after the other.
-
-    Returns:
-      A function whose metrics are float32 means over the batch: `loss`, what the objective
-      reports, `gradient_norm` (before clipping) and `learning_rate`.
-    """
-    optimizer = built.optimizer.transform()
-    mean_gradient = _mean_gradient(built, accumulation)
-    batch_size = built.pipeline.batch_size
-
-    def step(state: TrainState, rows: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
-        step_key = jax.random.fold_in(key, state.step)
-        x = built.to_samples.samples(jax.random.fold_in(step_key, _ROWS), rows.x)
-        batch = rows._replace(x=x)
-        draws = built.objective.draw(step_key, batch)
-        gradient, metrics = mean_gradient(state.params, batch, draws, frozen)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        averages = {
-            name: averaged(ema, state.averages[name], params, state.step, batch_size)
-            for name, ema in built.emas.items()
-        }
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        metrics["learning_rate"] = jnp.asarray(built.optimizer.rate(state.step), jnp.float32)
-        return TrainState(state.step + 1, params, moments, averages), metrics
-
-    return jax.jit(
-        step,
-        in_shardings=(where, batch_sharding(built.mesh), None),
-        out_shardings=(where, replicated(built.mesh)),
-        donate_argnums=0,
-    )
-
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes the config into a new workdir, or checks that the run there is this one.
@@ -187,20 +109,15 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """
     workdir = epath.Path(workdir)
     built = build.training(config)
+    recipe = built.recipe
     init_key, draw_key = jax.random.split(jax.random.key(config.seed))
-    optimizer = built.optimizer.transform()
-    names = sorted(built.emas)
-
-    def make(pretrained: Params) -> TrainState:
-        params = {**built.network.init(init_key), **pretrained}
-        return states.initial(params, optimizer, names)
-
+    make = functools.partial(initial_state, recipe, init_key)
     start = latest_step(workdir)
-    pretrained = {} if start else build.pretrained(config, built.network, built.mesh)
+    pretrained = {} if start else build.pretrained(config, recipe.network, recipe.mesh)
     examine = Examiner(config, built, workdir) if config.evaluation.every else None
     claim(workdir, config)
     abstract = jax.eval_shape(make, {})
-    where = states.shardings(built.mesh, abstract)
+    where = states.shardings(recipe.mesh, abstract)
     run = config.run
     with (
         disk_errors(workdir),
@@ -214,9 +131,9 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             logs.say(f"{workdir} is at step {start} of {run.steps}: {done}")
             state = checkpoints.restore(start, states.with_shardings(abstract, where))
         else:
-            start, state = 0, states.create(make, built.mesh, pretrained)
+            start, state = 0, states.create(make, recipe.mesh, pretrained)
             _describe(workdir, abstract.params, built)
-        step = training_step(built, draw_key, where, accumulation=config.accumulation)
+        step = training_step(recipe, draw_key, where)
         return _loop(config, workdir, built, checkpoints, examine, step, state, start)
 
 
@@ -224,7 +141,7 @@ def _describe(workdir: epath.Path, params: Params, built: build.Training) -> Non
     """Says what is trained and on what, and writes every parameter's shape to a file."""
     overview = parameter_overview.get_parameter_overview(params, include_stats=False)
     (workdir / "parameters.txt").write_text(overview + "\n")
-    shape = " x ".join(f"{name} {size}" for name, size in built.mesh.shape.items())
+    shape = " x ".join(f"{name} {size}" for name, size in built.recipe.mesh.shape.items())
     kind = jax.devices()[0].device_kind
     logs.say(f"{parameter_overview.count_parameters(params):,} parameters on {shape} ({kind}); "
              f"{built.pipeline.batch_size} of {len(built.pipeline.source):,} samples a step")
@@ -254,8 +171,8 @@ def _loop(
     def examined(count: int, state: TrainState) -> None:
         writer.write(count, {f"evaluation/{k}": v for k, v in examine(count, state).items()})
 
-    clock = logs.Clock(start, total)
-    batches = built.pipeline.batches(start, batch_sharding(built.mesh))
+    report = functools.partial(_report, writer, logs.Clock(start, total), built.recipe, total)
+    batches = built.pipeline.batches(start, batch_sharding(built.recipe.mesh))
     try:
         if start and _due(start, config.evaluation.every, total) and not examine.has(start):
             examined(start, state)
@@ -270,7 +187,7 @@ def _loop(
             if saving or _due(ready, run.log_every, total):
                 for at, means in watch.read(ready):
                     means["epoch"] = at * batch_size / len(built.pipeline.source)
-                    _report(writer, clock, at, total, batch_size, means)
+                    report(at, means)
             if saving:
                 checkpoints.save(count, state, built.pipeline.position(count))
             if _due(count, run.sample_every, total):
@@ -286,13 +203,25 @@ def _loop(
 def _report(
     writer: logs.MetricsWriter,
     clock: logs.Clock,
-    count: int,
+    recipe: build.Recipe,
     total: int,
-    batch_size: int,
+    count: int,
     means: dict[str, float],
 ) -> None:
+    """Writes and says what the steps since the last report gave, and how fast they went.
+
+    The share of peak is that of the operations that the objective takes at least; what is
+    recomputed to save memory is not counted.
+    """
     rate = clock.rate(count)
-    writer.write(count, means | {"steps_per_second": rate, "images_per_second": rate * batch_size})
+    images = rate * recipe.batch_size
+    speed = {"steps_per_second": rate, "images_per_second": images}
+    flops, devices = images * recipe.objective.flops(recipe.network), recipe.mesh.devices
+    share = share_of_peak(flops, devices.flat[0].device_kind, devices.size)
+    if share is not None:
+        speed["share_of_peak"] = share
+    writer.write(count, means | speed)
+    of_peak = "" if share is None else f"  {share:.1%} of peak"
     logs.say(f"step {count}/{total}  loss {means['loss']:.4f}  gradient norm "
-             f"{means['gradient_norm']:.3g}  {rate:.2f} steps/s  {rate * batch_size:.0f} images/s  "
+             f"{means['gradient_norm']:.3g}  {rate:.2f} steps/s  {images:.0f} images/s{of_peak}  "
              f"left {clock.left(count)}")

@@ -47,6 +47,18 @@ class Batch(NamedTuple):
     features: jax.Array | None = None
 
 
+class Flops(NamedTuple):
+    """Floating-point operations of one sample through the two parts of a network."""
+
+    encode: float
+    decode: float
+
+    @property
+    def forward(self) -> float:
+        """Of one forward pass."""
+        return self.encode + self.decode
+
+
 @runtime_checkable
 class Network(Protocol):
     """A family of flow maps indexed by parameters; what objectives are written against."""
@@ -61,12 +73,25 @@ class Network(Protocol):
         """(h, w, c) of one sample."""
         ...
 
+    @property
+    def flops(self) -> Flops:
+        """Of one sample, counting 2 for a multiply-add."""
+        ...
+
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32."""
         ...
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
         """Average velocity from t to r; the instantaneous one where r = t."""
+        ...
+
+    def encode(self, params: Params, x_t: Images, t: Times, y: Labels) -> Any:
+        """What r plays no part in, as a pytree of arrays: `apply` is `decode` of it."""
+        ...
+
+    def decode(self, params: Params, hidden: Any, r: Times, y: Labels) -> Images:
+        """Average velocity to r, from `hidden = encode(params, x_t, t, y)`."""
         ...
 
     def apply_with_features(

@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
 
     config = tiny.config({"run.steps": 12, "run.log_every": 5})
     built = build.training(config)
-    sixth = jax.device_get(built.pipeline.batch(5, batch_sharding(built.mesh)).y)
+    sixth = jax.device_get(built.pipeline.batch(5, batch_sharding(built.recipe.mesh)).y)
     monkeypatch.setattr(FlowMatching, "draw", poisoned)
     code = tiny.dmf(
         "train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}",

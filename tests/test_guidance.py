@@ -12,6 +12,7 @@ from dmf.guidance import (
     SelfGuidance,
     TeacherGuidance,
     guided_velocity,
+    null_needed,
 )
 from dmf.samplers import sample
 from dmf.typing import InputError
@@ -42,8 +43,15 @@ CONDITIONAL = velocity(Y)
 UNCONDITIONAL = velocity(jnp.full_like(Y, NULL))
 
 
+def velocity_of(guidance, source, y, dropped) -> jax.Array:
+    """v_g of a network, which is called only where the guidance asks for it."""
+    null = source(X_T, T, T, jnp.full_like(y, NULL)) if guidance.needs_null else None
+    guide = guided_velocity(guidance, T, dropped, V_T, null)
+    return guide.at(None if guide.kappa is None else source(X_T, T, T, y))
+
+
 def guided(guidance) -> np.ndarray:
-    return np.asarray(guided_velocity(guidance, flow_map, X_T, T, Y, V_T, DROPPED, NULL))
+    return np.asarray(velocity_of(guidance, flow_map, Y, DROPPED))
 
 
 def column(values) -> np.ndarray:
@@ -81,7 +89,7 @@ def test_effective_scale_of_self_guidance():
 
     kept = jnp.zeros(6, bool)
     labels = jnp.zeros(6, jnp.int32)
-    ours = guided_velocity(guidance, consistent, X_T, T, labels, V_T, kept, NULL)
+    ours = velocity_of(guidance, consistent, labels, kept)
     np.testing.assert_allclose(ours, fixed, rtol=1e-5, atol=1e-5)
 
 
@@ -104,8 +112,24 @@ def test_networks_are_called_only_where_needed(guidance, calls):
         seen.append(y)
         return flow_map(x_t, t, r, y)
 
-    guided_velocity(guidance, counted, X_T, T, Y, V_T, DROPPED, NULL)
+    velocity_of(guidance, counted, Y, DROPPED)
     assert len(seen) == calls
+
+
+@pytest.mark.parametrize(
+    ("guidance", "rows"),
+    [
+        (SelfGuidance(omega=1.0, kappa=0.6, interval=INTERVAL), ACTIVE),
+        (TeacherGuidance(scale=2.0, interval=INTERVAL), WITHIN),
+    ],
+)
+def test_the_null_label_is_needed_where_its_velocity_counts(guidance, rows):
+    np.testing.assert_array_equal(null_needed(guidance, T, DROPPED), rows)
+    bases = [
+        guided_velocity(guidance, T, DROPPED, V_T, jnp.asarray(UNCONDITIONAL + shift)).base
+        for shift in (0.0, 1.0)
+    ]
+    np.testing.assert_array_equal((bases[0] != bases[1]).any(axis=(1, 2, 3)), rows)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +140,7 @@ def test_guided_velocity_carries_no_gradient(guidance):
         def scaled(x_t, t, r, y):
             return weight * flow_map(x_t, t, r, y)
 
-        return jnp.sum(guided_velocity(guidance, scaled, X_T, T, Y, V_T, DROPPED, NULL) ** 2)
+        return jnp.sum(velocity_of(guidance, scaled, Y, DROPPED) ** 2)
 
     value, slope = jax.value_and_grad(total)(jnp.float32(1.0))
     assert slope == 0

@@ -9,9 +9,12 @@ import tiny
 PACKAGE = tiny.ROOT / "dmf"
 # From the bottom up. Modules of one group may import each other, two groups of a layer may not.
 LAYERS = (
-    ({"typing", "sharding", "defaults"},),
+    ({"typing", "sharding", "defaults", "chips"},),
     ({"flow", "times"}, {"scaling"}, {"kernels"}, {"logs"}),
-    ({"objectives", "guidance", "weighting", "samplers"}, {"models", "encoders"}),
+    (
+        {"objectives", "work", "identity", "guidance", "weighting", "samplers"},
+        {"models", "encoders"},
+    ),
     ({"data"}, {"convert"}, {"metrics"}, {"images"}, {"features"}),
     ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}, {"protocols"}),
     ({"components"}, {"references", "statistics"}),
@@ -24,7 +27,8 @@ LAYERS = (
     ({"preparation"},),
     ({"stablehlo"},),
     ({"exports"}, {"monitoring"}),
-    ({"training"},),
+    ({"step"},),
+    ({"training"}, {"compiling"}),
     ({"cli"},),
     ({"__main__", "__init__"},),
 )
@@ -37,7 +41,7 @@ PLACE = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 READERS_OF_CONFIGS = {
     "defaults", "components", "loading", "build", "generation", "evaluator", "evaluation",
-    "monitoring", "stablehlo", "exports", "training", "cli",
+    "monitoring", "stablehlo", "exports", "training", "compiling", "cli",
 }
 MAKERS_OF_NETWORKS = {"models", "encoders"}
 

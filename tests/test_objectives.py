@@ -12,13 +12,12 @@ from gaussian_data import Gaussian
 
 from dmf.flow import COSINE, LINEAR, per_sample
 from dmf.guidance import NoGuidance, SelfGuidance, TeacherGuidance
+from dmf.identity import Point, along_path
 from dmf.objectives import (
     DecoupledMeanFlow,
     FlowMatching,
     MeanFlow,
-    Point,
     cosine_distance,
-    mean_flow_identity,
     squared_error,
 )
 from dmf.sharding import batch_sharding, make_mesh
@@ -47,6 +46,13 @@ class Linear:
     def apply(self, params, x_t, t, r, y):
         offset = params["rate"] * t + params["rows"][y]
         return params["slope"] * x_t + per_sample(offset, x_t)
+
+    def encode(self, params, x_t, t, y):
+        return params["slope"] * x_t, t
+
+    def decode(self, params, hidden, r, y):
+        x, t = hidden
+        return x + per_sample(params["rate"] * t + params["rows"][y], x)
 
     def apply_with_features(self, params, x_t, t, r, y):
         u = self.apply(params, x_t, t, r, y)
@@ -92,7 +98,7 @@ def test_exact_flow_map_is_a_fixed_point_of_the_identity(path):
         r = jnp.asarray([0.1, 0.4, 0.0, 0.0, 0.55])
         v = gaussian.velocity(x_t, t)
         point = Point(x_t, v, t, r, jnp.zeros(5, jnp.int32), jnp.zeros(5, bool))
-        u, target, du_dt = mean_flow_identity(gaussian.flow_map, point, v)
+        u, target, du_dt = along_path(gaussian.flow_map, point, v)
         np.testing.assert_allclose(target, u, rtol=1e-9, atol=1e-9)
         assert jnp.abs(per_sample(r - t, u) * du_dt).max() > 0.1
 
@@ -101,7 +107,7 @@ def test_target_is_the_velocity_where_the_times_are_equal():
     x_t, t = jax.random.normal(jax.random.key(0), (3, 2, 2, 1)), jnp.asarray([0.2, 0.5, 0.9])
     point = Point(x_t, x_t, t, t, jnp.zeros(3, jnp.int32), jnp.zeros(3, bool))
     flow_map = functools.partial(Linear().apply, PARAMS)
-    target = mean_flow_identity(flow_map, point, 2 * x_t).target
+    target = along_path(flow_map, point, 2 * x_t).target
     np.testing.assert_array_equal(target, 2 * x_t)
 
 
@@ -116,7 +122,7 @@ def test_tangent_is_the_finite_difference(conditioning):
     t, r = jnp.asarray([0.9, 0.5, 0.7, 0.4]), jnp.asarray([0.1, 0.4, 0.7, 0.0])
     point = Point(batch.x, v, t, r, batch.y, jnp.zeros(4, bool))
     flow_map = functools.partial(model.apply, params)
-    du_dt = gv.jit(functools.partial(mean_flow_identity, flow_map))(point, v).du_dt
+    du_dt = gv.jit(functools.partial(along_path, flow_map))(point, v).du_dt
     step, flow_map = 1e-2, gv.jit(flow_map)
     later = flow_map(batch.x + step * v, t + step, r, batch.y)
     earlier = flow_map(batch.x - step * v, t - step, r, batch.y)

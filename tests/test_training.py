@@ -16,6 +16,7 @@ from dmf import build, loading, logs, training
 from dmf import state as states
 from dmf.objectives import FlowMatching
 from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
+from dmf.step import training_step
 from dmf.typing import InputError
 
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
@@ -77,17 +78,18 @@ def one_step():
     """The sizes of a state's leaves, the state, the state after a step, and what was drawn in
     that step and in the one after it."""
     config = tiny.config({"mesh.data": 2, "mesh.fsdp": 4})
-    built = build.training(config)._replace(objective=Telling())
-    optimizer = built.optimizer.transform()
+    built = build.training(config)
+    recipe = built.recipe._replace(objective=Telling())
+    optimizer = built.recipe.optimizer.transform()
 
     def make():
-        return states.initial(built.network.init(jax.random.key(0)), optimizer, ["main"])
+        return states.initial(built.recipe.network.init(jax.random.key(0)), optimizer, ["main"])
 
-    where = states.shardings(built.mesh, jax.eval_shape(make))
-    step = training.training_step(built, jax.random.key(1), where)
-    before = states.create(make, built.mesh)
+    where = states.shardings(built.recipe.mesh, jax.eval_shape(make))
+    step = training_step(recipe, jax.random.key(1), where)
+    before = states.create(make, built.recipe.mesh)
     layout = jax.tree.map(sizes, before)
-    batch = built.pipeline.batch(0, batch_sharding(built.mesh))
+    batch = built.pipeline.batch(0, batch_sharding(built.recipe.mesh))
     after, first = step(before, batch, built.frozen)
     second = step(jax.tree.map(jnp.copy, after), batch, built.frozen)[1]
     samples = batch._replace(x=jnp.zeros(batch.x.shape))
@@ -183,8 +185,8 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
 def start_of(config) -> dict:
     """The parameters that a run of `config` starts from."""
     built = build.training(config)
-    pretrained = build.pretrained(config, built.network, built.mesh)
-    return {**built.network.init(jax.random.key(0)), **pretrained}
+    pretrained = build.pretrained(config, built.recipe.network, built.recipe.mesh)
+    return {**built.recipe.network.init(jax.random.key(0)), **pretrained}
 
 
 @pytest.mark.parametrize("ema", ["main", ""])

@@ -6,6 +6,9 @@ One network; conditioning is what makes the three models, and nothing else does:
 - "meanflow": T(t) + H(t - r) + Y(y) everywhere, H a second time embedding.
 - "decoupled" (DMF): T(t) + Y(y) in the first `split_depth` blocks, T(r) + Y(y) in the others and
   in the final layer. At r = t this is the flow model, with the same parameters.
+
+The network is cut in two where r comes in: `encode` is what depends on x_t, t and y alone, and
+`decode` the rest, so that several velocities at one x_t share the first part.
 """
 
 import dataclasses
@@ -18,7 +21,18 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dmf.models import layers
-from dmf.typing import Features, Images, InputError, Labels, Params, PerSample, PRNGKey, Times
+from dmf.models.layers import Tokens, Vectors
+from dmf.typing import (
+    Features,
+    Flops,
+    Images,
+    InputError,
+    Labels,
+    Params,
+    PerSample,
+    PRNGKey,
+    Times,
+)
 
 CONDITIONINGS = ("flow", "meanflow", "decoupled")
 REMAT_POLICIES = {
@@ -43,6 +57,13 @@ class Segment(NamedTuple):
     source: str
     start: int
     stop: int
+
+
+class Hidden(NamedTuple):
+    """What the decoder takes of x_t: tokens [b, l, d] in the network's dtype; and t."""
+
+    tokens: jax.Array
+    t: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,12 +143,36 @@ class DiT:
         return "t" * split + "r" * (self.depth - split)
 
     @property
+    def encoder_depth(self) -> int:
+        """How many blocks come before r does: those of MeanFlow all see t - r."""
+        blocks_of_t = itertools.takewhile(lambda source: source == "t", self.pattern)
+        return 0 if self.conditioning == "meanflow" else len(list(blocks_of_t))
+
+    @property
     def segments(self) -> list[Segment]:
         """The pattern as contiguous runs, also cut where the projected tokens leave."""
         cut = [i >= self.alignment_depth for i in range(self.depth)]
         runs = itertools.groupby(range(self.depth), lambda i: (self.pattern[i], cut[i]))
         blocks = [(source, list(indices)) for (source, _), indices in runs]
         return [Segment(source, i[0], i[-1] + 1) for source, i in blocks]
+
+    @property
+    def flops(self) -> Flops:
+        """Of one sample: 2 for each multiply-add of the products of matrices.
+
+        The projector and the log-variance head, which do not belong to the flow map, are left out.
+        """
+        width, length = self.width, (self.input_size // self.patch_size) ** 2
+        linears = 2 * width**2 * (4 + 2 * self.mlp_ratio) * length
+        attention = 4 * width * length**2
+        block = linears + attention + 2 * 6 * width**2
+        patches = 2 * width * length * self.patch_size**2 * self.channels
+        times = 2 * (256 + width) * width
+        early = self.encoder_depth
+        return Flops(
+            encode=patches + early * block + (times if early else 0),
+            decode=patches + (self.depth - early) * block + times + 2 * 2 * width**2,
+        )
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters in float32: a nested dictionary, block parameters stacked by depth."""
@@ -137,19 +182,31 @@ class DiT:
         return _Transformer(self).init(key, x, t, t, y, method="everything")["params"]
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
-        """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t."""
+        """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t: `decode` of what `encode` gives."""
+        return self.decode(params, self.encode(params, x_t, t, y), r, y).astype(x_t.dtype)
+
+    def encode(self, params: Params, x_t: Images, t: Times, y: Labels) -> Hidden:
+        """The part of the network that r plays no part in."""
         self._check_input(x_t)
-        return _Transformer(self).apply({"params": params}, x_t, t, r, y)[0]
+        tokens, _ = _Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
+        return Hidden(tokens, t)
+
+    def decode(self, params: Params, hidden: Hidden, r: Times, y: Labels) -> Images:
+        """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
+        u, _ = _Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
+        return u
 
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Labels
     ) -> tuple[Images, Features]:
         """u, and the tokens after block `alignment_depth`, projected, in float32."""
         self._check_input(x_t)
-        transformer = _Transformer(self)
-        u, tokens = transformer.apply({"params": params}, x_t, t, r, y)
-        project = transformer.apply({"params": params}, tokens, method="project")
-        return u, project.astype(jnp.float32)
+        variables, transformer = {"params": params}, _Transformer(self)
+        tokens, early = transformer.apply(variables, x_t, t, y, method="encode")
+        u, late = transformer.apply(variables, tokens, t, r, y, method="decode")
+        inner = early if late is None else late
+        projected = transformer.apply(variables, inner, method="project")
+        return u.astype(x_t.dtype), projected.astype(jnp.float32)
 
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
         """phi(t, r), in float32."""
@@ -188,23 +245,27 @@ class _Transformer(nn.Module):
                 config.alignment_hidden, config.alignment_width, dtype
             )
 
-    def __call__(
-        self, x_t: Images, t: Times, r: Times, y: Labels
-    ) -> tuple[Images, Float[Array, "b l d"]]:
-        """u, and the tokens where the projector takes them (the last ones if it does not)."""
+    def encode(self, x_t: Images, t: Times, y: Labels) -> tuple[Tokens, Tokens | None]:
+        """Tokens before the first block that sees r, and those for the projector if met so far."""
         config = self.config
-        side = config.input_size // config.patch_size
-        table = layers.position_table(side, config.width)
+        table = layers.position_table(config.input_size // config.patch_size, config.width)
         tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
         tokens += jnp.asarray(table, tokens.dtype)[None]
-        conditions = self._conditions(t, r, y)
-        inner = tokens
-        for segment in config.segments:
-            tokens = self._run(segment, tokens, conditions[segment.source])
-            inner = tokens if segment.stop == config.alignment_depth else inner
+        if not config.encoder_depth:
+            return tokens, None
+        early = [s for s in config.segments if s.stop <= config.encoder_depth]
+        return self._through(early, tokens, {"t": self.time_embedding(t) + self.label_embedding(y)})
+
+    def decode(
+        self, tokens: Tokens, t: Times, r: Times, y: Labels
+    ) -> tuple[Images, Tokens | None]:
+        """u, and the tokens for the projector if they were not met before."""
+        config, conditions = self.config, self._conditions(t, r, y)
+        late = [s for s in config.segments if s.stop > config.encoder_depth]
+        tokens, inner = self._through(late, tokens, conditions)
         last = "r" if config.conditioning == "decoupled" else "t"
         patches = self.final(tokens, conditions[last])
-        return layers.unpatchify(patches, config.patch_size).astype(x_t.dtype), inner
+        return layers.unpatchify(patches, config.patch_size).astype(jnp.float32), inner
 
     def variance(self, t: Times, r: Times) -> PerSample:
         return self.log_variance(t, r)
@@ -214,14 +275,15 @@ class _Transformer(nn.Module):
 
     def everything(self, x_t: Images, t: Times, r: Times, y: Labels) -> Any:
         """Touches every parameter, for initialisation."""
-        outputs = [self(x_t, t, r, y)]
+        tokens, _ = self.encode(x_t, t, y)
+        outputs = [self.decode(tokens, t, r, y)]
         if self.config.learned_variance:
             outputs.append(self.variance(t, r))
         if self.config.alignment_depth:
-            outputs.append(self.project(outputs[0][1]))
+            outputs.append(self.project(tokens))
         return outputs
 
-    def _conditions(self, t: Times, r: Times, y: Labels) -> dict[str, Float[Array, "b d"]]:
+    def _conditions(self, t: Times, r: Times, y: Labels) -> dict[str, Vectors]:
         labels = self.label_embedding(y)
         from_t = self.time_embedding(t) + labels
         if self.config.conditioning == "meanflow":
@@ -244,9 +306,17 @@ class _Transformer(nn.Module):
             jax.random.split(key, self.config.depth)
         )
 
-    def _run(
-        self, segment: Segment, tokens: Float[Array, "b l d"], condition: Float[Array, "b d"]
-    ) -> Float[Array, "b l d"]:
+    def _through(
+        self, segments: list[Segment], tokens: Tokens, conditions: dict[str, Vectors]
+    ) -> tuple[Tokens, Tokens | None]:
+        """The tokens after these segments, and those for the projector if one ends there."""
+        inner = None
+        for segment in segments:
+            tokens = self._run(segment, tokens, conditions[segment.source])
+            inner = tokens if segment.stop == self.config.alignment_depth else inner
+        return tokens, inner
+
+    def _run(self, segment: Segment, tokens: Tokens, condition: Vectors) -> Tokens:
         """The blocks of one segment, scanned or unrolled, rematerialised as configured."""
         block = self._block()
 

@@ -1,0 +1,233 @@
+"""What a training step costs: shared and plain work, scanned and unrolled blocks, each remat.
+
+    python -m benchmarks.train_step                                 # S/2, batch 8, as on a laptop
+    python -m benchmarks.train_step --size=XL --dtype=bfloat16 --batch=64,128 --scan=1 --work=shared
+
+The whole step of Decoupled MeanFlow with model guidance (or of --objective), optimizer and averages
+with it, on all devices of this machine. The variants run in turn, --rounds times; the table gives
+medians, and ratios to plain work under the same scan and remat. The share of peak counts what the
+objective takes at least (`Objective.flops`), against the rate of one large matrix product measured
+in the same run. With --profile the fastest variant is traced, and its ten longest operations told.
+"""
+
+import collections
+import dataclasses
+import glob
+import itertools
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+
+from benchmarks.machine import machine
+from configs import default
+from configs.imagenet import imagenet
+from dmf import build, chips, state
+from dmf.sharding import make_mesh
+from dmf.step import abstract_inputs, initial_state, training_step
+
+_SIZE = flags.DEFINE_string("size", "S", "of the transformer, at 32 x 32 x 4 with patches of 2")
+_SPLIT = flags.DEFINE_integer("split", 0, "blocks that see t; 0 is two thirds of them")
+_OBJECTIVE = flags.DEFINE_enum("objective", "decoupled_mean_flow",
+                               ["decoupled_mean_flow", "mean_flow", "flow_matching"], "which")
+_BATCH = flags.DEFINE_list("batch", ["8"], "batch sizes")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "of the computation")
+_WORK = flags.DEFINE_list("work", ["plain", "shared"], "plain, shared, and sharedN: null_parts=N")
+_SCAN = flags.DEFINE_list("scan", ["1", "0"], "1 is scanned, 0 unrolled")
+_REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "what is recomputed")
+_ATTENTION = flags.DEFINE_list("attention", ["auto"], "implementations of attention")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each variant runs")
+_PROFILE = flags.DEFINE_boolean("profile", False, "the longest operations of the fastest variant")
+_OUTPUT = flags.DEFINE_string("output", "", "a .md file for the table, and a .json beside it")
+
+
+class Variant(NamedTuple):
+    """One way to compute the same step."""
+
+    batch: int
+    scan: bool
+    remat: str
+    attention: str
+    work: str
+
+    @property
+    def plain(self) -> "Variant":
+        """What it is compared with."""
+        return self._replace(work="plain")
+
+
+@dataclasses.dataclass
+class Measured:
+    """A compiled step that runs, and what it took."""
+
+    run: Callable[[], Any]
+    temporaries: int
+    compile_seconds: float
+    flops: float
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def config_of(variant: Variant) -> ConfigDict:
+    """The recipe of the published models at a size, computed in one way."""
+    config = imagenet(_SIZE.value)
+    model, objective = config.model, _OBJECTIVE.value
+    guidance = default.self_guidance(1.0, 0.6, (0.0, 0.7))
+    config.objective = {
+        "decoupled_mean_flow": lambda: default.decoupled_mean_flow(guidance),
+        "mean_flow": lambda: default.mean_flow(default.self_guidance(0.2, 0.92)),
+        "flow_matching": default.flow_matching,
+    }[objective]()
+    if objective == "decoupled_mean_flow":
+        split = _SPLIT.value or round(model.depth * 2 / 3)
+        model.update(conditioning="decoupled", split_depth=split, learned_variance=True)
+    elif objective == "mean_flow":
+        model.conditioning = "meanflow"
+    model.update(dtype=_DTYPE.value, scan=variant.scan, remat=variant.remat)
+    if "attention" in model:
+        model.attention = variant.attention
+    if "work" in config.objective:
+        parts = variant.work.removeprefix("shared") if variant.work != "plain" else "0"
+        config.objective.work.update(shared=variant.work != "plain", null_parts=int(parts or 1))
+    config.data.batch_size = variant.batch
+    return config
+
+
+def prepared(variant: Variant) -> Measured:
+    """Compiles the step of a variant, and makes what it runs on."""
+    recipe = build.recipe(config_of(variant), make_mesh())
+    abstract, batch, frozen = abstract_inputs(recipe)
+    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    start = time.perf_counter()
+    step = training_step(recipe, jax.random.key(1), where).lower(abstract, batch, frozen).compile()
+    took = time.perf_counter() - start
+
+    draw = np.random.default_rng(0)
+    rows = batch._replace(
+        x=jax.device_put(draw.normal(size=batch.x.shape).astype(batch.x.dtype), batch.x.sharding),
+        y=jax.device_put(draw.integers(0, 1000, batch.y.shape).astype("i4"), batch.y.sharding),
+    )
+    carried = [state.create(lambda: initial_state(recipe, jax.random.key(0), {}), recipe.mesh)]
+
+    def run() -> Any:
+        carried[0], metrics = step(carried[0], rows, {})
+        return jax.block_until_ready(metrics)
+
+    memory, flops = step.memory_analysis(), recipe.objective.flops(recipe.network) * variant.batch
+    run()
+    return Measured(run, memory.temp_size_in_bytes, took, flops, [])
+
+
+def peak() -> float:
+    """FLOP/s of a large matrix product in --dtype on one device, the best of some."""
+    side = 8192 if jax.default_backend() != "cpu" else 2048
+    x = jnp.ones((side, side), _DTYPE.value)
+    product = jax.jit(lambda x: x @ x)
+    product(x).block_until_ready()
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        y = x
+        for _ in range(4):
+            y = product(y)
+        y.block_until_ready()
+        best = min(best, (time.perf_counter() - start) / 4)
+    return 2 * side**3 / best
+
+
+def longest_operations(run: Callable[[], Any], count: int = 10) -> list[tuple[str, float]]:
+    """The operations of a step that took longest on the device, and their share of its time."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        planes = jax.profiler.ProfileData.from_file(path).planes
+        took: collections.Counter[str] = collections.Counter()
+        for plane in planes:
+            if "/device:" in plane.name:
+                for line in plane.lines:
+                    if "XLA Ops" in line.name or "Stream" in line.name:
+                        for event in line.events:
+                            took[event.name] += event.duration_ns
+    total = sum(took.values())
+    return [(name, nanoseconds / total) for name, nanoseconds in took.most_common(count)]
+
+
+def main(_: Sequence[str]) -> None:
+    """Measures, prints and writes the table."""
+    works = ["-"] if _OBJECTIVE.value == "flow_matching" else _WORK.value
+    variants = [
+        Variant(int(batch), scan == "1", remat, attention, work)
+        for batch, scan, remat, attention, work in itertools.product(
+            _BATCH.value, _SCAN.value, _REMAT.value, _ATTENTION.value, works)
+    ]
+    measured: dict[Variant, Measured] = {}
+    for variant in variants:
+        try:
+            measured[variant] = prepared(variant)
+        except jax.errors.JaxRuntimeError as error:
+            print(f"{variant}: {str(error).partition(chr(10))[0][:120]}", flush=True)
+    best_product = peak()
+    for _ in range(_ROUNDS.value):
+        for found in measured.values():
+            start = time.perf_counter()
+            found.run()
+            found.seconds.append(time.perf_counter() - start)
+    _tell(measured, best_product)
+
+
+def _tell(measured: dict[Variant, Measured], best_product: float) -> None:
+    devices = jax.device_count()
+    lines = ["| batch | blocks | remat | attention | work | seconds | times as fast as plain | "
+             "temporaries GiB | to plain | compiled in s | images/s | of peak |",
+             "|" + "---|" * 12]
+    for variant, found in measured.items():
+        plain = measured.get(variant.plain)
+        ratios = ["-", "-"]
+        if plain is not None:
+            pairs = zip(plain.seconds, found.seconds, strict=True)
+            ratios = [f"{statistics.median(a / b for a, b in pairs):.2f}",
+                      f"{found.temporaries / plain.temporaries:.2f}"]
+        share = found.flops / found.median / (best_product * devices)
+        lines.append(
+            f"| {variant.batch} | {'scanned' if variant.scan else 'unrolled'} | {variant.remat} | "
+            f"{variant.attention} | {variant.work} | {found.median:.3f} | {ratios[0]} | "
+            f"{found.temporaries / chips.GIB:.2f} | {ratios[1]} | {found.compile_seconds:.0f} | "
+            f"{variant.batch / found.median:.1f} | {share:.1%} |")
+    per_sample = {found.flops / variant.batch for variant, found in measured.items()}
+    kind = jax.devices()[0].device_kind
+    published = f", published {chips.CHIPS[kind].flops / 1e12:.0f}" if kind in chips.CHIPS else ""
+    lines += ["", f"{_OBJECTIVE.value}, {_SIZE.value}/2 at 32 x 32 x 4, {_DTYPE.value}, medians of "
+              f"{_ROUNDS.value} rounds in turn; {max(per_sample) / 1e9:.4g} GFLOP a sample; a "
+              f"matrix product gave {best_product / 1e12:.4g} TFLOP/s a device{published}. On "
+              f"{machine()}."]
+    if _PROFILE.value:
+        fastest = min(measured, key=lambda v: measured[v].median / v.batch)
+        lines += ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|"]
+        lines += [f"| {name} | {share:.1%} |"
+                  for name, share in longest_operations(measured[fastest].run)]
+    text = "\n".join(lines)
+    print(text)
+    if _OUTPUT.value:
+        path = Path(_OUTPUT.value)
+        path.write_text(text + "\n")
+        rows = [v._asdict() | {"seconds": m.seconds, "temporaries": m.temporaries,
+                               "compile_seconds": m.compile_seconds, "flops": m.flops}
+                for v, m in measured.items()]
+        path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,129 @@
+"""The MeanFlow identity, u = v_g + (r - t) du/dt, in two forms that give the same numbers.
+
+`differentiated` is the formula as it stands: `jax.jvp` of the flow map, differentiated once more by
+whoever takes a gradient. `linearized_once` does no part of it twice: the encoder's output serves
+the conditional velocity of the guidance, u and du/dt, and one linearization of the network, in
+reverse, serves the gradient and, transposed, the tangent.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dmf.flow import per_sample
+from dmf.guidance import GuidedVelocity
+from dmf.typing import FlowMap, Images, Labels, Network, Params, Times
+
+
+class Point(NamedTuple):
+    """Where on its path each sample is: x_t, the path's velocity there, times, kept labels."""
+
+    x_t: jax.Array
+    v_t: jax.Array
+    t: jax.Array
+    r: jax.Array
+    y: jax.Array
+    dropped: jax.Array
+
+
+class Identity(NamedTuple):
+    """u, the target it is regressed on, and du/dt along the guided velocity.
+
+    Only u carries a gradient.
+    """
+
+    u: jax.Array
+    target: jax.Array
+    du_dt: jax.Array
+
+
+def _identity(point: Point, u: Images, v_g: Images, du_dt: Images) -> Identity:
+    target = v_g + per_sample(point.r - point.t, u) * du_dt
+    return Identity(u, *jax.lax.stop_gradient((target, du_dt)))
+
+
+def no_gradient(network: Network, params: Params) -> FlowMap:
+    """The flow map of a network whose parameters are held fixed."""
+    return functools.partial(network.apply, jax.lax.stop_gradient(params))
+
+
+def along_path(flow_map: FlowMap, point: Point, v_g: Images) -> Identity:
+    """The identity of any flow map, with d/dt along (v_g, 1, 0) for (x_t, t, r).
+
+    MeanFlow, arXiv:2505.13447, the MeanFlow identity (equation 6) and its training target.
+    """
+    x_t, _, t, r, y, _ = point
+    u, du_dt = jax.jvp(
+        lambda x_t, t, r: flow_map(x_t, t, r, y),
+        (x_t, t, r),
+        (v_g, jnp.ones_like(t), jnp.zeros_like(r)),
+    )
+    return _identity(point, u, v_g, du_dt)
+
+
+def differentiated(
+    network: Network, params: Params, point: Point, guided: GuidedVelocity
+) -> Identity:
+    """The identity by `jax.jvp`, along a guided velocity that costs a pass of its own."""
+    conditional = None
+    if guided.kappa is not None:
+        conditional = no_gradient(network, params)(point.x_t, point.t, point.t, point.y)
+    flow_map = functools.partial(network.apply, params)
+    return along_path(flow_map, point, guided.at(conditional))
+
+
+def linearized_once(
+    network: Network, params: Params, point: Point, guided: GuidedVelocity
+) -> Identity:
+    """The identity from one pass through the encoder, two of the decoder at most (the guidance's
+    and u's), and one tangent; to first order only: a gradient of it has no gradient."""
+    x_t, _, t, r, y, _ = point
+    return _identity(point, *_linearized(network, params, x_t, t, r, y, *guided))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linearized(*inputs: Any) -> tuple[Images, Images, Images]:
+    return _linearize(*inputs)[0]
+
+
+def _linearize(
+    network: Network,
+    params: Params,
+    x_t: Images,
+    t: Times,
+    r: Times,
+    y: Labels,
+    base: Images,
+    kappa: jax.Array | None,
+) -> tuple[tuple[Images, Images, Images], Any]:
+    """(u, v_g, du/dt), and the pullbacks of encoder and decoder.
+
+    A pullback is a linear map; transposed it pushes tangents forward. Asking for the tangent in
+    any other way, by `jax.jvp` or `jax.linearize`, keeps a second set of what the backward pass
+    needs. The part of a pullback that goes to the parameters is left out, as they do not move.
+    """
+    encode = lambda params, x_t, t: network.encode(params, x_t, t, y)  # noqa: E731
+    hidden, to_inputs = jax.vjp(encode, params, x_t, t)
+    guided = GuidedVelocity(base, kappa)
+    v_g = guided.at(None if kappa is None else network.decode(params, hidden, t, y))
+    transposed = jax.linear_transpose(lambda cotangent: to_inputs(cotangent)[1:], hidden)
+    (along,) = transposed((v_g, jnp.ones_like(t)))
+
+    decode = lambda params, hidden, r: network.decode(params, hidden, r, y)  # noqa: E731
+    u, to_hidden = jax.vjp(decode, params, hidden, r)
+    (du_dt,) = jax.linear_transpose(lambda cotangent: to_hidden(cotangent)[1], u)(along)
+    return (u, v_g, du_dt), (to_inputs, to_hidden)
+
+
+def _pull_back(network: Network, pullbacks: Any, cotangents: Any) -> tuple[Any, ...]:
+    """The cotangents of the inputs; those of v_g and du/dt, which carry no gradient, are lost."""
+    to_inputs, to_hidden = pullbacks
+    of_decoder, of_hidden, of_r = to_hidden(cotangents[0])
+    of_encoder, of_x_t, of_t = to_inputs(of_hidden)
+    of_params = jax.tree.map(jnp.add, of_encoder, of_decoder)
+    return of_params, of_x_t, of_t, of_r, None, None, None
+
+
+_linearized.defvjp(_linearize, _pull_back)

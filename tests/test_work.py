@@ -1,0 +1,200 @@
+"""How losses are computed changes none of them: nothing shared, everything shared, in parts."""
+
+import dataclasses
+import functools
+
+import golden_values as gv
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf.guidance import NoGuidance, SelfGuidance, TeacherGuidance, guided_velocity
+from dmf.identity import Point, differentiated, linearized_once
+from dmf.models.dit import DiT
+from dmf.objectives import DecoupledMeanFlow, FlowMatching, MeanFlow
+from dmf.sharding import batch_sharding, make_mesh, parameter_shardings
+from dmf.typing import Batch, InputError
+from dmf.work import Work, where_needed
+
+PLAIN = Work(shared=False, null_parts=0)
+WORKS = {
+    "shared": Work(),
+    "shared-two_passes": Work(null_parts=0),
+    "shared-parts": Work(null_parts=4),
+    "plain-parts": Work(shared=False, null_parts=8),
+}
+SELF = SelfGuidance(omega=1.2, kappa=0.5, interval=(0.0, 0.7))
+TEACHER = TeacherGuidance(scale=1.5, interval=(0.1, 0.8))
+KINDS = {
+    "decoupled": DecoupledMeanFlow(guidance=SELF, label_dropout=0.3),
+    "decoupled-teacher": DecoupledMeanFlow(guidance=TEACHER, teacher=gv.decoupled("dmf_tiny")),
+    "decoupled-unguided": DecoupledMeanFlow(),
+    "meanflow": MeanFlow(guidance=SELF, label_dropout=0.3),
+}
+COUNT = 8
+
+
+def network_of(kind: str, **changes):
+    """A network of random parameters, the log-variance and final layer among them."""
+    if kind.startswith("decoupled"):
+        return gv.decoupled("dmf_tiny", **changes), gv.decoupled_params("dmf_tiny")
+    return gv.meanflow("meanflow_tiny", **changes), gv.meanflow_params("meanflow_tiny")
+
+
+def batch_of(shape: tuple[int, ...]) -> Batch:
+    x_key, y_key = jax.random.split(jax.random.key(5))
+    return Batch(jax.random.normal(x_key, (COUNT, *shape)),
+                 jax.random.randint(y_key, (COUNT,), 0, 10))
+
+
+def losses_and_gradients(kind: str, work: Work, mesh=None, **changes):
+    """Per-sample losses, metrics, and the gradient of their mean."""
+    model, params = network_of(kind, **changes)
+    objective = dataclasses.replace(KINDS[kind], work=work)
+    frozen = {}
+    if objective.needs_teacher:
+        frozen = {"teacher": jax.tree.map(lambda p: 1.1 * p, params)}
+    batch = batch_of(model.sample_shape)
+    draws = gv.jit(objective.draw)(jax.random.key(3), batch)
+
+    def mean(params, batch, draws, frozen):
+        losses, metrics = objective.loss(model, params, batch, draws, frozen)
+        return jnp.mean(losses), (losses, metrics)
+
+    def run(*inputs):
+        (_, (losses, metrics)), gradient = jax.value_and_grad(mean, has_aux=True)(*inputs)
+        return losses, metrics, gradient
+
+    if mesh is None:
+        return gv.jit(run)(params, batch, draws, frozen)
+    where = parameter_shardings(mesh, params), *(batch_sharding(mesh),) * 2
+    where = (*where, parameter_shardings(mesh, frozen))
+    inputs = [jax.device_put(x, on) for x, on in zip((params, batch, draws, frozen), where,
+                                                    strict=True)]
+
+    def on_mesh(*inputs):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return run(*inputs)
+
+    return gv.jit(on_mesh)(*inputs)
+
+
+plainly = functools.cache(functools.partial(losses_and_gradients, work=PLAIN))
+
+
+def assert_same(kind: str, ours) -> None:
+    losses, metrics, gradient = plainly(kind)
+    np.testing.assert_allclose(ours[0], losses, rtol=1e-5)
+    for name in metrics:
+        gv.assert_near(ours[1][name], metrics[name], 1e-5)
+    whole, other = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+                    for tree in (gradient, ours[2]))
+    assert np.linalg.norm(other - whole) < 1e-6 * np.linalg.norm(whole)
+
+
+@pytest.mark.parametrize(
+    ("kind", "work"),
+    [
+        ("decoupled", "shared"),
+        ("decoupled", "shared-parts"),
+        ("decoupled", "plain-parts"),
+        ("decoupled-teacher", "shared-parts"),
+        ("meanflow", "shared"),
+        pytest.param("decoupled", "shared-two_passes", marks=pytest.mark.slow),
+        pytest.param("decoupled-teacher", "shared", marks=pytest.mark.slow),
+        pytest.param("decoupled-unguided", "shared", marks=pytest.mark.slow),
+        pytest.param("meanflow", "plain-parts", marks=pytest.mark.slow),
+    ],
+)
+def test_losses_and_gradients_are_those_of_the_formulas(kind, work):
+    assert_same(kind, losses_and_gradients(kind, WORKS[work]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["shared", "shared-parts"])
+@pytest.mark.parametrize("execution", gv.EXECUTIONS)
+@pytest.mark.parametrize("kind", ["decoupled", "meanflow"])
+def test_on_every_mesh_and_with_every_remat(kind, execution, work):
+    scan, remat, axes = gv.EXECUTIONS[execution]
+    mesh = axes and make_mesh(*axes)
+    assert_same(kind, losses_and_gradients(kind, WORKS[work], mesh, scan=scan, remat=remat))
+
+
+def test_split_over_devices_in_parts():
+    mesh = make_mesh(2, 2, 2)
+    assert_same("decoupled", losses_and_gradients("decoupled", Work(null_parts=2), mesh,
+                                                  remat="dots"))
+
+
+def test_parts_in_which_nothing_is_needed_are_not_computed():
+    """Seen by what a skipped row gives: 0, and not its value."""
+    needed = jnp.asarray([False, True, False, False, True, False, False, True])
+    rows = jnp.arange(8.0) + 1
+    doubled = where_needed(lambda x: 2 * x, needed, 4)
+    # Rows 1, 4, 7 and, to fill the second part, the first of the others.
+    np.testing.assert_array_equal(doubled(rows), [2, 4, 0, 0, 10, 0, 0, 16])
+    np.testing.assert_array_equal(where_needed(lambda x: 2 * x, needed, 1)(rows), 2 * rows)
+
+
+def test_parts_divide_the_rows():
+    with pytest.raises(InputError, match=r"null_parts=3: it must divide the 16 rows"):
+        losses_and_gradients("decoupled", Work(null_parts=3))
+    with pytest.raises(InputError, match=r"null_parts=-1: give 0"):
+        Work(null_parts=-1)
+
+
+def test_a_gradient_of_the_shared_form_reaches_inputs_too():
+    """x_t, t and r as well as the parameters; as `jax.jvp` differentiated does."""
+    model, params = network_of("decoupled")
+    batch = batch_of(model.sample_shape)
+    t, r = jnp.linspace(0.3, 0.9, COUNT), jnp.linspace(0.2, 0.1, COUNT)
+    v = jax.random.normal(jax.random.key(1), batch.x.shape)
+
+    def total(form, x_t, t, r):
+        point = Point(x_t, v, t, r, batch.y, jnp.zeros(COUNT, bool))
+        guided = guided_velocity(NoGuidance(), t, point.dropped, v, None)
+        return jnp.sum(form(model, params, point, guided).u ** 2)
+
+    expected, ours = (
+        gv.jit(jax.grad(functools.partial(total, form), argnums=(0, 1, 2)))(batch.x, t, r)
+        for form in (differentiated, linearized_once)
+    )
+    for a, b in zip(ours, expected, strict=True):
+        gv.assert_near(a, b, 1e-5)
+
+
+def forward_passes(objective, model) -> float:
+    """What a loss and its gradient cost, by XLA's own count of the unrolled network."""
+    model = dataclasses.replace(model, scan=False)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    batch = jax.eval_shape(lambda: batch_of(model.sample_shape))
+    draws = jax.eval_shape(objective.draw, jax.random.key(0), batch)
+    times = jax.ShapeDtypeStruct((COUNT,), jnp.float32)
+
+    def mean(params, batch, draws):
+        return jnp.mean(objective.loss(model, params, batch, draws, {})[0])
+
+    def count(function, *inputs) -> float:
+        return gv.jit(function).lower(*inputs).compile().cost_analysis()["flops"]
+
+    forward = count(model.apply, params, batch.x, times, times, batch.y)
+    return count(jax.grad(mean), params, batch, draws) / forward
+
+
+@pytest.mark.parametrize(
+    ("objective", "conditioning", "least", "most"),
+    [
+        (FlowMatching(), "flow", 2.9, 3.1),
+        (MeanFlow(guidance=SELF), "meanflow", 5.9, 6.2),
+        (DecoupledMeanFlow(guidance=SELF), "decoupled", 9.2, 9.7),
+        (DecoupledMeanFlow(guidance=SELF, work=PLAIN), "decoupled", 10.9, 11.4),
+    ],
+    ids=["flow_matching", "mean_flow", "shared", "plain"],
+)
+def test_forward_passes_of_a_step(objective, conditioning, least, most):
+    """Of S/2's shape, split at 8 of 12 where decoupled, narrower."""
+    decoupled = {"split_depth": 8, "learned_variance": True} if conditioning == "decoupled" else {}
+    model = DiT(input_size=32, channels=4, num_classes=10, depth=12, width=256, heads=4,
+                conditioning=conditioning, **decoupled)
+    assert least < forward_passes(objective, model) < most
