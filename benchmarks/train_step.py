@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +29,17 @@ from absl import app, flags
 from ml_collections import ConfigDict
 
 from benchmarks.machine import machine
-from configs import default
-from configs.imagenet import imagenet
-from dmf import build, chips, state
+from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
+from dmf import build, chips
+from dmf import state as states
 from dmf.sharding import make_mesh
+from dmf.state import TrainState
 from dmf.step import abstract_inputs, initial_state, training_step
 
 _SIZE = flags.DEFINE_string("size", "S", "of the transformer, at 32 x 32 x 4 with patches of 2")
 _SPLIT = flags.DEFINE_integer("split", 0, "blocks that see t; 0 is two thirds of them")
 _OBJECTIVE = flags.DEFINE_enum("objective", "decoupled_mean_flow",
-                               ["decoupled_mean_flow", "mean_flow", "flow_matching"], "which")
+                               OBJECTIVES, "what is minimised")
 _BATCH = flags.DEFINE_list("batch", ["8"], "batch sizes")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of the computation")
 _WORK = flags.DEFINE_list("work", ["plain", "shared"], "plain, shared, and sharedN: null_parts=N")
@@ -50,26 +51,11 @@ _PROFILE = flags.DEFINE_boolean("profile", False, "the longest operations of the
 _OUTPUT = flags.DEFINE_string("output", "", "a .md file for the table, and a .json beside it")
 
 
-class Variant(NamedTuple):
-    """One way to compute the same step."""
-
-    batch: int
-    scan: bool
-    remat: str
-    attention: str
-    work: str
-
-    @property
-    def plain(self) -> "Variant":
-        """What it is compared with."""
-        return self._replace(work="plain")
-
-
 @dataclasses.dataclass
 class Measured:
-    """A compiled step that runs, and what it took."""
+    """A compiled step that updates the state in the list it is given, and what it took."""
 
-    run: Callable[[], Any]
+    run: Callable[[list[TrainState]], Any]
     temporaries: int
     compile_seconds: float
     flops: float
@@ -80,34 +66,14 @@ class Measured:
         return statistics.median(self.seconds)
 
 
-def config_of(variant: Variant) -> ConfigDict:
-    """The recipe of the published models at a size, computed in one way."""
-    config = imagenet(_SIZE.value)
-    model, objective = config.model, _OBJECTIVE.value
-    guidance = default.self_guidance(1.0, 0.6, (0.0, 0.7))
-    config.objective = {
-        "decoupled_mean_flow": lambda: default.decoupled_mean_flow(guidance),
-        "mean_flow": lambda: default.mean_flow(default.self_guidance(0.2, 0.92)),
-        "flow_matching": default.flow_matching,
-    }[objective]()
-    if objective == "decoupled_mean_flow":
-        split = _SPLIT.value or round(model.depth * 2 / 3)
-        model.update(conditioning="decoupled", split_depth=split, learned_variance=True)
-    elif objective == "mean_flow":
-        model.conditioning = "meanflow"
-    model.update(dtype=_DTYPE.value, scan=variant.scan, remat=variant.remat)
-    if "attention" in model:
-        model.attention = variant.attention
-    if "work" in config.objective:
-        parts = variant.work.removeprefix("shared") if variant.work != "plain" else "0"
-        config.objective.work.update(shared=variant.work != "plain", null_parts=int(parts or 1))
-    config.data.batch_size = variant.batch
-    return config
+def _config(variant: Variant) -> ConfigDict:
+    return config_of(variant, size=_SIZE.value, objective=_OBJECTIVE.value, dtype=_DTYPE.value,
+                     split=_SPLIT.value)  # fmt: skip
 
 
 def prepared(variant: Variant) -> Measured:
     """Compiles the step of a variant, and makes what it runs on."""
-    recipe = build.recipe(config_of(variant), make_mesh())
+    recipe = build.recipe(_config(variant), make_mesh())
     abstract, batch, frozen = abstract_inputs(recipe)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     start = time.perf_counter()
@@ -119,15 +85,19 @@ def prepared(variant: Variant) -> Measured:
         x=jax.device_put(draw.normal(size=batch.x.shape).astype(batch.x.dtype), batch.x.sharding),
         y=jax.device_put(draw.integers(0, 1000, batch.y.shape).astype("i4"), batch.y.sharding),
     )
-    carried = [state.create(lambda: initial_state(recipe, jax.random.key(0), {}), recipe.mesh)]
 
-    def run() -> Any:
+    def run(carried: list[TrainState]) -> Any:
         carried[0], metrics = step(carried[0], rows, {})
         return jax.block_until_ready(metrics)
 
     memory, flops = step.memory_analysis(), recipe.objective.flops(recipe.network) * variant.batch
-    run()
     return Measured(run, memory.temp_size_in_bytes, took, flops, [])
+
+
+def first_state(variant: Variant) -> TrainState:
+    """One state serves all variants: they are the same update."""
+    recipe = build.recipe(_config(variant), make_mesh())
+    return states.create(lambda: initial_state(recipe, jax.random.key(0), {}), recipe.mesh)
 
 
 def peak() -> float:
@@ -179,19 +149,22 @@ def main(_: Sequence[str]) -> None:
             measured[variant] = prepared(variant)
         except jax.errors.JaxRuntimeError as error:
             print(f"{variant}: {str(error).partition(chr(10))[0][:120]}", flush=True)
-    best_product = peak()
-    for _ in range(_ROUNDS.value):
+    best_product, carried = peak(), [first_state(variants[0])]
+    for turn in range(_ROUNDS.value + 1):
         for found in measured.values():
             start = time.perf_counter()
-            found.run()
-            found.seconds.append(time.perf_counter() - start)
-    _tell(measured, best_product)
+            found.run(carried)
+            if turn:  # the first warms up
+                found.seconds.append(time.perf_counter() - start)
+    _tell(measured, best_product, carried)
 
 
-def _tell(measured: dict[Variant, Measured], best_product: float) -> None:
+def _tell(
+    measured: dict[Variant, Measured], best_product: float, carried: list[TrainState]
+) -> None:
     devices = jax.device_count()
-    lines = ["| batch | blocks | remat | attention | work | seconds | times as fast as plain | "
-             "temporaries GiB | to plain | compiled in s | images/s | of peak |",
+    lines = [f"{HEAD} seconds | times as fast as plain | temporaries GiB | to plain | "
+             "compiled in s | images/s | of peak |",
              "|" + "---|" * 12]
     for variant, found in measured.items():
         plain = measured.get(variant.plain)
@@ -202,8 +175,7 @@ def _tell(measured: dict[Variant, Measured], best_product: float) -> None:
                       f"{found.temporaries / plain.temporaries:.2f}"]
         share = found.flops / found.median / (best_product * devices)
         lines.append(
-            f"| {variant.batch} | {'scanned' if variant.scan else 'unrolled'} | {variant.remat} | "
-            f"{variant.attention} | {variant.work} | {found.median:.3f} | {ratios[0]} | "
+            f"{variant.cells} {found.median:.3f} | {ratios[0]} | "
             f"{found.temporaries / chips.GIB:.2f} | {ratios[1]} | {found.compile_seconds:.0f} | "
             f"{variant.batch / found.median:.1f} | {share:.1%} |")
     per_sample = {found.flops / variant.batch for variant, found in measured.items()}
@@ -217,7 +189,7 @@ def _tell(measured: dict[Variant, Measured], best_product: float) -> None:
         fastest = min(measured, key=lambda v: measured[v].median / v.batch)
         lines += ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|"]
         lines += [f"| {name} | {share:.1%} |"
-                  for name, share in longest_operations(measured[fastest].run)]
+                  for name, share in longest_operations(lambda: measured[fastest].run(carried))]
     text = "\n".join(lines)
     print(text)
     if _OUTPUT.value:
