@@ -1,7 +1,8 @@
-"""How long a training step takes to compile, and what memory the program takes of each device.
+r"""How long a training step takes to compile, and what memory the program takes of each device.
 
-    python -m benchmarks.compile_time                      # XL/2 for this machine and for v5e-16
-    python -m benchmarks.compile_time --on=v5e:4x4 --scan=1 --remat=none,dots,full --work=plain,shared
+    python -m benchmarks.compile_time             # XL/2 for this machine and for v5e-16
+    python -m benchmarks.compile_time --on=v5e:4x4 --scan=1 --remat=none,dots,full \
+        --work=plain,shared
 
 The step of Decoupled MeanFlow with model guidance at 16 samples a chip, bfloat16. TPUs need not be
 there (libtpu does). Ratios are to plain work under the same scan and remat. With --output=FILE.json

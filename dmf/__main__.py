@@ -1,6 +1,7 @@
 """`dmf VERB`: finds the verb and hands it the rest of the line. Nothing heavy is imported here."""
 
 import importlib
+import os
 import sys
 
 VERBS = {
@@ -22,6 +23,13 @@ def usage() -> str:
     return f"usage: dmf VERB [--help] [FLAGS]\n\n{verbs}"
 
 
+def _keep_compiled() -> None:
+    """What took JAX a second or more to compile is kept on disk, so that a run that is taken up
+    again starts at once; JAX_COMPILATION_CACHE_DIR says where instead. JAX reads it on import."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dmf", "compiled"))
+
+
 def main() -> None:
     """The command line; exits with 0, with 1 if a run failed, with 2 if the input is wrong."""
     arguments = sys.argv[1:]
@@ -32,6 +40,7 @@ def main() -> None:
     if verb not in VERBS:
         print(f"dmf: {verb}: no such verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
+    _keep_compiled()
     module = importlib.import_module(f"dmf.cli.{verb}")
     from dmf.cli import run
 

@@ -6,6 +6,7 @@ of its chips would take. Nothing is read but the config: neither data nor checkp
 
 import dataclasses
 import os
+import re
 import time
 from typing import Any, NamedTuple
 
@@ -40,7 +41,8 @@ class CompiledStep(NamedTuple):
       batch_size: samples a step, over all devices.
       parameters, optimizer, averages, frozen: bytes of what stays from step to step.
       batch: bytes of a device's share of it.
-      temporaries: bytes of what a step needs beside them.
+      temporaries: bytes of what a step needs beside them; where it does not fit, what the
+        compiler could not bring them below.
       total: bytes of all that a device holds at most, its program among them.
       memory: bytes that the device has; None where that is not known.
       step_flops: of a step over all devices, with nothing computed twice or recomputed.
@@ -108,6 +110,24 @@ def _bytes(tree: Any) -> int:
     )
 
 
+def _memory(lowered: jax.stages.Lowered) -> tuple[int, int | None]:
+    """Bytes of temporaries, and of all else that a device holds while the program runs.
+
+    A program that takes more than the device has is refused by its compiler, which says how much;
+    of such a one the second is not known.
+    """
+    try:
+        memory = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        wanted = re.search(r"RESOURCE_EXHAUSTED.* temporaries \(([\d.]+)G\)", str(error), re.S)
+        if not wanted:
+            raise
+        return round(float(wanted[1]) * GIB), None
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
+    return memory.temp_size_in_bytes, held
+
+
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
     """Compiles the training step of a config for devices.
 
@@ -126,23 +146,19 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
     start = time.perf_counter()
     lowered = step.lower(*inputs)
     lowered_at = time.perf_counter()
-    memory = lowered.compile().memory_analysis()
+    temporaries, others = _memory(lowered)
     took = time.perf_counter() - lowered_at
     kind = devices[0].device_kind
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    held = {"parameters": state.params, "optimizer": state.optimizer, "averages": state.averages,
+            "frozen": frozen, "batch": batch}
     return CompiledStep(
         device=kind,
         devices=len(devices),
         mesh=dict(mesh.shape),
         batch_size=recipe.batch_size,
-        parameters=_bytes(state.params),
-        optimizer=_bytes(state.optimizer),
-        averages=_bytes(state.averages),
-        frozen=_bytes(frozen),
-        batch=_bytes(batch),
-        temporaries=memory.temp_size_in_bytes,
-        total=held - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-        + memory.generated_code_size_in_bytes,
+        **{name: _bytes(tree) for name, tree in held.items()},
+        temporaries=temporaries,
+        total=temporaries + (_bytes(inputs) if others is None else others),
         memory=CHIPS[kind].memory if kind in CHIPS else None,
         step_flops=recipe.objective.flops(recipe.network) * recipe.batch_size,
         seconds_to_lower=lowered_at - start,

@@ -1,6 +1,8 @@
 """The command line, from a run to numbers, pictures and an export, and what it says for help."""
 
 import json
+import os
+import subprocess
 
 import jax
 import numpy as np
@@ -36,7 +38,7 @@ def test_every_verb_explains_its_flags(monkeypatch, capsys, verb):
     text = capsys.readouterr().out
     assert f"dmf {verb} " in text
     output = dict.fromkeys(("report", "convert", "prepare"), "--output")
-    flags = ({"train": "--workdir"} | output).get(verb, "--checkpoint")
+    flags = ({"train": "--workdir", "compile": "--topology"} | output).get(verb, "--checkpoint")
     assert text.count(flags) >= 2
 
 
@@ -167,3 +169,19 @@ def test_an_export_evaluates_samples_and_loads_as_its_run(tmp_path):
     ones = jax.numpy.ones(8)
     of_run = dmf.load(tiny.flow_map_run())[0](x, ones, 0 * ones, jax.numpy.arange(8))
     np.testing.assert_array_equal(flow_map(x, ones, 0 * ones, jax.numpy.arange(8)), of_run)
+
+
+def test_compiled_programs_are_kept(tmp_path):
+    """The second process finds what the first one compiled, and writes nothing new."""
+    unset = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path),
+                    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    kept = tmp_path / "dmf" / "compiled"
+    found = []
+    for _ in range(2):
+        subprocess.run(tiny.command("compile", f"--config={tiny.CONFIG}"), check=True,
+                       env=environment, cwd=tiny.ROOT)  # fmt: skip
+        found.append({p.name for p in kept.iterdir() if p.name.endswith("-cache")})
+    assert any("step" in name for name in found[0])
+    assert found[1] == found[0]
