@@ -179,8 +179,8 @@ def main(_: Sequence[str]) -> None:
     rows = _rows(_programs(config, params), flops)
     side = 8 * _INPUT_SIZE.value
     about = (f"{_SIZE.value}/2 in {_DTYPE.value}, {_BATCH.value} images of {side} x {side} at "
-             f"once; medians of {_ROUNDS.value} runs. Operations: {flops[0] / 1e9:,.1f} 10^9 a step and "
-             f"image, {flops[1] / 1e9:,.1f} 10^9 to decode one. On {machine()}.")
+             f"once; medians of {_ROUNDS.value} runs. Operations: {flops[0] / 1e9:,.1f} 10^9 a "
+             f"step and image, {flops[1] / 1e9:,.1f} 10^9 to decode one. On {machine()}.")
     text = "\n".join([*_table(rows), "", about])
     if _OUTPUT.value:
         found = {"about": about, "rows": rows}

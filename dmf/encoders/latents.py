@@ -16,16 +16,17 @@ from dmf.typing import Images, InputError, Params
 class LatentSpace:
     """Scaled latents of an autoencoder.
 
-    Images are decoded whole: in tiles, group normalisation would see other means and variances. With
-    the published autoencoder, a float32 image of 256 x 256 takes 224 MiB of activations while it is
-    decoded, one of 512 x 512 about 0.9 GiB (its middle's attention is 4,096 x 4,096: 64 MiB), times
-    `decode_batch`. More at a time keeps an accelerator busy at the coarse levels, and starts fewer
-    programs; on a CPU it makes no difference. Another number may round otherwise.
+    Images are decoded whole: in tiles, group normalisation would have other statistics. With the
+    published autoencoder in float32, decoding takes 224 MiB for an image of 256 x 256 and 896 MiB
+    for one of 512 x 512, times `decode_batch`; the attention in its middle, there a matrix of 4,096
+    x 4,096 or 64 MiB, comes before that peak. More at a time should fill an accelerator at the
+    coarse levels, and start fewer of its programs; to a CPU it is all the same. Another number may
+    round otherwise.
 
-    In bfloat16 maps take half of that memory where the device computes in it (not on a CPU). Images
-    whose levels have a standard deviation of 64 then differ by 0.6 levels of 255 on average and by 5
-    at most, every second value by one or more (random weights of the published sizes, and the golden
-    ones of the tests): so numbers that are compared with others' should be made in float32.
+    In bfloat16, images whose levels have a standard deviation of 64 differ by 0.6 of 255 levels on
+    average and by 5 at most, in every second value by one or more (random weights of the published
+    sizes, and the golden ones of the tests). That is not seen, but measured: take float32 where
+    scores are compared with others'. On a CPU it is no faster, and takes more memory.
 
     Attributes:
       autoencoder: whose latents they are.
