@@ -1,6 +1,7 @@
 """Decoding some latents at a time: what it makes, what it costs, and what tells its images."""
 
 import functools
+import json
 from typing import Any
 
 import golden_values as gv
@@ -11,12 +12,13 @@ import pytest
 import tiny
 from jax import export
 
-from dmf import loading
+from dmf import loading, outputs
 from dmf.components import network
 from dmf.convert.autoencoder import SPELLINGS
 from dmf.convert.names import to_ours
 from dmf.encoders.autoencoder import Autoencoder
 from dmf.encoders.latents import LatentSpace
+from dmf.evaluator import Evaluator
 from dmf.generation import Generator
 from dmf.images import to_uint8
 from dmf.scaling import Scaling
@@ -171,6 +173,22 @@ def test_what_images_depend_on_tells_them(monkeypatch, change):
 def test_a_decoder_is_told_by_its_parameters_not_by_its_place(monkeypatch):
     assert identity(monkeypatch, seed=2) != identity(monkeypatch)
     assert identity(monkeypatch, {"latents.autoencoder": "other"}) == identity(monkeypatch)
+
+
+def test_commands_tell_their_work_by_what_images_depend_on(monkeypatch, tmp_path):
+    """So that parts that were made with another setting are not taken up."""
+    seen = []
+    monkeypatch.setattr(outputs, "write_images", lambda *_, identity, **__: seen.append(identity))
+    monkeypatch.setattr(Evaluator, "measure", lambda _, of: seen.append(of.identity) or {})
+    for verb in ("sample", "evaluate"):
+        output = tmp_path / {"sample": "images.npz", "evaluate": "result.json"}[verb]
+        for size in (2, 3):
+            assert tiny.dmf(verb, f"--checkpoint={tiny.flow_run()}", f"--output={output}",
+                            "--steps=1", f"--config.sampling.decode_batch={size}") == 0
+    assert all("'decode_batch': 2" in str(one) for one in seen[::2])
+    assert all("'decode_batch': 3" in str(one) for one in seen[1::2])
+    assert len(seen) == 4
+    assert json.loads(output.read_text())["sampling"]["decode_batch"] == 3
 
 
 def test_configs_that_do_not_say_how_to_decode(monkeypatch):
