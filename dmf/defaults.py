@@ -155,12 +155,15 @@ def get_config() -> ConfigDict:
                 "keep_last": 1,
                 "keep_every": 0,
             },
-            # How images are made, while training and from the result.
+            # How images are made, while training and from the result. `decode_batch` latents are
+            # decoded at a time, in float32 or bfloat16, whose error dmf/encoders/latents.py tells.
             "sampling": {
                 "sampler": {"name": "euler"},
                 "steps": (1, 2, 4),
                 "shift": 1.0,
                 "guidance": {"scale": 1.0, "interval": (0.0, 1.0)},
+                "decode_batch": 8,
+                "decode_dtype": "float32",
                 "ema": "main",
             },
             # How images are measured, see dmf/protocols.py. `reference` is a file of statistics, or

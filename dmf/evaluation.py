@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmf import loading
 from dmf.checkpoint import fingerprint
 from dmf.evaluator import Evaluator, Subject
 from dmf.generation import Generator
 from dmf.protocols import labels_of
 from dmf.sharding import on_this_host
-from dmf.typing import Network, Params
+from dmf.typing import Params
 
 
 def evaluate(
@@ -46,8 +45,7 @@ def evaluate(
     )  # fmt: skip
     for ema, weights in params:
         weights = on_this_host(weights, evaluator.on)
-        made_of = {"parameters": fingerprint(weights), "seed": settings.seed,
-                   "sampling": loading.plain(config.sampling), "model": loading.plain(config.model)}
+        made_of = {"parameters": fingerprint(weights), "seed": settings.seed, **generator.identity}
         for count in steps:
             generate = generator(
                 weights, steps=count, seed=settings.seed, rounding=evaluator.protocol.rounding
@@ -64,11 +62,10 @@ def evaluate(
     return rows
 
 
-def described(config: ConfigDict, network: Network) -> dict[str, Any]:
+def described(config: ConfigDict, generator: Generator) -> dict[str, Any]:
     """What a result says of the flow map and its samples."""
     return {
         "count": config.evaluation.count,
         "seed": config.evaluation.seed,
-        "sampling": loading.plain(config.sampling),
-        "model": loading.described("model", network),
+        **generator.identity,
     }

@@ -1,8 +1,9 @@
 """Images from a flow map. Noise and label of image i depend on the seed and i alone."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from dmf import build, images, loading, samplers
+from dmf.checkpoint import fingerprint
 from dmf.encoders.latents import LatentSpace
 from dmf.protocols import labels_of
 from dmf.sharding import by_device, on_this_host
@@ -126,6 +128,18 @@ class Generator:
         self._network, self._config = network, config
         self._space, decoder = found or (None, None)
         self._frozen = {} if decoder is None else {"autoencoder": on_this_host(decoder, on)}
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """What images depend on beside the parameters, the labels and the seed."""
+        made_of = {
+            "sampling": loading.plain(self._config.sampling),
+            "model": loading.described("model", self._network),
+        }
+        if self._space is None:
+            return made_of
+        decoder = {"parameters": fingerprint(self._frozen)}
+        return made_of | {"latents": dataclasses.asdict(self._space) | decoder}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

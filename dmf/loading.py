@@ -68,8 +68,9 @@ def read_config(directory: epath.PathLike) -> ConfigDict:
 
 
 def as_config(stored: Mapping[str, Any]) -> ConfigDict:
-    """A config as JSON held it."""
+    """A config as JSON held it; how it samples may be told in part."""
     config = ConfigDict(stored)
+    config.sampling = {**defaults.get_config().sampling, **config.sampling}
     if config.model.split_depth is None:
         # JSON forgets the type of a field that is not set.
         config.model.split_depth = config_dict.placeholder(int)
@@ -148,13 +149,19 @@ def latent_space_of(config: ConfigDict, autoencoder: Autoencoder) -> LatentSpace
     """The latents of `config` in the space of an autoencoder.
 
     Raises:
-      InputError: they have not as many channels as `config.model`.
+      InputError: they have not as many channels as `config.model`, or `config.sampling` says of
+        decoding what cannot be.
     """
     if autoencoder.latent_channels != config.model.channels:
         raise InputError(f"latents.autoencoder={config.latents.autoencoder}: its latents have "
                          f"{autoencoder.latent_channels} channels, config.model has "
                          f"{config.model.channels}")
-    return LatentSpace(autoencoder=autoencoder, scaling=scaling(config))
+    return LatentSpace(
+        autoencoder=autoencoder,
+        scaling=scaling(config),
+        decode_batch=config.sampling.decode_batch,
+        decode_dtype=config.sampling.decode_dtype,
+    )
 
 
 def load_network(

@@ -59,7 +59,7 @@ class Examiner:
         Raises:
           InputError: a field of `config.evaluation` that cannot be.
         """
-        self._config, self._network = config, built.recipe.network
+        self._config = config
         self._folder = workdir / EVALUATIONS
         settings = config.evaluation
         for name in settings.emas:
@@ -85,7 +85,7 @@ class Examiner:
             ((name, average(state, name)) for name in settings.emas),
             steps=tuple(settings.steps) or tuple(self._config.sampling.steps),
         )
-        described = evaluation.described(self._config, self._network)
+        described = evaluation.described(self._config, self._generator)
         result = self._evaluator.result(rows, step=step, **described)
         self._evaluator.finish(write_json, self._path(step), result)
         return {

@@ -171,6 +171,48 @@ def test_a_step_without_guidance_still_moves(guide):
     assert jnp.abs(ours - X_T).min() > 0.1
 
 
+@pytest.mark.parametrize(
+    ("interval", "t", "rows"),
+    [
+        (INTERVAL, [0.5] * 6, 12),
+        (INTERVAL, [0.2, 0.2, 0.2, 0.25, 0.8, 0.8], 12),
+        (INTERVAL, [0.2, 0.2, 0.2, 0.2, 0.8, 0.8], 6),
+        ((0.0, 1.0), [1.0] * 6, 12),
+        ((0.0, 1.0), [0.0] * 6, 12),
+    ],
+)
+def test_rows_that_guidance_runs_through_the_network(interval, t, rows):
+    """Both halves in one call where any time lies in the interval, else those asked for alone; as
+    compiled, with the times known only when it runs."""
+    seen = []
+
+    def counted(x_t, t, r, y):
+        jax.debug.callback(lambda x_t: seen.append(len(x_t)), x_t)
+        return flow_map(x_t, t, r, y)
+
+    guide = ClassifierFree(scale=2.0, interval=interval)
+    jax.jit(guide(counted, NULL))(X_T, jnp.asarray(t), T, Y)
+    jax.effects_barrier()
+    assert seen == [rows]
+
+
+def test_outside_its_interval_guidance_is_the_flow_map_to_the_bit():
+    t = jnp.full(6, 0.2)
+    ours = ClassifierFree(scale=2.5, interval=INTERVAL)(flow_map, NULL)(X_T, t, T, Y)
+    np.testing.assert_array_equal(ours, flow_map(X_T, t, T, Y))
+
+
+def test_guidance_of_a_flow_map_of_less_precision():
+    def coarse(x_t, t, r, y):
+        return flow_map(x_t, t, r, y).astype(jnp.bfloat16)
+
+    for interval in (INTERVAL, (0.0, 1.0)):
+        guide = ClassifierFree(scale=2.0, interval=interval)
+        u = sample(guide(coarse, NULL), X_T, Y, steps=2)
+        fine = sample(guide(flow_map, NULL), X_T, Y, steps=2)
+        np.testing.assert_allclose(u, fine, atol=0.3)
+
+
 def test_guidance_changes_the_samples_it_covers():
     plain = sample(flow_map, X_T, Y, steps=2)
     ours = sample(ClassifierFree(scale=2.0, interval=(0.5, 0.5))(flow_map, NULL), X_T, Y, steps=2)

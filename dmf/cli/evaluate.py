@@ -101,7 +101,7 @@ def _of_checkpoint(config, values: flags.FlagValues, output: epath.Path) -> None
     )
     rows = evaluation.evaluate(evaluator, generator, config, params, steps=steps)
     made_of = {"checkpoint": values.checkpoint, "step": checkpoint.latest_step(values.checkpoint)}
-    described = evaluation.described(config, network)
+    described = evaluation.described(config, generator)
     evaluator.finish(write_json, output, evaluator.result(rows, **made_of, **described))
 
 

@@ -71,8 +71,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         zoom = images.fitting_zoom(pictures.shape[1])
         images.write_png(output, images.grid(pictures, columns, zoom=zoom))
     else:
-        made_of = [fingerprint(params), steps, options, labels.tolist(),
-                   loading.plain(config.sampling), loading.plain(config.model)]
+        made_of = [fingerprint(params), steps, options, labels.tolist(), generator.identity]
         outputs.write_images(
             output, generates[0], labels, chunk_size=chunk, devices=on.size, identity=made_of
         )
