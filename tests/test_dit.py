@@ -197,6 +197,30 @@ def test_features_leave_after_their_block():
         assert (other_features != features).any() == reaches
 
 
+def test_features_may_leave_after_the_last_block():
+    model, params = randomised(alignment_depth=2, depth=2, split_depth=1, alignment_width=12)
+    assert model.apply_with_features(params, *inputs(model))[1].shape == (2, 16, 12)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [{"split_depth": 0}, {"split_depth": 1}, {"split_depth": 3},
+     {"conditioning": "flow", "split_depth": None},
+     {"conditioning": "meanflow", "split_depth": None}],
+    ids=["all_r", "split", "all_t", "flow", "meanflow"],
+)  # fmt: skip
+def test_the_decoder_makes_of_what_is_encoded_what_the_network_makes(fields, scan):
+    model, params = randomised(depth=3, scan=scan, **fields)
+    x_t, t, r, y = inputs(model)
+    hidden = model.encode(params, x_t, t, y)
+    decoded = gv.jit(model.decode)(params, hidden, r, y)
+    np.testing.assert_allclose(decoded, output(model, params, (x_t, t, r, y)), rtol=1e-5, atol=1e-5)
+    # The same tokens serve another r.
+    other = gv.jit(model.decode)(params, hidden, t, y)
+    np.testing.assert_allclose(other, output(model, params, (x_t, t, t, y)), rtol=1e-5, atol=1e-5)
+
+
 def test_unconditional_network():
     model, params = randomised(num_classes=0)
     assert params["label_embedding"]["embedding"].shape == (1, 32)

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
 
 from dmf.models import layers
 from dmf.models.layers import Tokens, Vectors
@@ -49,14 +48,6 @@ SIZES = {
     "L": {"depth": 24, "width": 1024, "heads": 16},
     "XL": {"depth": 28, "width": 1152, "heads": 16},
 }
-
-
-class Segment(NamedTuple):
-    """Contiguous blocks start..stop-1 that see the same time: "t" or "r"."""
-
-    source: str
-    start: int
-    stop: int
 
 
 class Hidden(NamedTuple):
@@ -149,14 +140,6 @@ class DiT:
         return 0 if self.conditioning == "meanflow" else len(list(blocks_of_t))
 
     @property
-    def segments(self) -> list[Segment]:
-        """The pattern as contiguous runs, also cut where the projected tokens leave."""
-        cut = [i >= self.alignment_depth for i in range(self.depth)]
-        runs = itertools.groupby(range(self.depth), lambda i: (self.pattern[i], cut[i]))
-        blocks = [(source, list(indices)) for (source, _), indices in runs]
-        return [Segment(source, i[0], i[-1] + 1) for source, i in blocks]
-
-    @property
     def flops(self) -> Flops:
         """Of one sample: 2 for each multiply-add of the products of matrices.
 
@@ -182,30 +165,29 @@ class DiT:
         return _Transformer(self).init(key, x, t, t, y, method="everything")["params"]
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
-        """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t: `decode` of what `encode` gives."""
-        return self.decode(params, self.encode(params, x_t, t, y), r, y).astype(x_t.dtype)
+        """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t."""
+        self._check_input(x_t)
+        u = _Transformer(self).apply({"params": params}, x_t, t, r, y)
+        return u.astype(x_t.dtype)
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Labels) -> Hidden:
         """The part of the network that r plays no part in."""
         self._check_input(x_t)
-        tokens, _ = _Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
+        tokens = _Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
         return Hidden(tokens, t)
 
     def decode(self, params: Params, hidden: Hidden, r: Times, y: Labels) -> Images:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
-        u, _ = _Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
-        return u
+        return _Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
 
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Labels
     ) -> tuple[Images, Features]:
         """u, and the tokens after block `alignment_depth`, projected, in float32."""
         self._check_input(x_t)
-        variables, transformer = {"params": params}, _Transformer(self)
-        tokens, early = transformer.apply(variables, x_t, t, y, method="encode")
-        u, late = transformer.apply(variables, tokens, t, r, y, method="decode")
-        inner = early if late is None else late
-        projected = transformer.apply(variables, inner, method="project")
+        u, projected = _Transformer(self).apply(
+            {"params": params}, x_t, t, r, y, method="with_features"
+        )
         return u.astype(x_t.dtype), projected.astype(jnp.float32)
 
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
@@ -245,43 +227,52 @@ class _Transformer(nn.Module):
                 config.alignment_hidden, config.alignment_width, dtype
             )
 
-    def encode(self, x_t: Images, t: Times, y: Labels) -> tuple[Tokens, Tokens | None]:
-        """Tokens before the first block that sees r, and those for the projector if met so far."""
-        config = self.config
-        table = layers.position_table(config.input_size // config.patch_size, config.width)
-        tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
-        tokens += jnp.asarray(table, tokens.dtype)[None]
-        if not config.encoder_depth:
-            return tokens, None
-        early = [s for s in config.segments if s.stop <= config.encoder_depth]
-        return self._through(early, tokens, {"t": self.time_embedding(t) + self.label_embedding(y)})
+    def __call__(self, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
+        """u, in float32."""
+        conditions = self._conditions(t, r, y)
+        tokens = self._run(self._embed(x_t), conditions, 0, self.config.depth)
+        return self._finish(tokens, conditions)
 
-    def decode(
-        self, tokens: Tokens, t: Times, r: Times, y: Labels
-    ) -> tuple[Images, Tokens | None]:
-        """u, and the tokens for the projector if they were not met before."""
-        config, conditions = self.config, self._conditions(t, r, y)
-        late = [s for s in config.segments if s.stop > config.encoder_depth]
-        tokens, inner = self._through(late, tokens, conditions)
-        last = "r" if config.conditioning == "decoupled" else "t"
-        patches = self.final(tokens, conditions[last])
-        return layers.unpatchify(patches, config.patch_size).astype(jnp.float32), inner
+    def encode(self, x_t: Images, t: Times, y: Labels) -> Tokens:
+        """Tokens before the first block that sees r."""
+        from_t = {"t": self.time_embedding(t) + self.label_embedding(y)}
+        return self._run(self._embed(x_t), from_t, 0, self.config.encoder_depth)
+
+    def decode(self, tokens: Tokens, t: Times, r: Times, y: Labels) -> Images:
+        """u, in float32, from the tokens of `encode`."""
+        conditions, config = self._conditions(t, r, y), self.config
+        tokens = self._run(tokens, conditions, config.encoder_depth, config.depth)
+        return self._finish(tokens, conditions)
+
+    def with_features(
+        self, x_t: Images, t: Times, r: Times, y: Labels
+    ) -> tuple[Images, Features]:
+        """u, and the tokens after block `alignment_depth`, projected."""
+        conditions, cut = self._conditions(t, r, y), self.config.alignment_depth
+        inner = self._run(self._embed(x_t), conditions, 0, cut)
+        tokens = self._run(inner, conditions, cut, self.config.depth)
+        return self._finish(tokens, conditions), self.projector(inner)
 
     def variance(self, t: Times, r: Times) -> PerSample:
         return self.log_variance(t, r)
 
-    def project(self, tokens: Float[Array, "b n w"]) -> Features:
-        return self.projector(tokens)
-
     def everything(self, x_t: Images, t: Times, r: Times, y: Labels) -> Any:
         """Touches every parameter, for initialisation."""
-        tokens, _ = self.encode(x_t, t, y)
-        outputs = [self.decode(tokens, t, r, y)]
-        if self.config.learned_variance:
-            outputs.append(self.variance(t, r))
+        variance = self.variance(t, r) if self.config.learned_variance else None
         if self.config.alignment_depth:
-            outputs.append(self.project(tokens))
-        return outputs
+            return self.with_features(x_t, t, r, y), variance
+        return self(x_t, t, r, y), variance
+
+    def _embed(self, x_t: Images) -> Tokens:
+        config = self.config
+        table = layers.position_table(config.input_size // config.patch_size, config.width)
+        tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
+        return tokens + jnp.asarray(table, tokens.dtype)[None]
+
+    def _finish(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
+        last = "r" if self.config.conditioning == "decoupled" else "t"
+        patches = self.final(tokens, conditions[last])
+        return layers.unpatchify(patches, self.config.patch_size).astype(jnp.float32)
 
     def _conditions(self, t: Times, r: Times, y: Labels) -> dict[str, Vectors]:
         labels = self.label_embedding(y)
@@ -306,30 +297,32 @@ class _Transformer(nn.Module):
             jax.random.split(key, self.config.depth)
         )
 
-    def _through(
-        self, segments: list[Segment], tokens: Tokens, conditions: dict[str, Vectors]
-    ) -> tuple[Tokens, Tokens | None]:
-        """The tokens after these segments, and those for the projector if one ends there."""
-        inner = None
-        for segment in segments:
-            tokens = self._run(segment, tokens, conditions[segment.source])
-            inner = tokens if segment.stop == self.config.alignment_depth else inner
-        return tokens, inner
+    def _run(
+        self, tokens: Tokens, conditions: dict[str, Vectors], start: int, stop: int
+    ) -> Tokens:
+        """Blocks start..stop-1, scanned or unrolled, rematerialised as configured."""
+        if start == stop:
+            return tokens
+        block, sources = self._block(), self.config.pattern[start:stop]
+        only = conditions[sources[0]] if len(set(sources)) == 1 else None
 
-    def _run(self, segment: Segment, tokens: Tokens, condition: Vectors) -> Tokens:
-        """The blocks of one segment, scanned or unrolled, rematerialised as configured."""
-        block = self._block()
-
-        def step(tokens: jax.Array, params: Params) -> tuple[jax.Array, None]:
+        def step(tokens: jax.Array, given: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+            params, sees_r = given
+            condition = only
+            if only is None:
+                condition = jnp.where(sees_r, conditions["r"], conditions["t"])
             return block.apply({"params": params}, tokens, condition), None
 
         if self.config.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation away.
             policy = REMAT_POLICIES[self.config.remat]
             step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
+        everything = (self.blocks, jnp.asarray([s == "r" for s in self.config.pattern]))
         if self.config.scan:
-            chosen = jax.tree.map(lambda p: p[segment.start : segment.stop], self.blocks)
-            return jax.lax.scan(step, tokens, chosen)[0]
-        for i in range(segment.start, segment.stop):
-            tokens, _ = step(tokens, jax.tree.map(lambda p, i=i: p[i], self.blocks))
+            some = everything
+            if (start, stop) != (0, self.config.depth):  # a part is a copy
+                some = jax.tree.map(lambda leaf: leaf[start:stop], everything)
+            return jax.lax.scan(step, tokens, some)[0]
+        for i in range(start, stop):
+            tokens, _ = step(tokens, jax.tree.map(lambda leaf, i=i: leaf[i], everything))
         return tokens
