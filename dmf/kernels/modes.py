@@ -1,0 +1,87 @@
+"""Attention that can be differentiated both ways, out of one that can only in reverse.
+
+Flash attention of the libraries has a backward pass and no tangent; MeanFlow needs both, of one
+linearisation: `h, pull = jax.vjp(f, x)`, with the tangent by `jax.linear_transpose` of `pull`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import linear_call
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -> Attention:
+    """`attend`, with its own backward pass, and with forward mode from `attend_with_tangent`.
+
+    A linear map and its transpose are given as a pair: going forwards it is the second function,
+    going backwards the backward pass of the first, and JAX may transpose it as often as it likes.
+
+    To first order: the tangent itself is not differentiated, its derivative is taken as zero. In
+    MeanFlow the tangent enters the target alone, which carries no gradient.
+
+    Args:
+      attend: (q, k, v) -> o, a function that `jax.vjp` takes, such as a `jax.custom_vjp`.
+      attend_with_tangent: (q, k, v, dq, dk, dv) -> (o, do).
+
+    Returns:
+      A function like `attend` for `jax.grad`, `jax.vjp`, `jax.jvp`, `jax.linearize` and
+      `jax.linear_transpose` of their results, for `jax.grad` of a function that uses `jax.jvp`,
+      and within `jax.jit`, `jax.lax.scan` and `jax.checkpoint`; not for `jax.vmap`.
+    """
+
+    @jax.custom_jvp
+    def attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q, k, v)
+
+    @jax.custom_jvp
+    def saving(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        """o, and the arrays that the backward pass needs."""
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, jax.tree.leaves(pull)
+
+    @jax.custom_jvp
+    def linear(saved: Any, primals: Any, tangents: Any) -> jax.Array:
+        backward = jax.tree.structure(
+            jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], *primals)
+        )
+
+        def tangent(known: Any, tangents: Any) -> jax.Array:
+            _, primals = known
+            return attend_with_tangent(*primals, *tangents)[1]
+
+        def transpose(known: Any, cotangent: jax.Array) -> Any:
+            saved, _ = known
+            return jax.tree.unflatten(backward, saved)(cotangent)
+
+        return linear_call(tangent, transpose, (saved, primals), tangents)
+
+    @linear.defjvp
+    def no_derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        do = linear(*primals)
+        return do, jnp.zeros_like(do)
+
+    @saving.defjvp
+    def forward_saving(primals: Any, tangents: Any) -> Any:
+        # Not the `jax.vjp` itself: where this is differentiated once more, the rule must serve
+        # again, and not the derivatives of a library's forward pass, which has none.
+        o, saved = saving(*primals)
+        return (o, saved), (linear(saved, primals, tangents), jax.tree.map(_zero, saved))
+
+    @attention.defjvp
+    def forward(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+        o, saved = saving(*primals)
+        return o, linear(saved, primals, tangents)
+
+    return attention
+
+
+def _zero(x: jax.Array) -> jax.Array | np.ndarray:
+    """The tangent zero of any array; that of whole numbers has a type of its own."""
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)
