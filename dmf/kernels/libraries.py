@@ -60,6 +60,11 @@ def on_tpu(q: Queries, k: Keys, v: Keys, *, interpret: bool = False) -> Queries:
     return o[:, :, : lengths[0]].swapaxes(1, 2)
 
 
+def cudnn_takes(q: Queries) -> bool:
+    """Whether cuDNN has flash attention for this type and width."""
+    return q.dtype in CUDNN_TYPES and q.shape[-1] <= CUDNN_WIDEST
+
+
 def on_gpu(q: Queries, k: Keys, v: Keys) -> Queries:
     """cuDNN's flash attention, for bfloat16 and widths up to 128 on any GPU that has it.
 
@@ -67,9 +72,9 @@ def on_gpu(q: Queries, k: Keys, v: Keys) -> Queries:
       InputError: cuDNN has none for this type or width.
     """
     width = q.shape[-1]
-    if q.dtype not in CUDNN_TYPES or width > CUDNN_WIDEST:
+    if not cudnn_takes(q):
         raise InputError(f"model.attention=flash: cuDNN takes bfloat16 and heads up to "
-                         f"{CUDNN_WIDEST} wide, not {q.dtype} {width} wide; choose auto or xla")
+                         f"{CUDNN_WIDEST} wide, not {q.dtype} and {width}; choose auto or xla")
     extra = -width % CUDNN_WIDTH
     q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, extra),)) for x in (q, k, v))
     o = jax.nn.dot_product_attention(q, k, v, scale=width**-0.5, implementation="cudnn")

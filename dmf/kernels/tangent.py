@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu, triton
+from jax.experimental.pallas import tpu
 from jaxtyping import Array, Float
 
 Queries = Float[Array, "b l n d"]
@@ -24,9 +24,9 @@ Keys = Float[Array, "b s n d"]
 
 # Queries, and keys, at a time on a TPU: the first that divides their number, filled up to 128s.
 TPU_BLOCKS = (512, 256, 128)
-# What a kernel may hold in a TPU core's own memory, of 64 MiB (v5p) or more: 4,096 keys in
-# float32 take 16 MiB, twice so that the next head's come while this one's are used.
-TPU_MEMORY = 48 * 2**20
+# What a block's logits and sums may take of a TPU core's own memory, beside keys and values.
+TPU_MEMORY = 16 * 2**20
+TPU_LANES = 128
 GPU_QUERIES = 64
 
 
@@ -94,7 +94,8 @@ def _on_tpu(
         out_specs=[some] * 2,
         out_shape=[jax.ShapeDtypeStruct(queries[0].shape, queries[0].dtype)] * 2,
         compiler_params=tpu.CompilerParams(
-            dimension_semantics=("parallel",) * 3, vmem_limit_bytes=TPU_MEMORY
+            dimension_semantics=("parallel",) * 3,
+            vmem_limit_bytes=TPU_MEMORY + 2 * sum(map(_tpu_bytes, keys)),
         ),
         interpret=interpret,
         name="attention_with_tangent",
@@ -107,6 +108,9 @@ def _on_gpu(
     queries: tuple[Queries, ...], keys: tuple[Keys, ...], interpret: bool
 ) -> tuple[Queries, Queries]:
     """Arrays as they lie; a block is as wide as the next power of two, zero beyond the width."""
+    # Here, as JAX means to drop it one day; what else this module does goes on without.
+    from jax.experimental.pallas import triton
+
     (batch, length, heads, width), count = queries[0].shape, keys[0].shape[1]
     wide = max(pl.next_power_of_2(width), 16)
     block_q, block_k = GPU_QUERIES, 32 if wide > 64 else 64
@@ -141,6 +145,12 @@ def _on_gpu(
     return o[:, :length], do[:, :length]
 
 
+def _tpu_bytes(x: Float[Array, "b n s d"]) -> int:
+    """What one head of x takes there; the next head's comes while this one's is used."""
+    width = -(-x.shape[3] // TPU_LANES) * TPU_LANES
+    return x.shape[2] * width * x.dtype.itemsize
+
+
 def _lengthened(x: Float[Array, "b l n d"], multiple: int) -> Float[Array, "b m n d"]:
     """x with zeros after it, up to a multiple of so many places."""
     extra = -x.shape[1] % multiple
@@ -156,8 +166,8 @@ def _store(ref: Any, x: jax.Array) -> None:
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """A product of matrices, summed in float32; of float32 ones, without rounding them first."""
-    precision = "highest" if a.dtype == jnp.float32 else None
+    """A product of matrices, summed in float32; how exact one of float32 is, JAX's config says."""
+    precision = None if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     dimensions = (((contract[0],), (contract[1],)), ((), ()))
     return jax.lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32

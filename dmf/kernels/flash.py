@@ -1,0 +1,75 @@
+"""Flash attention as networks call it, on any device and any mesh, and when to take it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from jaxtyping import Array, Float
+
+from dmf.kernels import libraries
+from dmf.kernels.modes import Attention, differentiable
+from dmf.kernels.placement import by_device, head_divisor, kind, platform
+from dmf.kernels.tangent import attention_with_tangent
+from dmf.typing import InputError
+
+IMPLEMENTATIONS = ("auto", "xla", "flash")
+# From how many keys on flash attention is taken by itself. The formula writes and reads float32
+# logits and their softmax, some 10 bytes for each pair of places; a kernel q, k, v and o alone, 8
+# bytes a place and channel. With heads 72 wide (128 in memory) that is, at 256 places, 2.5 times
+# less, and at 128 no gain worth the kernel's start.
+FLASH_FROM = 256
+
+
+class Kernels(NamedTuple):
+    """A library's attention, and ours with the tangent."""
+
+    attend: Attention
+    attend_with_tangent: Callable[..., Any]
+
+
+KERNELS = {
+    "tpu": Kernels(libraries.on_tpu, functools.partial(attention_with_tangent, platform="tpu")),
+    "gpu": Kernels(libraries.on_gpu, functools.partial(attention_with_tangent, platform="gpu")),
+    # For tests: much slower than the formula.
+    "cpu": Kernels(
+        libraries.on_cpu,
+        functools.partial(attention_with_tangent, platform="tpu", interpret=True),
+    ),
+}
+
+
+def flash_attention(
+    q: Float[Array, "b l n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
+) -> Float[Array, "b l n d"]:
+    """softmax(q k^T / sqrt(d)) v for n heads of any width d, without l x s numbers in memory.
+
+    A library's kernel (see `dmf.kernels.libraries`), and one of ours where a tangent is asked for;
+    what can be differentiated, and how often, `dmf.kernels.modes.differentiable` says. For which
+    device and over which mesh, `dmf.kernels.placement`.
+
+    Args:
+      q, k, v: bfloat16 or float32; on GPUs bfloat16 alone.
+
+    Raises:
+      InputError: there is no kernel for these arrays, this platform or this mesh.
+    """
+    if platform() not in KERNELS:
+        raise InputError(f"model.attention=flash: there is no kernel for {platform()}; choose "
+                         "auto or xla")
+    batch, _, heads, _ = q.shape
+    parts = (by_device(part, batch, heads) for part in KERNELS[platform()])
+    return differentiable(*parts)(q, k, v)
+
+
+def choose(name: str, q: Float[Array, "b l n d"], k: Float[Array, "b s n d"]) -> str:
+    """Which implementation "auto" is for these arrays: "xla" or "flash"; another name is itself.
+
+    It is "flash" on TPUs, and on NVIDIA GPUs where cuDNN takes the arrays, from FLASH_FROM keys on
+    and where the mesh divides the heads; "xla", the formula, otherwise.
+    """
+    if name != "auto":
+        return name
+    fast = {"tpu": True, "gpu": kind().startswith("NVIDIA") and libraries.cudnn_takes(q)}
+    good = fast.get(platform(), False)
+    return "flash" if good and k.shape[1] >= FLASH_FROM and q.shape[2] % head_divisor() == 0 \
+        else "xla"
