@@ -35,8 +35,9 @@ def _default_device() -> jax.Device:
 
 
 def head_divisor() -> int:
-    """Into how many parts the heads are split."""
-    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+    """Into how many parts a kernel's heads are split."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.manual_axes else mesh.shape.get("tensor", 1)
 
 
 def by_device(function: Callable[..., Any], batch: int, heads: int) -> Callable[..., Any]:
@@ -61,6 +62,4 @@ def by_device(function: Callable[..., Any], batch: int, heads: int) -> Callable[
         axes = ()
     split = PartitionSpec(axes or None, None, "tensor" if "tensor" in mesh.shape else None)
     # Kernels say nothing of how their outputs vary over the mesh, which the check would ask.
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=split, out_specs=split, check_vma=False
-    )
+    return jax.shard_map(function, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
