@@ -107,9 +107,11 @@ def test_without_jit_and_unrolled(form):
     assert_close(form(unrolled)(*arrays()), expected(form))
 
 
-@pytest.mark.parametrize("length", [128, pytest.param(640, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "length", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 640))]
+)
 def test_the_library_on_tpu_equals_the_formula(length):
-    """With the two backward passes in one, and apart; without places filled in."""
+    """With places filled in; without; and with the two gradients apart, beyond one block."""
     q, k, v, ct = np.random.default_rng(0).normal(size=(4, 2, length, 2, 24)).astype("f")
     found, expected = (
         jax.jit(lambda *x: (lambda o, pull: (o, pull(ct)))(*jax.vjp(attend, *x)))(q, k, v)
