@@ -121,9 +121,10 @@ def test_each_device_has_its_own_samples_and_heads():
     with jax.set_mesh(make_mesh(2, 2, 2)):
         jax.jit(placement.by_device(seen, 8, 4))(x)
         jax.jit(placement.by_device(seen, 6, 4))(x[:6])
-    with jax.set_mesh(make_mesh(8)):
-        by_device(lambda _, x: placement.by_device(seen, 1, 4)(x), local_mesh())(0, x)
-    assert shapes == [(2, 5, 2, 6), (6, 5, 2, 6), (1, 5, 4, 6)]
+    # Within a function that each device runs by itself, it is the function itself.
+    x = jnp.ones((64, 5, 4, 6))
+    by_device(lambda _, x: placement.by_device(seen, len(x), 4)(x), local_mesh())(0, x)
+    assert shapes == [(2, 5, 2, 6), (6, 5, 2, 6), (8, 5, 4, 6)]
 
 
 def test_heads_that_tensor_does_not_divide_are_named():
@@ -176,6 +177,16 @@ def test_parameters_are_drawn_without_kernels(without_kernels):
     params = block.init(jax.random.key(0), tokens, condition)
     with pytest.raises(AssertionError, match="a kernel was called"):
         block.apply(params, tokens, condition)
+
+
+def test_a_network_calls_what_its_field_says(without_kernels):
+    x, t, y = jnp.zeros((2, *MODEL.sample_shape)), jnp.ones(2), jnp.zeros(2, jnp.int32)
+    for name in ("auto", "xla", "flash"):
+        model = dataclasses.replace(MODEL, attention=name)
+        params = jax.eval_shape(dataclasses.replace(MODEL, attention="xla").init, jax.random.key(0))
+        fails = pytest.raises(AssertionError, match="a kernel was called")
+        with fails if name == "flash" else contextlib.nullcontext():
+            jax.eval_shape(model.apply, params, x, t, t, y)
 
 
 def test_what_is_exported_for_all_platforms_has_no_kernel(without_kernels):
