@@ -22,7 +22,8 @@ def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -
     going backwards the backward pass of the first, and JAX may transpose it as often as it likes.
 
     To first order: the tangent itself is not differentiated, its derivative is taken as zero. In
-    MeanFlow the tangent enters the target alone, which carries no gradient.
+    MeanFlow the tangent enters the target alone, which carries no gradient. A gradient cannot be
+    differentiated once more: JAX stops with an error.
 
     Args:
       attend: (q, k, v) -> o, a function that `jax.vjp` takes, such as a `jax.custom_vjp`.
