@@ -157,6 +157,22 @@ def test_only_the_target_uses_the_tangent_so_its_derivative_is_zero():
     np.testing.assert_array_equal(jax.grad(tangent)(q), np.zeros_like(q))
 
 
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 2), (1, 2)])
+def test_some_arguments_may_be_constant(which):
+    x, ct = heads(3), heads(4)[3]
+
+    def both(attend):
+        def some(*moving):
+            return attend(*(moving[which.index(i)] if i in which else x[i] for i in range(3)))
+
+        moving = [x[i] for i in which]
+        o, pull = jax.vjp(some, *moving)
+        return pull(ct), jax.jvp(some, moving, moving), jax.linear_transpose(pull, o)(
+            tuple(moving))  # fmt: skip
+
+    assert_close(jax.jit(lambda: both(FLASH["stand-in"]))(), jax.jit(lambda: both(formula))())
+
+
 def test_forward_mode_nests():
     """A third derivative, too, meets a rule and not the library's forward pass."""
     q, k, v = heads(3)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import linear_call
+from jax.custom_derivatives import SymbolicZero, linear_call
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -47,17 +47,22 @@ def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -
 
     @jax.custom_jvp
     def linear(saved: Any, primals: Any, tangents: Any) -> jax.Array:
+        """do, from what the backward pass needs and from tangents, None for those that are zero."""
         backward = jax.tree.structure(
             jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], *primals)
         )
 
         def tangent(known: Any, tangents: Any) -> jax.Array:
             _, primals = known
-            return attend_with_tangent(*primals, *tangents)[1]
+            whole = (jnp.zeros_like(x) if dx is None else dx
+                     for x, dx in zip(primals, tangents, strict=True))  # fmt: skip
+            return attend_with_tangent(*primals, *whole)[1]
 
         def transpose(known: Any, cotangent: jax.Array) -> Any:
             saved, _ = known
-            return jax.tree.unflatten(backward, saved)(cotangent)
+            gradients = jax.tree.unflatten(backward, saved)(cotangent)
+            return tuple(None if dx is None else gradient
+                         for gradient, dx in zip(gradients, tangents, strict=True))  # fmt: skip
 
         return linear_call(tangent, transpose, (saved, primals), tangents)
 
@@ -66,19 +71,25 @@ def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -
         do = linear(*primals)
         return do, jnp.zeros_like(do)
 
-    @saving.defjvp
     def forward_saving(primals: Any, tangents: Any) -> Any:
         # Not the `jax.vjp` itself: where this is differentiated once more, the rule must serve
         # again, and not the derivatives of a library's forward pass, which has none.
         o, saved = saving(*primals)
-        return (o, saved), (linear(saved, primals, tangents), jax.tree.map(_zero, saved))
+        do = linear(saved, primals, _nonzero(tangents))
+        return (o, saved), (do, jax.tree.map(_zero, saved))
 
-    @attention.defjvp
     def forward(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         o, saved = saving(*primals)
-        return o, linear(saved, primals, tangents)
+        return o, linear(saved, primals, _nonzero(tangents))
 
+    saving.defjvp(forward_saving, symbolic_zeros=True)
+    attention.defjvp(forward, symbolic_zeros=True)
     return attention
+
+
+def _nonzero(tangents: Any) -> Any:
+    """None in place of those that are zero; a linear call is transposed in all or in none."""
+    return tuple(None if isinstance(dx, SymbolicZero) else dx for dx in tangents)
 
 
 def _zero(x: jax.Array) -> jax.Array | np.ndarray:
