@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -64,6 +65,15 @@ def test_auto_asks_what_the_library_and_the_mesh_take():
     with target("tpu", tensor=3):
         assert chosen(heads(count=16)) == "xla"
         assert chosen(heads(count=12, dtype="float32")) == "flash"
+
+
+def test_auto_is_the_formula_on_a_gpu_older_than_ampere(monkeypatch):
+    turing = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 2080",
+                                   compute_capability="7.5")  # fmt: skip
+    monkeypatch.setattr(placement, "_default_device", lambda: turing)
+    assert chosen(heads()) == "xla"
+    turing.compute_capability = "8.6"
+    assert chosen(heads()) == "flash"
 
 
 def test_cudnn_takes_no_float32():

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from dmf.kernels import libraries
 from dmf.kernels.modes import Attention, differentiable
-from dmf.kernels.placement import by_device, head_divisor, kind, platform
+from dmf.kernels.placement import by_device, has_cudnn_attention, head_divisor, platform
 from dmf.kernels.tangent import attention_with_tangent
 from dmf.typing import InputError
 
@@ -64,12 +64,12 @@ def flash_attention(
 def choose(name: str, q: Float[Array, "b l n d"], k: Float[Array, "b s n d"]) -> str:
     """Which implementation "auto" is for these arrays: "xla" or "flash"; another name is itself.
 
-    It is "flash" on TPUs, and on NVIDIA GPUs where cuDNN takes the arrays, from FLASH_FROM keys on
-    and where the mesh divides the heads; "xla", the formula, otherwise.
+    It is "flash" on TPUs, and on NVIDIA's GPUs where cuDNN takes the arrays, from FLASH_FROM keys
+    on and where the mesh divides the heads; "xla", the formula, otherwise.
     """
     if name != "auto":
         return name
-    fast = {"tpu": True, "gpu": kind().startswith("NVIDIA") and libraries.cudnn_takes(q)}
+    fast = {"tpu": True, "gpu": has_cudnn_attention() and libraries.cudnn_takes(q)}
     good = fast.get(platform(), False)
-    return "flash" if good and k.shape[1] >= FLASH_FROM and q.shape[2] % head_divisor() == 0 \
-        else "xla"
+    good = good and k.shape[1] >= FLASH_FROM and q.shape[2] % head_divisor() == 0
+    return "flash" if good else "xla"

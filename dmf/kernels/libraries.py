@@ -76,7 +76,8 @@ def on_gpu(q: Queries, k: Keys, v: Keys) -> Queries:
         raise InputError(f"model.attention=flash: cuDNN takes bfloat16 and heads up to "
                          f"{CUDNN_WIDEST} wide, not {q.dtype} and {width}; choose auto or xla")
     extra = -width % CUDNN_WIDTH
-    q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, extra),)) for x in (q, k, v))
+    if extra:
+        q, k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, extra),)) for x in (q, k, v))
     o = jax.nn.dot_product_attention(q, k, v, scale=width**-0.5, implementation="cudnn")
     return o[..., :width]
 

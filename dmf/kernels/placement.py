@@ -23,10 +23,11 @@ def platform() -> str:
     return target.platform if target else _default_device().platform
 
 
-def kind() -> str:
-    """The name of the device that what is traced now is for, as "TPU v5 lite"."""
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    return (target or _default_device()).device_kind
+def has_cudnn_attention() -> bool:
+    """Whether that is a GPU of NVIDIA's; an older one than Ampere counts only if it is not here."""
+    target = jax.sharding.get_abstract_mesh().abstract_device or _default_device()
+    capability = getattr(_default_device(), "compute_capability", "8.0")
+    return target.device_kind.startswith("NVIDIA") and float(capability) >= 8
 
 
 def _default_device() -> jax.Device:
