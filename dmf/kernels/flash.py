@@ -4,9 +4,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxtyping import Array, Float
-
 from dmf.kernels import libraries
+from dmf.kernels.formula import Keys, Queries
 from dmf.kernels.modes import Attention, differentiable
 from dmf.kernels.placement import by_device, has_cudnn_attention, head_divisor, platform
 from dmf.kernels.tangent import attention_with_tangent
@@ -38,9 +37,7 @@ KERNELS = {
 }
 
 
-def flash_attention(
-    q: Float[Array, "b l n d"], k: Float[Array, "b s n d"], v: Float[Array, "b s n d"]
-) -> Float[Array, "b l n d"]:
+def flash_attention(q: Queries, k: Keys, v: Keys) -> Queries:
     """softmax(q k^T / sqrt(d)) v for n heads of any width d, without l x s numbers in memory.
 
     A library's kernel (see `dmf.kernels.libraries`), and one of ours where a tangent is asked for;
@@ -61,7 +58,7 @@ def flash_attention(
     return differentiable(*parts)(q, k, v)
 
 
-def choose(name: str, q: Float[Array, "b l n d"], k: Float[Array, "b s n d"]) -> str:
+def choose(name: str, q: Queries, k: Keys) -> str:
     """Which implementation "auto" is for these arrays: "xla" or "flash"; another name is itself.
 
     It is "flash" on TPUs, and on NVIDIA's GPUs where cuDNN takes the arrays, from FLASH_FROM keys

@@ -7,12 +7,9 @@ reverse mode alone, with `jax.vjp` and `jax.grad`.
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
-from jaxtyping import Array, Float
 
+from dmf.kernels.formula import Keys, Queries, formula
 from dmf.typing import InputError
-
-Queries = Float[Array, "b l n d"]
-Keys = Float[Array, "b s n d"]
 
 # Places at a time: the first that divides their number, filled up to 128s. One block holds the
 # keys of a network for images of 256 x 256 (256 places), and the two gradients come from one pass.
@@ -85,16 +82,10 @@ def on_gpu(q: Queries, k: Keys, v: Keys) -> Queries:
 @jax.custom_vjp
 def on_cpu(q: Queries, k: Keys, v: Keys) -> Queries:
     """A stand-in where there is no library: the formula, with the same limits as the others."""
-    return _formula(q, k, v)
-
-
-def _formula(q: Queries, k: Keys, v: Keys) -> Queries:
-    s = jnp.einsum("blnd,bsnd->bnls", q, k, preferred_element_type=jnp.float32)
-    p = jax.nn.softmax(s * q.shape[-1] ** -0.5, axis=-1)
-    return jnp.einsum("bnls,bsnd->blnd", p.astype(v.dtype), v)
+    return formula(q, k, v)
 
 
 on_cpu.defvjp(
-    lambda q, k, v: (_formula(q, k, v), (q, k, v)),
-    lambda saved, ct: jax.vjp(_formula, *saved)[1](ct),
+    lambda q, k, v: (formula(q, k, v), (q, k, v)),
+    lambda saved, ct: jax.vjp(formula, *saved)[1](ct),
 )

@@ -19,8 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jaxtyping import Array, Float
 
-Queries = Float[Array, "b l n d"]
-Keys = Float[Array, "b s n d"]
+from dmf.kernels.formula import Keys, Queries, formula
 
 # Queries, and keys, at a time on a TPU: the first that divides their number, filled up to 128s.
 TPU_BLOCKS = (512, 256, 128)
@@ -34,15 +33,11 @@ def reference(
     q: Queries, k: Keys, v: Keys, dq: Queries, dk: Keys, dv: Keys
 ) -> tuple[Queries, Queries]:
     """What `attention_with_tangent` gives, by `jax.jvp` of the formula, in float32 throughout."""
-
-    def formula(q: Queries, k: Keys, v: Keys) -> Queries:
-        s = jnp.einsum("blnd,bsnd->bnls", q, k, precision="highest") * q.shape[-1] ** -0.5
-        return jnp.einsum("bnls,bsnd->blnd", jax.nn.softmax(s), v, precision="highest")
-
     primals, tangents = (
         tuple(x.astype(jnp.float32) for x in group) for group in ((q, k, v), (dq, dk, dv))
     )
-    o, do = jax.jvp(formula, primals, tangents)
+    with jax.default_matmul_precision("highest"):
+        o, do = jax.jvp(formula, primals, tangents)
     return o.astype(q.dtype), do.astype(q.dtype)
 
 
