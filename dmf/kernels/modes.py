@@ -41,16 +41,16 @@ def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -
 
     @jax.custom_jvp
     def saving(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        """o, and the arrays that the backward pass needs."""
+        """o, and what the backward pass needs beside q, k and v, which are kept for the tangent."""
         o, pull = jax.vjp(attend, q, k, v)
-        return o, jax.tree.leaves(pull)
+        _, places = _shape_of_backward(attend, (q, k, v))
+        leaves = zip(jax.tree.leaves(pull), places, strict=True)
+        return o, [leaf for leaf, place in leaves if place is None]
 
     @jax.custom_jvp
     def linear(saved: Any, primals: Any, tangents: Any) -> jax.Array:
         """do, from what the backward pass needs and from tangents, None for those that are zero."""
-        backward = jax.tree.structure(
-            jax.eval_shape(lambda *x: jax.vjp(attend, *x)[1], *primals)
-        )
+        backward, places = _shape_of_backward(attend, primals)
 
         def tangent(known: Any, tangents: Any) -> jax.Array:
             _, primals = known
@@ -59,8 +59,9 @@ def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -
             return attend_with_tangent(*primals, *whole)[1]
 
         def transpose(known: Any, cotangent: jax.Array) -> Any:
-            saved, _ = known
-            gradients = jax.tree.unflatten(backward, saved)(cotangent)
+            saved, primals = iter(known[0]), known[1]
+            leaves = [next(saved) if place is None else primals[place] for place in places]
+            gradients = jax.tree.unflatten(backward, leaves)(cotangent)
             return tuple(None if dx is None else gradient
                          for gradient, dx in zip(gradients, tangents, strict=True))  # fmt: skip
 
@@ -85,6 +86,21 @@ def differentiable(attend: Attention, attend_with_tangent: Callable[..., Any]) -
     saving.defjvp(forward_saving, symbolic_zeros=True)
     attention.defjvp(forward, symbolic_zeros=True)
     return attention
+
+
+def _shape_of_backward(attend: Attention, primals: Any) -> tuple[Any, list[int | None]]:
+    """The tree of `jax.vjp`'s function, and which of its leaves are which of the primals."""
+    found = []
+
+    def look(*primals: jax.Array) -> jax.Array:
+        o, pull = jax.vjp(attend, *primals)
+        leaves, tree = jax.tree.flatten(pull)
+        places = [next((i for i, x in enumerate(primals) if x is leaf), None) for leaf in leaves]
+        found.append((tree, places))
+        return o
+
+    jax.eval_shape(look, *primals)
+    return found[0]
 
 
 def _nonzero(tangents: Any) -> Any:
