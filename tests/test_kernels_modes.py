@@ -9,15 +9,19 @@ import numpy as np
 import pytest
 
 from dmf.kernels import libraries
+from dmf.kernels.flash import with_heads_first
 from dmf.kernels.modes import differentiable
-from dmf.kernels.tangent import attention_with_tangent
+from dmf.kernels.tangent import attention_with_tangent, heads_first
 from dmf.models.attention import attention as formula
 from dmf.models.dit import REMAT_POLICIES
 
 KERNEL = functools.partial(attention_with_tangent, platform="tpu", interpret=True)
+SPLASH = functools.partial(libraries.on_tpu, interpret=True)
 FLASH = {
     "stand-in": differentiable(libraries.on_cpu, KERNEL),
-    "splash": differentiable(functools.partial(libraries.on_tpu, interpret=True), KERNEL),
+    "splash": with_heads_first(
+        differentiable(SPLASH, functools.partial(heads_first, interpret=True))
+    ),
 }
 LENGTH, WIDTH, HEADS, DEPTH = 20, 16, 2, 3
 
@@ -125,7 +129,7 @@ def test_the_library_on_tpu_equals_the_formula(length):
     q, k, v, ct = np.random.default_rng(0).normal(size=(4, 2, length, 2, 24)).astype("f")
     found, expected = (
         jax.jit(lambda *x: (lambda o, pull: (o, pull(ct)))(*jax.vjp(attend, *x)))(q, k, v)
-        for attend in (functools.partial(libraries.on_tpu, interpret=True), formula)
+        for attend in (with_heads_first(SPLASH), formula)
     )
     assert_close(found, expected)
 
@@ -155,6 +159,15 @@ def test_only_the_target_uses_the_tangent_so_its_derivative_is_zero():
         return jnp.sum(jax.jvp(FLASH["stand-in"], (q, k, v), (q, k, v))[1])
 
     np.testing.assert_array_equal(jax.grad(tangent)(q), np.zeros_like(q))
+
+
+@pytest.mark.parametrize("flash", FLASH)
+def test_nothing_is_kept_twice(flash):
+    """For the backward pass and the tangent together: q, k, v, the output, a number a query."""
+    shape = jax.ShapeDtypeStruct((2, 128, 3, 8), jnp.float32)
+    _, pull = jax.eval_shape(lambda *x: jax.vjp(FLASH[flash], *x), shape, shape, shape)
+    kept = [leaf.size for leaf in jax.tree.leaves(pull)]
+    assert sum(kept) <= 4 * np.prod(shape.shape) + 2 * 3 * 128 + 16
 
 
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 2), (1, 2)])

@@ -1,14 +1,13 @@
 """Flash attention as networks call it, on any device and any mesh, and when to take it."""
 
-import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
-from dmf.kernels import libraries
+from dmf.kernels import libraries, tangent
 from dmf.kernels.formula import Keys, Queries
 from dmf.kernels.modes import Attention, differentiable
 from dmf.kernels.placement import by_device, has_cudnn_attention, head_divisor, platform
-from dmf.kernels.tangent import attention_with_tangent
 from dmf.typing import InputError
 
 IMPLEMENTATIONS = ("auto", "xla", "flash")
@@ -20,21 +19,33 @@ FLASH_FROM = 256
 
 
 class Kernels(NamedTuple):
-    """A library's attention, and ours with the tangent."""
+    """A library's attention and ours with the tangent, of [b, l, n, d] or, heads first and q
+    scaled, of [b, n, l, d]."""
 
     attend: Attention
     attend_with_tangent: Callable[..., Any]
+    heads_first: bool = False
 
 
 KERNELS = {
-    "tpu": Kernels(libraries.on_tpu, functools.partial(attention_with_tangent, platform="tpu")),
-    "gpu": Kernels(libraries.on_gpu, functools.partial(attention_with_tangent, platform="gpu")),
+    "tpu": Kernels(libraries.on_tpu, tangent.heads_first, heads_first=True),
+    "gpu": Kernels(libraries.on_gpu, partial(tangent.attention_with_tangent, platform="gpu")),
     # For tests: much slower than the formula.
     "cpu": Kernels(
         libraries.on_cpu,
-        functools.partial(attention_with_tangent, platform="tpu", interpret=True),
+        partial(tangent.attention_with_tangent, platform="tpu", interpret=True),
     ),
 }
+
+
+def with_heads_first(attend: Attention) -> Attention:
+    """Attention of [b, l, n, d] by a function of [b, n, l, d] that does not scale."""
+
+    def attention(q: Queries, k: Keys, v: Keys) -> Queries:
+        swapped = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return attend(*swapped).swapaxes(1, 2)
+
+    return attention
 
 
 def flash_attention(q: Queries, k: Keys, v: Keys) -> Queries:
@@ -54,8 +65,9 @@ def flash_attention(q: Queries, k: Keys, v: Keys) -> Queries:
         raise InputError(f"model.attention=flash: there is no kernel for {platform()}; choose "
                          "auto or xla")
     batch, _, heads, _ = q.shape
-    parts = (by_device(part, batch, heads) for part in KERNELS[platform()])
-    return differentiable(*parts)(q, k, v)
+    *parts, first = KERNELS[platform()]
+    attend = differentiable(*(by_device(x, batch, heads, 1 if first else 2) for x in parts))
+    return (with_heads_first(attend) if first else attend)(q, k, v)
 
 
 def choose(name: str, q: Queries, k: Keys) -> str:

@@ -1,12 +1,14 @@
 """Flash attention of well-kept libraries, one for each platform: forward and backward pass.
 
-All take q, k and v [b, l, n, d] and give softmax(q k^T / sqrt(d)) v; all can be differentiated in
-reverse mode alone, with `jax.vjp` and `jax.grad`.
+All can be differentiated in reverse mode alone, with `jax.vjp` and `jax.grad`. What a backward pass
+keeps is q, k and v as they were given, and more: so layouts are the libraries' own, and what a
+network has is brought into them before, once for all passes.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jaxtyping import Array, Float
 
 from dmf.kernels.formula import Keys, Queries, formula
 from dmf.typing import InputError
@@ -18,17 +20,23 @@ CUDNN_TYPES = (jnp.bfloat16, jnp.float16)
 CUDNN_WIDTH, CUDNN_WIDEST = 8, 128
 
 
-def on_tpu(q: Queries, k: Keys, v: Keys, *, interpret: bool = False) -> Queries:
-    """Splash attention, a Pallas kernel that comes with JAX.
+def on_tpu(
+    q: Float[Array, "b n l d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b n l d"]:
+    """softmax(q k^T) v by splash attention, a Pallas kernel that comes with JAX: heads before
+    places, and no scale, as splash takes them.
 
     Beside q, k, v and o it keeps one number a query for the backward pass, where its older
     sibling `flash_attention` keeps 256: at 256 keys no less than the weights themselves.
     """
-    q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
     lengths = q.shape[2], k.shape[2]
     padded = [-(-length // SPLASH_BLOCKS[-1]) * SPLASH_BLOCKS[-1] for length in lengths]
     q, k, v = (
-        jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
+        x if length == x.shape[2] else jnp.pad(x, _after(length - x.shape[2]))
         for x, length in zip((q, k, v), (padded[0], padded[1], padded[1]), strict=True)
     )
     # A place sees those of its own kind: the true ones each other, and the ones filled in too.
@@ -54,7 +62,12 @@ def on_tpu(q: Queries, k: Keys, v: Keys, *, interpret: bool = False) -> Queries:
         ),
     )
     o = jax.vmap(lambda q, k, v: kernel(q, k, v, kinds))(q, k, v)
-    return o[:, :, : lengths[0]].swapaxes(1, 2)
+    return o[:, :, : lengths[0]]
+
+
+def _after(count: int) -> tuple[tuple[int, int], ...]:
+    """Padding of so many places after those there are."""
+    return (0, 0), (0, 0), (0, count), (0, 0)
 
 
 def cudnn_takes(q: Queries) -> bool:
@@ -63,7 +76,7 @@ def cudnn_takes(q: Queries) -> bool:
 
 
 def on_gpu(q: Queries, k: Keys, v: Keys) -> Queries:
-    """cuDNN's flash attention, for bfloat16 and widths up to 128 on any GPU that has it.
+    """softmax(q k^T / sqrt(d)) v by cuDNN's flash attention, for bfloat16 and widths to 128.
 
     Raises:
       InputError: cuDNN has none for this type or width.

@@ -41,8 +41,10 @@ def head_divisor() -> int:
     return 1 if mesh.manual_axes else mesh.shape.get("tensor", 1)
 
 
-def by_device(function: Callable[..., Any], batch: int, heads: int) -> Callable[..., Any]:
-    """The function of arrays [b, l, n, d], each device with its own samples and heads.
+def by_device(
+    function: Callable[..., Any], batch: int, heads: int, axis: int = 2
+) -> Callable[..., Any]:
+    """The function of arrays [b, ...], each device with its own samples, and heads on that axis.
 
     The compiler can split a large program over devices, but not a kernel in it. Samples are split
     over the mesh's "data" and "fsdp" where they divide them, and are whole on each device where
@@ -61,6 +63,7 @@ def by_device(function: Callable[..., Any], batch: int, heads: int) -> Callable[
     axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
     if batch % math.prod(mesh.shape[axis] for axis in axes):
         axes = ()
-    split = PartitionSpec(axes or None, None, "tensor" if "tensor" in mesh.shape else None)
+    by_heads = ("tensor",) if "tensor" in mesh.shape else ()
+    split = PartitionSpec(axes or None, *[None] * (axis - 1), *by_heads)
     # Kernels say nothing of how their outputs vary over the mesh, which the check would ask.
     return jax.shard_map(function, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)

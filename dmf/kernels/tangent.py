@@ -63,17 +63,29 @@ def attention_with_tangent(
     Returns:
       Two arrays like q. All sums are taken in float32.
     """
-    call = {"tpu": _on_tpu, "gpu": _on_gpu}[platform]
-    return call((q, dq), (k, v, dk, dv), interpret)
+    if platform == "gpu":
+        return _on_gpu((q, dq), (k, v, dk, dv), interpret)
+    swapped = (x.swapaxes(1, 2) for x in (q, k, v, dq, dk, dv))
+    o, do = heads_first(*swapped, scale=q.shape[-1] ** -0.5, interpret=interpret)
+    return o.swapaxes(1, 2), do.swapaxes(1, 2)
 
 
-def _on_tpu(
-    queries: tuple[Queries, ...], keys: tuple[Keys, ...], interpret: bool
-) -> tuple[Queries, Queries]:
-    """Heads before places: a TPU lays out the last two dimensions in tiles."""
-    (batch, length, heads, width), count = queries[0].shape, keys[0].shape[1]
+def heads_first(
+    q: Float[Array, "b n l d"],
+    k: Float[Array, "b n s d"],
+    v: Float[Array, "b n s d"],
+    dq: Float[Array, "b n l d"],
+    dk: Float[Array, "b n s d"],
+    dv: Float[Array, "b n s d"],
+    *,
+    scale: float = 1.0,
+    interpret: bool = False,
+) -> tuple[Float[Array, "b n l d"], Float[Array, "b n l d"]]:
+    """softmax(scale q k^T) v and its tangent on TPUs, which tile the last two dimensions."""
+    (batch, heads, length, width), count = q.shape, k.shape[2]
     queries, keys = (
-        [_lengthened(x, TPU_BLOCKS[-1]).swapaxes(1, 2) for x in group] for group in (queries, keys)
+        [_lengthened(x, TPU_BLOCKS[-1], axis=2) for x in group]
+        for group in ((q, dq), (k, v, dk, dv))
     )
     block_q, block_k = (
         next(n for n in TPU_BLOCKS if x.shape[2] % n == 0) for x in (queries[0], keys[0])
@@ -82,7 +94,7 @@ def _on_tpu(
     every = pl.BlockSpec((None, None, keys[0].shape[2], width), lambda b, n, i: (b, n, 0, 0))
     outputs = pl.pallas_call(
         functools.partial(
-            _kernel, scale=width**-0.5, count=count, block_k=block_k, load=_load, store=_store
+            _kernel, scale=scale, count=count, block_k=block_k, load=_load, store=_store
         ),
         grid=(batch, heads, queries[0].shape[2] // block_q),
         in_specs=[some] * 2 + [every] * 4,
@@ -95,7 +107,7 @@ def _on_tpu(
         interpret=interpret,
         name="attention_with_tangent",
     )(*queries, *keys)
-    o, do = (x.swapaxes(1, 2)[:, :length] for x in outputs)
+    o, do = (x[:, :, :length] for x in outputs)
     return o, do
 
 
@@ -146,10 +158,11 @@ def _tpu_bytes(x: Float[Array, "b n s d"]) -> int:
     return x.shape[2] * width * x.dtype.itemsize
 
 
-def _lengthened(x: Float[Array, "b l n d"], multiple: int) -> Float[Array, "b m n d"]:
-    """x with zeros after it, up to a multiple of so many places."""
-    extra = -x.shape[1] % multiple
-    return jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) if extra else x
+def _lengthened(x: Float[Array, "_ _ _ _"], multiple: int, axis: int = 1) -> jax.Array:
+    """x with zeros after it along an axis, up to a multiple of so many places."""
+    extra = -x.shape[axis] % multiple
+    pads = [(0, extra if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, pads) if extra else x
 
 
 def _load(ref: Any) -> jax.Array:
