@@ -108,6 +108,7 @@ def get_config() -> ConfigDict:
                 "scan": True,
                 "remat": "none",
                 "dtype": "float32",
+                "attention": "auto",
             },
             # Where training starts: a run or an export. `ema` names the average of a run.
             "init": {"checkpoint": "", "ema": "main"},

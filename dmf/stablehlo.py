@@ -1,5 +1,6 @@
 """A sampler as one function that runs without `dmf`: weights, labels and a seed to images."""
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -57,6 +58,8 @@ def image_function(
 ) -> Callable[[Weights, Int[Array, "n"], Int[Array, ""]], UInt8[Array, "n h w c"]]:
     """The function (weights, labels, seed) -> images; image i is what `dmf sample` makes as its
     i-th with the same labels and seed."""
+    # Kernels are of one platform; this function is for all of them.
+    network = dataclasses.replace(network, attention="xla")
     make = generation.image_function(network, config, space, steps=steps)
 
     def images(

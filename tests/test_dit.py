@@ -252,6 +252,7 @@ def test_labels_and_the_null_label_differ():
         ("alignment_depth", -1, {}),
         ("remat", "some", {}),
         ("dtype", "float16", {}),
+        ("attention", "fast", {}),
     ],
 )
 def test_bad_fields_are_named(field, value, others):

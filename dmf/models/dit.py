@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dmf.kernels.flash import IMPLEMENTATIONS
 from dmf.models import layers
 from dmf.models.layers import Tokens, Vectors
 from dmf.typing import (
@@ -76,6 +77,8 @@ class DiT:
       scan: run the blocks by `lax.scan`, for short compilation, or unrolled.
       remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
       dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
+      attention: "xla" (the formula), "flash" (kernels), or "auto" for what the device and the
+        number of tokens ask for; see `dmf.kernels.flash`.
     """
 
     input_size: int
@@ -96,6 +99,7 @@ class DiT:
     scan: bool = True
     remat: str = "none"
     dtype: str = "float32"
+    attention: str = "auto"
 
     def __post_init__(self):
         check = _check_field
@@ -121,6 +125,8 @@ class DiT:
         check(self.remat in REMAT_POLICIES, self, "remat",
               f"choose one of {', '.join(REMAT_POLICIES)}")
         check(self.dtype in ("float32", "bfloat16"), self, "dtype", "choose float32 or bfloat16")
+        check(self.attention in IMPLEMENTATIONS, self, "attention",
+              f"choose one of {', '.join(IMPLEMENTATIONS)}")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -286,8 +292,9 @@ class _Transformer(nn.Module):
     def _block(self) -> layers.Block:
         config = self.config
         return layers.Block(
-            config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype), parent=None
-        )
+            config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype),
+            config.attention, parent=None,
+        )  # fmt: skip
 
     def _init_blocks(self, key: PRNGKey) -> Params:
         """Parameters of all blocks, each leaf stacked on a leading depth axis."""

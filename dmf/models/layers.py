@@ -91,11 +91,15 @@ class Modulation(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention; with `qk_norm`, q and k pass an RMSNorm over the head width."""
+    """Multi-head self-attention; with `qk_norm`, q and k pass an RMSNorm over the head width.
+
+    `attention` is the implementation, see `dmf.models.attention`.
+    """
 
     heads: int
     qk_norm: bool
     dtype: jnp.dtype
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
@@ -108,7 +112,8 @@ class SelfAttention(nn.Module):
                 nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)(y)
                 for name, y in (("q_norm", q), ("k_norm", k))
             )
-        out = attention(q, k, v)
+        # Parameters are drawn from one token of one sample, and depend on no implementation.
+        out = attention(q, k, v, "xla" if self.is_initializing() else self.attention)
         return nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
         )(out)
@@ -137,6 +142,7 @@ class Block(nn.Module):
     mlp_ratio: float
     qk_norm: bool
     dtype: jnp.dtype
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Tokens:
@@ -144,7 +150,9 @@ class Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, self.dtype, name="modulation"
         )(c)
-        attend = SelfAttention(self.heads, self.qk_norm, self.dtype, name="attention")
+        attend = SelfAttention(
+            self.heads, self.qk_norm, self.dtype, self.attention, name="attention"
+        )
         x += gate_1[:, None, :] * attend(modulate(norm(x), shift_1, scale_1))
         mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
         return x + gate_2[:, None, :] * mlp(modulate(norm(x), shift_2, scale_2))
