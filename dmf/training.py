@@ -31,8 +31,11 @@ from dmf.state import TrainState
 from dmf.step import Step, initial_state, training_step
 from dmf.typing import InputError, Metrics, Params, RunError
 
-# What may differ when a run is taken up again.
-CHANGEABLE = ("run", "mesh", "sampling", "evaluation")
+# What may differ when a run is taken up again: what it shows of itself, and how it is computed.
+CHANGEABLE = (
+    "run", "mesh", "sampling", "evaluation", "accumulation", "objective.work",
+    "model.scan", "model.remat", "model.attention",
+)  # fmt: skip
 
 def claim(workdir: epath.Path, config: ConfigDict) -> None:
     """Writes the config into a new workdir, or checks that the run there is this one.
@@ -43,13 +46,10 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
     path, mine = workdir / CONFIG_FILE, {"format": FORMAT, **loading.plain(config)}
     if path.exists():
         theirs = json.loads(path.read_text())
-        kept = [
-            flatten_dict({k: v for k, v in c.items() if k not in CHANGEABLE}, sep=".")
-            for c in (theirs, mine)
-        ]
-        for field in sorted(kept[0].keys() | kept[1].keys()):
-            a, b = (c.get(field, "unset") for c in kept)
-            if a != b:
+        both = [flatten_dict(c, sep=".") for c in (theirs, mine)]
+        for field in sorted(both[0].keys() | both[1].keys()):
+            a, b = (c.get(field, "unset") for c in both)
+            if a != b and not f"{field}.".startswith(tuple(f"{name}." for name in CHANGEABLE)):
                 raise InputError(f"workdir={workdir}: it holds another run, whose {field} is {a} "
                                  f"and not {b}; choose another workdir, or the same config")
     write_json(path, mine)

@@ -67,10 +67,24 @@ def test_auto_asks_what_the_library_and_the_mesh_take():
         assert chosen(heads(count=12, dtype="float32")) == "flash"
 
 
+def test_auto_is_the_formula_where_nothing_says_how_to_split_a_kernel(monkeypatch):
+    """Several devices, and no mesh in context."""
+    for module in (flash, placement):
+        monkeypatch.setattr(module, "platform", lambda: "tpu")
+    assert jax.device_count() == 8
+    assert chosen(heads()) == "xla"
+    assert chosen(heads(), "flash") == "flash"
+    with target("tpu"):
+        assert chosen(heads()) == "flash"
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert chosen(heads()) == "flash"
+
+
 def test_auto_is_the_formula_on_a_gpu_older_than_ampere(monkeypatch):
     turing = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 2080",
                                    compute_capability="7.5")  # fmt: skip
     monkeypatch.setattr(placement, "_default_device", lambda: turing)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     assert chosen(heads()) == "xla"
     turing.compute_capability = "8.6"
     assert chosen(heads()) == "flash"

@@ -15,7 +15,7 @@ from etils import epath
 from dmf import build, loading, logs
 from dmf.checkpoint import latest_step
 from dmf.sharding import make_mesh
-from dmf.training import train
+from dmf.training import claim, train
 from dmf.typing import InputError
 
 EVERY_STEP = {"run.steps": 20, "run.log_every": 1, "run.checkpoint_every": 5}
@@ -120,8 +120,26 @@ def test_metrics_written_after_the_last_checkpoint_are_dropped(tmp_path):
         ({"emas.main.decay": 0.1}, "emas.main.decay is 0.5 and not 0.1"),
     ],
 )
-def test_nothing_but_length_cadence_and_mesh_may_change(fields, named):
+def test_what_is_trained_may_not_change(fields, named):
     before = (tiny.flow_run() / "config.json").read_bytes()
     with pytest.raises(InputError, match=f"holds another run, whose {named}"):
         train(tiny.config(fields), tiny.flow_run())
     assert (tiny.flow_run() / "config.json").read_bytes() == before
+
+
+def test_how_it_is_computed_may_change(tmp_path):
+    """Each field of `CHANGEABLE`, and a field that an older run does not have."""
+    older = tiny.flow_map()
+    del older.model.attention
+    workdir = epath.Path(tmp_path)
+    claim(workdir, older)
+    claim(workdir, tiny.flow_map({
+        "run.steps": 99, "mesh.fsdp": 2, "sampling.shift": 2.0, "evaluation.count": 7,
+        "accumulation": 2, "objective.work.null_parts": 4, "model.scan": False,
+        "model.remat": "full", "model.attention": "xla",
+    }))  # fmt: skip
+    with pytest.raises(InputError, match="model.scanner is unset and not 1"):
+        other = tiny.flow_map()
+        with other.unlocked():
+            other.model.scanner = 1
+        claim(workdir, other)

@@ -7,7 +7,13 @@ from typing import Any, NamedTuple
 from dmf.kernels import libraries, tangent
 from dmf.kernels.formula import Keys, Queries
 from dmf.kernels.modes import Attention, differentiable
-from dmf.kernels.placement import by_device, has_cudnn_attention, head_divisor, platform
+from dmf.kernels.placement import (
+    by_device,
+    has_cudnn_attention,
+    head_divisor,
+    known,
+    platform,
+)
 from dmf.typing import InputError
 
 IMPLEMENTATIONS = ("auto", "xla", "flash")
@@ -74,11 +80,11 @@ def choose(name: str, q: Queries, k: Keys) -> str:
     """Which implementation "auto" is for these arrays: "xla" or "flash"; another name is itself.
 
     It is "flash" on TPUs, and on NVIDIA's GPUs where cuDNN takes the arrays, from FLASH_FROM keys
-    on and where the mesh divides the heads; "xla", the formula, otherwise.
+    on, where the mesh in context divides the heads; "xla", the formula, otherwise, and always
+    where there are several devices and no mesh in context to split a kernel by.
     """
     if name != "auto":
         return name
     fast = {"tpu": True, "gpu": has_cudnn_attention() and libraries.cudnn_takes(q)}
-    good = fast.get(platform(), False)
-    good = good and k.shape[1] >= FLASH_FROM and q.shape[2] % head_divisor() == 0
-    return "flash" if good else "xla"
+    fits = k.shape[1] >= FLASH_FROM and q.shape[2] % head_divisor() == 0
+    return "flash" if fast.get(platform(), False) and fits and known() else "xla"

@@ -35,6 +35,12 @@ def _default_device() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices(backend=chosen)[0]
 
 
+def known() -> bool:
+    """Whether it can be told how a kernel is to be split: by a mesh in context, or because there is
+    but one device."""
+    return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
 def head_divisor() -> int:
     """Into how many parts a kernel's heads are split."""
     mesh = jax.sharding.get_abstract_mesh()
