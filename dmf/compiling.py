@@ -22,8 +22,9 @@ from dmf.sharding import make_mesh
 from dmf.step import abstract_inputs, training_step
 from dmf.typing import InputError, Network
 
-# What libtpu would ask the machine about, if it were a TPU's host.
+# What libtpu would ask the machine about, if it were a TPU's host; nothing here is locked by it.
 _NOT_A_TPU_HOST = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
