@@ -198,20 +198,22 @@ def test_features_leave_after_their_block():
 
 
 def test_features_may_leave_after_the_last_block():
-    model, params = randomised(alignment_depth=2, depth=2, split_depth=1, alignment_width=12)
+    model, params = randomised(alignment_depth=3, alignment_width=12)
     assert model.apply_with_features(params, *inputs(model))[1].shape == (2, 16, 12)
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("execution", [(True, "none"), (True, "dots"), (False, "none")])
 @pytest.mark.parametrize(
     "fields",
-    [{"split_depth": 0}, {"split_depth": 1}, {"split_depth": 3},
-     {"conditioning": "flow", "split_depth": None},
-     {"conditioning": "meanflow", "split_depth": None}],
+    [{"conditioning": "decoupled", "split_depth": 0},
+     {"conditioning": "decoupled", "split_depth": 1},
+     {"conditioning": "decoupled", "split_depth": 3},
+     {"conditioning": "flow"}, {"conditioning": "meanflow"}],
     ids=["all_r", "split", "all_t", "flow", "meanflow"],
 )  # fmt: skip
-def test_the_decoder_makes_of_what_is_encoded_what_the_network_makes(fields, scan):
-    model, params = randomised(depth=3, scan=scan, **fields)
+def test_the_decoder_makes_of_what_is_encoded_what_the_network_makes(fields, execution):
+    scan, remat = execution
+    model, params = randomised(scan=scan, remat=remat, **fields)
     x_t, t, r, y = inputs(model)
     hidden = model.encode(params, x_t, t, y)
     decoded = gv.jit(model.decode)(params, hidden, r, y)

@@ -310,26 +310,43 @@ class _Transformer(nn.Module):
         """Blocks start..stop-1, scanned or unrolled, rematerialised as configured."""
         if start == stop:
             return tokens
-        block, sources = self._block(), self.config.pattern[start:stop]
+        config, block, sources = self.config, self._block(), self.config.pattern[start:stop]
         only = conditions[sources[0]] if len(set(sources)) == 1 else None
 
-        def step(tokens: jax.Array, given: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
-            params, sees_r = given
+        def step(tokens: Tokens, given: tuple[Params, jax.Array, jax.Array]) -> Any:
+            own, place, sees_r = given
+            if not (config.remat == "none" or whole):
+                own = _block_of(self.blocks, place, own)
             condition = only
             if only is None:
                 condition = jnp.where(sees_r, conditions["r"], conditions["t"])
-            return block.apply({"params": params}, tokens, condition), None
+            return block.apply({"params": own}, tokens, condition), None
 
-        if self.config.remat != "none":
+        whole = (start, stop) == (0, config.depth)
+        if config.remat != "none":
             # Inside a scan the loop itself keeps XLA from merging the recomputation away.
-            policy = REMAT_POLICIES[self.config.remat]
-            step = jax.checkpoint(step, policy=policy, prevent_cse=not self.config.scan)
-        everything = (self.blocks, jnp.asarray([s == "r" for s in self.config.pattern]))
-        if self.config.scan:
-            some = everything
-            if (start, stop) != (0, self.config.depth):  # a part is a copy
-                some = jax.tree.map(lambda leaf: leaf[start:stop], everything)
+            policy = REMAT_POLICIES[config.remat]
+            step = jax.checkpoint(step, policy=policy, prevent_cse=not config.scan)
+        sees_r = jnp.asarray([source == "r" for source in config.pattern])
+        given = (self.blocks, jnp.arange(config.depth), sees_r)
+        if config.scan:
+            some = given if whole else jax.tree.map(lambda leaf: leaf[start:stop], given)
             return jax.lax.scan(step, tokens, some)[0]
         for i in range(start, stop):
-            tokens, _ = step(tokens, jax.tree.map(lambda leaf, i=i: leaf[i], everything))
+            tokens, _ = step(tokens, jax.tree.map(lambda leaf, i=i: leaf[i], given))
         return tokens
+
+
+@jax.custom_jvp
+def _block_of(stack: Params, place: jax.Array, own: Params) -> Params:
+    """One block's parameters, taken from the stack of all; the derivative is that of `own`.
+
+    To scan over a part of a stack, JAX would copy that part. Here the numbers are read in place,
+    and `own`, the copy, which gradients go through, is never made.
+    """
+    return jax.tree.map(lambda leaf: leaf[place], stack)
+
+
+@_block_of.defjvp
+def _tangent_of_block(primals: Any, tangents: Any) -> tuple[Params, Params]:
+    return _block_of(*primals), tangents[2]
