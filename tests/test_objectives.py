@@ -21,7 +21,7 @@ from dmf.objectives import (
     squared_error,
 )
 from dmf.sharding import batch_sharding, make_mesh
-from dmf.typing import Batch, InputError
+from dmf.typing import Batch, Flops, InputError
 from dmf.weighting import Adaptive, Uniform
 
 OBJECTIVES = {
@@ -39,6 +39,10 @@ class Linear:
 
     num_classes: int = 2
     sample_shape: tuple[int, int, int] = (2, 2, 3)
+
+    @property
+    def flops(self):
+        return Flops(encode=24.0, decode=24.0)
 
     def init(self, key):
         return PARAMS
