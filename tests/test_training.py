@@ -12,7 +12,7 @@ import pytest
 import tiny
 from etils import epath
 
-from dmf import build, loading, logs, training
+from dmf import build, chips, loading, logs, training
 from dmf import state as states
 from dmf.objectives import FlowMatching
 from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
@@ -142,6 +142,15 @@ def test_a_run_writes_what_it_says():
     ]
     # Two rows of ten classes for each of the two numbers of steps, enlarged six times.
     assert PIL.Image.open(workdir / "samples/00000008.png").size == (6 * 91, 6 * 37)
+
+
+def test_the_share_of_peak_is_reported_where_the_peak_is_known(tmp_path, monkeypatch):
+    monkeypatch.setitem(chips.CHIPS, jax.devices()[0].device_kind, chips.Chip(1e9, 1e9))
+    training.train(tiny.config({"run.steps": 2}), tmp_path)
+    (row,) = metrics(tmp_path)
+    network = build.training(tiny.config()).recipe.network
+    flops = row["images_per_second"] * 3 * network.flops.forward
+    assert row["share_of_peak"] == pytest.approx(flops / (8 * 1e9), rel=1e-4)
 
 
 def test_metrics_hold_every_reported_step():
