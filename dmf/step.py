@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
 from dmf import state as states
 from dmf.build import Recipe
@@ -113,7 +112,7 @@ def abstract_inputs(recipe: Recipe) -> tuple[TrainState, Batch, dict[str, Params
         row, dtype = (height, width, channels), jnp.uint8
     else:
         row, dtype = (1 + recipe.to_samples.mirror, height, width, 2 * channels), jnp.float16
-    on: NamedSharding = batch_sharding(mesh)
+    on = batch_sharding(mesh)
 
     def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=on)

@@ -329,7 +329,7 @@ class _Transformer(nn.Module):
 
         def step(tokens: Tokens, given: tuple[Params, jax.Array, jax.Array]) -> Any:
             own, place, sees_r = given
-            if not (config.remat == "none" or whole):
+            if config.scan and config.remat != "none" and not whole:
                 own = _block_of(stack, place, own)
             condition = only
             if only is None:
