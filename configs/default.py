@@ -5,22 +5,26 @@
 
 from dmf.defaults import (
     decoupled_mean_flow,
+    drawn_guidance,
     flow_matching,
     get_config,
     logit_normal,
     mean_flow,
     ordered_pair,
     self_guidance,
+    tangent,
     teacher_guidance,
 )
 
 __all__ = [
     "decoupled_mean_flow",
+    "drawn_guidance",
     "flow_matching",
     "get_config",
     "logit_normal",
     "mean_flow",
     "ordered_pair",
     "self_guidance",
+    "tangent",
     "teacher_guidance",
 ]

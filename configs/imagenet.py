@@ -4,6 +4,8 @@
 `--config.latents.autoencoder=DIR` the decoder that pictures are made with.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs import default
@@ -11,6 +13,12 @@ from dmf.models.dit import SIZES
 from dmf.scaling import STABLE_DIFFUSION_SCALE
 
 STEPS_PER_EPOCH = 5005  # 1,281,167 images, 256 at a time
+
+
+def sized(size: str, patch_size: int = 2) -> dict[str, Any]:
+    """The fields that make a transformer of a size, S to XL, for the `changes` of a row."""
+    fields = {**SIZES[size], "patch_size": patch_size}
+    return {f"model.{name}": value for name, value in fields.items()}
 
 
 def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDict:
@@ -36,4 +44,16 @@ def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDic
         log_every=100, sample_every=10_000, checkpoint_every=10_000, keep_last=2, keep_every=50_000
     )
     config.evaluation.update(protocol="edm2", metrics=("fid",), count=50_000)
+    return config
+
+
+def aligned(size: str, *, resolution: int) -> ConfigDict:
+    """As `imagenet`, with patch 2 and the representation alignment of the published flow models:
+    0.5 after block 8, with DINOv2-B in half precision, as theirs."""
+    config = imagenet(size, resolution=resolution)
+    config.model.update(alignment_depth=8, alignment_width=768, alignment_hidden=2048)
+    config.objective = default.flow_matching(alignment_coefficient=0.5)
+    config.alignment.update(encoder="runs/dinov2_b", dtype="bfloat16")
+    config.sampling.sampler = ConfigDict({"name": "sde"})
+    config.sampling.steps = (250,)
     return config

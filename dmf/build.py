@@ -10,11 +10,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmf import guidance
+from dmf.alignment import PatchFeatures, check_stored, check_width
 from dmf.components import COMPONENTS, component, field_value, lookup, network
 from dmf.data.pipeline import Pipeline
 from dmf.data.samples import ToSamples, sample_shape
 from dmf.data.sources import JoinedSource, Source, Unlabelled, open_source
-from dmf.loading import ADDED, load_network, restore, scaling
+from dmf.encoders.dinov2 import DinoV2
+from dmf.freezing import Frozen, frozen
+from dmf.loading import ADDED, load_encoder, load_network, restore, scaling
 from dmf.objectives import Objective
 from dmf.optimizer import AdamW, Ema
 from dmf.samplers import Sampler
@@ -39,11 +42,14 @@ def sampler(config: ConfigDict) -> Sampler:
     return chosen
 
 
-def guided(config: ConfigDict, flow_map: FlowMap) -> FlowMap:
-    """The flow map under the guidance of `config.sampling`."""
+def guided(config: ConfigDict, flow_map: FlowMap, null_label: int) -> FlowMap:
+    """The flow map under the guidance of `config.sampling`; a network that takes it as an input
+    is asked for it."""
     chosen = {name: field_value(name, value, name)
               for name, value in config.sampling.guidance.items()}
-    return guidance.ClassifierFree(**chosen)(flow_map, config.model.num_classes)
+    if config.model.get("guidance_input"):
+        return guidance.AskedOf(**chosen)(flow_map)
+    return guidance.ClassifierFree(**chosen)(flow_map, null_label)
 
 
 def emas(config: ConfigDict) -> dict[str, Ema]:
@@ -56,22 +62,29 @@ def mesh(config: ConfigDict) -> Mesh:
     return make_mesh(**config.mesh)
 
 
-def source(config: ConfigDict) -> Source:
+def source(config: ConfigDict, beside: str = "") -> Source:
     """The dataset of `config.data`: one, some classes of it, or a mixture.
 
+    Args:
+      config: its `data` and its `model`.
+      beside: what is read along with rows, "images" or "features" for alignment, or nothing.
+
     Raises:
-      InputError: it is not there, or its rows or labels are not those of `config.model`.
+      InputError: it is not there, or its rows, its labels or what is beside them are not those of
+        `config.model`.
     """
     data, model = config.data, network(config)
     mixed = {"": data, **data.mixture}
-    parts = [_part(config, name, dict(fields), model) for name, fields in mixed.items()]
+    parts = [_part(config, name, dict(fields), model, beside) for name, fields in mixed.items()]
+    if beside:
+        _check_beside(config, [rows for rows, _ in parts], beside)
     if len(parts) == 1 and not data.classes:
         return parts[0][0]
     return JoinedSource(parts=tuple(parts))
 
 
 def _part(
-    config: ConfigDict, name: str, fields: Mapping[str, Any], model: Network
+    config: ConfigDict, name: str, fields: Mapping[str, Any], model: Network, beside: str
 ) -> tuple[Source, np.ndarray]:
     """A dataset of the mixture, and which of its rows are taken."""
     field, known = f"data.mixture.{name}" if name else "data", {"name", "split", "directory"}
@@ -79,10 +92,7 @@ def _part(
     if unknown:
         raise InputError(f"{field}.{min(unknown)}: a part of a mixture has name, split, directory "
                          "and weight")
-    rows = open_source(
-        **{key: fields[key] for key in known & fields.keys()},
-        num_classes=model.num_classes or None,
-    )
+    rows = _opened({key: fields[key] for key in known & fields.keys()}, model, beside)
     if sample_shape(rows.shape) != model.sample_shape:
         raise InputError(f"{field}.name={fields['name']}: its images have shape "
                          f"{sample_shape(rows.shape)}, but config.model takes "
@@ -93,6 +103,34 @@ def _part(
     to_samples(config).check(rows.shape)
     chosen = _chosen(config.data.classes, rows)
     return (rows if model.num_classes else Unlabelled(rows)), chosen
+
+
+def _opened(fields: Mapping[str, Any], model: Network, beside: str) -> Source:
+    """A dataset by its name: one that was registered, or else one that is stored."""
+    opens = COMPONENTS["data"].get(fields["name"])
+    if opens is None:
+        return open_source(**fields, num_classes=model.num_classes or None, beside=beside)
+    if beside:
+        raise InputError(f"data.name={fields['name']}: a registered dataset has no {beside} to "
+                         "align with; set objective.alignment_coefficient to 0")
+    return opens(split=fields.get("split", "train"), directory=fields.get("directory", ""))
+
+
+def _check_beside(config: ConfigDict, parts: Sequence[Source], beside: str) -> None:
+    """Raises InputError where what is read along with rows does not fit the network."""
+    shapes = {rows.name: rows.read([0])[2].shape[1:] for rows in parts}
+    if len(set(shapes.values())) > 1:
+        raise InputError(f"data.mixture: its {beside} have several shapes, {shapes}; make them one "
+                         "with dmf prepare")
+    if beside == "features":
+        for name, shape in shapes.items():
+            check_stored(shape, _tokens(config) ** 2, config.model.alignment_width,
+                         mirror=config.data.mirror, name=name)  # fmt: skip
+
+
+def _tokens(config: ConfigDict) -> int:
+    """Along each side of an image."""
+    return config.model.input_size // config.model.patch_size
 
 
 def _chosen(classes: Sequence[int], rows: Source) -> np.ndarray:
@@ -134,7 +172,9 @@ class Recipe(NamedTuple):
     """What a training step computes: all of a config that needs neither data nor checkpoints.
 
     Attributes:
+      alignment: what computes features of images, where the objective aligns with such.
       accumulation: parts that a batch is cut into, one after the other.
+      freeze: what of the network's parameters is not trained.
     """
 
     network: Network
@@ -143,12 +183,20 @@ class Recipe(NamedTuple):
     emas: dict[str, Ema]
     mesh: Mesh
     to_samples: ToSamples
+    alignment: PatchFeatures | None
     batch_size: int
     accumulation: int
+    freeze: Frozen
 
 
-def recipe(config: ConfigDict, on: Mesh, teacher: Network | None = None) -> Recipe:
-    """What a step of `config` computes on a mesh, with a teacher where the objective asks for one.
+def recipe(
+    config: ConfigDict,
+    on: Mesh,
+    teacher: Network | None = None,
+    encoder: DinoV2 | None = None,
+) -> Recipe:
+    """What a step of `config` computes on a mesh, with a teacher where the objective asks for one,
+    and with the encoder that it aligns with unless the dataset stores features.
 
     Raises:
       InputError: a field that cannot be; the message names it.
@@ -165,9 +213,27 @@ def recipe(config: ConfigDict, on: Mesh, teacher: Network | None = None) -> Reci
         emas=emas(config),
         mesh=on,
         to_samples=to_samples(config),
+        alignment=_patch_features(config, encoder) if goal.alignment and encoder else None,
         batch_size=config.data.batch_size,
         accumulation=config.accumulation,
+        freeze=frozen(config.freeze, made),
     )
+
+
+def _patch_features(config: ConfigDict, encoder: DinoV2) -> PatchFeatures:
+    """As many patches of images as there are tokens.
+
+    Raises:
+      InputError: their features have not the width of `config.model`'s projection, or the encoder
+        does not compute in the type of `config.alignment`.
+    """
+    check_width(encoder.width, config.model.alignment_width,
+                f"alignment.encoder={config.alignment.encoder}")  # fmt: skip
+    try:
+        encoder = dataclasses.replace(encoder, dtype=config.alignment.dtype)
+    except InputError as error:
+        raise InputError(str(error).replace("dinov2", "alignment", 1)) from None
+    return PatchFeatures(encoder=encoder, side=_tokens(config))
 
 
 class Training(NamedTuple):
@@ -185,22 +251,41 @@ def training(config: ConfigDict) -> Training:
       InputError: a field that cannot be; the message names it.
     """
     on = mesh(config)
-    teacher, frozen = None, {}
+    teacher, encoder, fixed, beside = None, None, {}, ""
     if config.teacher.checkpoint:
-        with _about("teacher"):
+        with about("teacher"):
             teacher, _, params = load_network(config.teacher.checkpoint, config.teacher.ema, on=on)
-        frozen = {"teacher": params}
-    made = recipe(config, on, teacher)
+        fixed = {"teacher": params}
+    goal = objective(config, teacher)
+    if not goal.needs_teacher:
+        fixed = {}
+    if goal.alignment:
+        beside = "images" if config.alignment.encoder else "features"
+    if beside == "images":
+        encoder, fixed["alignment"] = _encoder(config, on)
+    made = recipe(config, on, teacher, encoder)
     return Training(
         recipe=made,
         pipeline=Pipeline(
-            source=source(config),
+            source=source(config, beside),
             batch_size=config.data.batch_size,
             seed=config.seed,
             weights=weights(config),
+            beside=beside,
         ),
-        frozen=frozen if made.objective.needs_teacher else {},
+        frozen=fixed,
     )
+
+
+def _encoder(config: ConfigDict, on: Mesh) -> tuple[DinoV2, Params]:
+    """The network of `config.alignment`, its parameters split over a mesh."""
+    directory = config.alignment.encoder
+    try:
+        return load_encoder(directory, "dinov2", on=on)
+    except InputError as error:
+        why = str(error).partition(": ")[2].partition(";")[0]
+        raise InputError(f"alignment.encoder={directory}: {why}; give the directory of a DINOv2 "
+                         "that dmf convert made") from None
 
 
 def check(config: ConfigDict, goal: Objective, on: Mesh) -> None:
@@ -215,11 +300,15 @@ def check(config: ConfigDict, goal: Objective, on: Mesh) -> None:
     if size < 1 or size % (parts * config.accumulation):
         raise InputError(f"data.batch_size={size}: it must be a multiple of {parts} (mesh axes "
                          f"data x fsdp) times accumulation={config.accumulation}")
-    if goal.learned_variance and not config.model.learned_variance:
+    if goal.learned_variance and not config.model.get("learned_variance", True):
         raise InputError("model.learned_variance=False: the weighting "
                          f"{config.objective.weighting.name} needs the log-variance head; set it "
                          "to True")
-    if goal.alignment and not config.model.alignment_depth:
+    drawn = goal.guidance.drawn if hasattr(goal, "guidance") else False
+    if drawn and not config.model.get("guidance_input", True):
+        raise InputError("model.guidance_input=False: objective.guidance.name=drawn gives the "
+                         "network its guidance as an input; set it to True")
+    if goal.alignment and not config.model.get("alignment_depth", True):
         raise InputError("model.alignment_depth=0: an alignment coefficient needs the block after "
                          "which tokens are projected (8 as published)")
     if config.sampling.ema and config.sampling.ema not in config.emas:
@@ -230,17 +319,17 @@ def check(config: ConfigDict, goal: Objective, on: Mesh) -> None:
 def pretrained(config: ConfigDict, network: Network, on: Mesh) -> Params:
     """The parameters of `config.init.checkpoint`, none without it.
 
-    What a flow model lacks (a log-variance head, a second time embedding) is left to be
-    initialised, and what only its training used is dropped.
+    What a flow model lacks (a log-variance head, a second time embedding, the scales of qk-norm) is
+    left to be initialised, and what only its training used is dropped.
     """
     if not config.init.checkpoint:
         return {}
-    with _about("init"):
+    with about("init"):
         return restore(network, config.init.checkpoint, config.init.ema, on=on, missing=ADDED)
 
 
 @contextmanager
-def _about(part: str) -> Iterator[None]:
+def about(part: str) -> Iterator[None]:
     """Says which part of the config a complaint is about."""
     try:
         yield

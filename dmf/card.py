@@ -55,11 +55,15 @@ def model_card(config: Mapping[str, Any], params: Params, *, origin: str, usage:
 
 def _flow_map(config: Mapping[str, Any]) -> dict[str, Any]:
     model = config["model"]
+    title = config["data"]["name"]
+    if model.get("name", "dit") != "dit":
+        return {"title": f"{title}: {model['name']}", "network": f"{model['name']}, of a file that "
+                "commands are given by `--plugins=FILE`"}
     split = model["conditioning"] == "decoupled"
     kind = "flow map" if split else model["conditioning"]
     shape = "depth {depth}, width {width}, {heads} heads, patch {patch_size}".format(**model)
     return {
-        "title": f"{config['data']['name']}: {kind}",
+        "title": f"{title}: {kind}",
         "network": f"diffusion transformer, {shape}",
         "input": "{0} x {0} x {1}, {2} classes".format(
             model["input_size"], model["channels"], model["num_classes"]

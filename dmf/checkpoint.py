@@ -1,16 +1,14 @@
 """What is on disk: the checkpoints of a run, and exports of parameters alone.
 
 A run keeps, below its workdir, `config.json` and `checkpoints/STEP/` with one Orbax item each for
-`params`, `optimizer`, every `average_NAME`, and `position`. An export is a directory with
-`params/` (Orbax), `config.json` and `README.md`. Both restore with Orbax alone, and both appear
-under their name only when they are whole.
+`params`, `optimizer`, every `average_NAME`, `position`, and the `checksums` of all arrays. An
+export is a directory with `params/` (Orbax), `checksums.json`, `config.json` and `README.md`.
+Both restore with Orbax alone, both appear under their name only when they are whole, and both are
+read only if every array is what was saved.
 """
 
 import dataclasses
-import errno
-import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -22,20 +20,18 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import checkpoint_managers
 
+from dmf import hosts, intact
+from dmf.files import absolute, disk_errors, read_json, write_json
 from dmf.state import TrainState
-from dmf.typing import InputError, Params, RunError
+from dmf.typing import Damaged, InputError, Lost, Params, RunError
 
 FORMAT = 1
 CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 CHECKPOINTS = "checkpoints"
+DAMAGED = "damaged"
 LIVE = "params"
-
-
-def _absolute(directory: epath.PathLike) -> epath.Path:
-    """The directory as Orbax wants it; buckets (gs://...) are absolute already."""
-    path = epath.Path(directory)
-    return path if "://" in os.fspath(path) else path.expanduser().resolve()
+_CHECKSUMS = "checksums"
 
 
 def run_of(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
@@ -48,26 +44,6 @@ def run_of(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
 
 def _average_item(name: str) -> str:
     return f"average_{name}"
-
-
-@contextmanager
-def disk_errors(path: epath.Path) -> Iterator[None]:
-    """Turns what a full or broken disk raises, in whatever library, into one line."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, (InputError, RunError)):
-            raise
-        text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or any(
-            word in text for word in ("No space left", "RESOURCE_EXHAUSTED", "File too large")
-        ):
-            raise RunError(f"no space left to write {path}: what was finished before is whole; "
-                           "free some space and run the same command again") from error
-        if isinstance(error, OSError):
-            raise RunError(f"cannot write {path}: {text}") from error
-        raise
 
 
 @dataclasses.dataclass
@@ -86,6 +62,43 @@ class _Best(checkpoint_managers.PreservationPolicy):
         return [checkpoint.step == best for checkpoint in checkpoints]
 
 
+def _trees(state: TrainState) -> dict[str, Any]:
+    """The parts of a state that a checkpoint holds, by the name of their item."""
+    averages = {_average_item(name): average for name, average in state.averages.items()}
+    return {LIVE: state.params, "optimizer": state.optimizer, **averages}
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Turns what a damaged file raises, in whatever library, into one line.
+
+    Raises:
+      Damaged: what was found cannot be what was written.
+      RunError: it cannot be read just now, or by this user.
+    """
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        unreadable = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
+                      "Permission denied", "RESOURCE_EXHAUSTED", "Input/output error")
+        if isinstance(error, MemoryError) or any(word in reason for word in unreadable):
+            raise RunError(f"the checkpoint cannot be read: {reason}") from error
+        raise Damaged(f"{type(error).__name__}: {reason}") from None
+
+
+def _by_itself() -> ocp.Checkpointer:
+    """A checkpointer for reading, which waits for no other process."""
+    me = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"process{me}"
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
+
+
 class Checkpoints:
     """The checkpoints of one run, written in the background, the oldest dropped."""
 
@@ -97,7 +110,7 @@ class Checkpoints:
         keep_every: int = 0,
         best_step: Callable[[], int | None] = lambda: None,
     ):
-        self._directory = _absolute(workdir) / CHECKPOINTS
+        self._directory = absolute(workdir) / CHECKPOINTS
         policies = [checkpoint_managers.LatestN(keep_last), _Best(best_step)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
@@ -120,28 +133,73 @@ class Checkpoints:
         Raises:
           RunError: the disk is full or cannot be written.
         """
-        items = {
-            LIVE: ocp.args.StandardSave(state.params),
-            "optimizer": ocp.args.StandardSave(state.optimizer),
-            "position": ocp.args.JsonSave({"format": FORMAT, **position}),
-        }
-        for name, average in state.averages.items():
-            items[_average_item(name)] = ocp.args.StandardSave(average)
+        trees = _trees(state)
+        checksums = {name: intact.checksums(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["position"] = ocp.args.JsonSave({"format": FORMAT, **position})
+        items[_CHECKSUMS] = ocp.args.JsonSave(checksums)
         with disk_errors(self._directory / str(step)):
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """The state saved at `step`, placed as the leaves of `abstract` say."""
-        items = {
-            LIVE: ocp.args.StandardRestore(abstract.params),
-            "optimizer": ocp.args.StandardRestore(abstract.optimizer),
-        }
-        for name, average in abstract.averages.items():
-            items[_average_item(name)] = ocp.args.StandardRestore(average)
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        averages = {name: restored[_average_item(name)] for name in abstract.averages}
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that is what was saved, placed as the leaves of `abstract` say.
+
+        Newer ones that are damaged are said, and moved to `damaged/` beside `checkpoints/`.
+
+        Raises:
+          RunError: there are checkpoints, and all are damaged; or they cannot be read now.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for place, step in enumerate(steps):
+            state, trouble = self._tried(step, abstract)
+            reasons = [reason for reason in hosts.gathered(trouble) if reason]
+            if not reasons:
+                return state
+            older = steps[place + 1 :]
+            if not older:
+                raise RunError(f"{self._directory / str(step)}: it is damaged ({reasons[0]}), and "
+                               "there is no other checkpoint; start anew in another workdir")
+            hosts.say(f"the checkpoint of step {step} is damaged ({reasons[0]}): moved to "
+                      f"{DAMAGED}/, taking that of step {older[0]}")
+            self._set_aside(step)
+        return None
+
+    def _tried(self, step: int, abstract: TrainState) -> tuple[TrainState | None, str]:
+        """The state saved at a step; or None, and what is wrong with it.
+
+        Each process reads its part without waiting for any other, which may fail to.
+        """
+        folder, found = self._directory / str(step), {}
+        try:
+            with _reading(), _by_itself() as checkpointer:
+                for name, tree in _trees(abstract).items():
+                    found[name] = checkpointer.restore(
+                        folder / name, args=ocp.args.StandardRestore(tree)
+                    )
+                saved = {name: _saved_checksums(folder / name) for name in found}
+            trouble = ""
+        except Damaged as error:
+            trouble = str(error)
+        if any(hosts.gathered(trouble)):
+            return None, trouble
+        try:
+            for name, tree in found.items():
+                intact.check(intact.checksums(tree), saved[name])
+        except Damaged as error:
+            return None, str(error)
+        averages = {name: found[_average_item(name)] for name in abstract.averages}
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        return TrainState(count, restored[LIVE], restored["optimizer"], averages)
+        return TrainState(count, found[LIVE], found["optimizer"], averages), ""
+
+    def _set_aside(self, step: int) -> None:
+        """Moves a checkpoint where it is not found any more."""
+        if hosts.first():
+            aside = self._directory.parent / DAMAGED
+            aside.mkdir(parents=True, exist_ok=True)
+            count = len(list(aside.glob(f"{step}*")))
+            (self._directory / str(step)).rename(aside / f"{step}{f'.{count}' if count else ''}")
+        hosts.gathered(True)
+        self._manager.reload()
 
     def finish(self) -> None:
         """Waits until everything is on disk.
@@ -156,28 +214,12 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if not hosts.alone() and kind and (kind is Lost or not issubclass(kind, RunError)):
+            return  # What is still being written waits for a process that may not come.
         if kind is None:
             self.finish()
         with suppress(Exception) if kind else disk_errors(self._directory):
             self._manager.close()
-
-
-def write_json(path: epath.Path, value: Any) -> None:
-    """Writes JSON so that the file is either the old one or the whole new one."""
-    partial = path.parent / f".{path.name}.partial"
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(value, indent=2) + "\n")
-        partial.replace(path)
-
-
-def fingerprint(params: Any) -> str:
-    """Tells parameters, or any other tree of arrays, from others."""
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        # As bytes: a buffer of bfloat16, say, is none that hashlib knows.
-        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-    return digest.hexdigest()[:16]
 
 
 def read_config(directory: epath.PathLike) -> dict[str, Any]:
@@ -190,7 +232,7 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
     if not path.exists():
         raise InputError(f"checkpoint={directory}: it holds no {CONFIG_FILE}; give the workdir of "
                          "a run or an exported directory")
-    config = json.loads(path.read_text())
+    config = read_json(path)
     version = config.pop("format", None)
     if version != FORMAT:
         raise InputError(f"checkpoint={directory}: its format is {version}, and this "
@@ -207,13 +249,13 @@ def is_ours(directory: epath.PathLike) -> bool:
 
 def read_origin(directory: epath.PathLike) -> str:
     """Where the parameters of an export come from; empty for a run."""
-    return json.loads((run_of(directory)[0] / CONFIG_FILE).read_text()).get("origin", "")
+    return read_json(run_of(directory)[0] / CONFIG_FILE).get("origin", "")
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
     """The step of the newest whole checkpoint of a run, or of the one that is named; None without
     one."""
-    run, step = run_of(_absolute(workdir))
+    run, step = run_of(absolute(workdir))
     folder = run / CHECKPOINTS
     if step is not None:
         return step if (folder / str(step)).exists() else None
@@ -222,7 +264,7 @@ def latest_step(workdir: epath.PathLike) -> int | None:
 
 def _stored(directory: epath.Path, average: str) -> epath.Path:
     """Where the parameters of a run (its newest checkpoint) or of an export lie."""
-    if (directory / LIVE).exists():
+    if run_of(directory)[1] is None and (directory / LIVE).exists():
         return directory / LIVE
     if not directory.exists():
         raise InputError(f"checkpoint={directory}: there is no such directory; give the workdir of "
@@ -232,9 +274,11 @@ def _stored(directory: epath.Path, average: str) -> epath.Path:
         raise InputError(f"checkpoint={directory}: no checkpoint was saved there yet")
     saved = run_of(directory)[0] / CHECKPOINTS / str(step)
     item = saved / (_average_item(average) if average else LIVE)
+    if not item.exists() and item.name in _saved_items(saved):
+        raise Damaged(f"{item.name} is missing")
     if not item.exists():
         names = [p.name.removeprefix(_average_item("")) for p in saved.glob(_average_item("*"))]
-        raise InputError(f"ema={average}: {directory} has {', '.join(sorted(names))}")
+        raise InputError(f"ema={average}: {directory} has {', '.join(sorted(names)) or 'none'}")
     return item
 
 
@@ -254,24 +298,28 @@ def restore_params(
       abstract: shapes, dtypes and shardings wanted.
       average: the name of an average, empty for the trained parameters; of no account in an
         export, which holds one set.
-      missing: top-level names that the checkpoint may lack; left out of the result.
-      surplus: top-level names that it may hold in vain.
+      missing: names that the checkpoint may lack, top-level ("projector") or below
+        ("blocks/attention/q_norm"), with all that lies below them; left out of the result.
+      surplus: names that it may hold in vain.
 
     Raises:
       InputError: nothing is there, or another architecture; the message names a parameter.
+      RunError: what is there is damaged.
     """
-    directory = _absolute(directory)
-    path = _stored(directory, average)
-    with ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(path).item_metadata
-        stored = flatten_dict(metadata.tree if hasattr(metadata, "tree") else metadata, sep="/")
+    directory = absolute(directory)
+    with _intact(directory), _by_itself() as checkpointer:
+        path = _stored(directory, average)
+        with _reading():
+            metadata = checkpointer.metadata(path).item_metadata
+            if metadata is None:
+                raise Damaged(f"the list of arrays of {path.name} cannot be read")
+            stored = flatten_dict(getattr(metadata, "tree", metadata), sep="/")
         wanted = flatten_dict(abstract, sep="/")
         for name in sorted(wanted.keys() | stored.keys()):
-            top = name.split("/")[0]
-            if name not in stored and top not in missing:
+            if name not in stored and not _below(name, missing):
                 raise InputError(f"checkpoint={directory}: of another architecture, it lacks "
                                  f"{name}")
-            if name not in wanted and top not in surplus:
+            if name not in wanted and not _below(name, surplus):
                 raise InputError(f"checkpoint={directory}: of another architecture, it has "
                                  f"{name}, which config.model does not")
             if name in stored and name in wanted and stored[name].shape != wanted[name].shape:
@@ -283,35 +331,48 @@ def restore_params(
             name: wanted.get(name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
             for name, leaf in stored.items()
         }
-        restored = checkpointer.restore(path, unflatten_dict(target, sep="/"))
+        with _reading():
+            saved = _saved_checksums(path)
+            restored = checkpointer.restore(
+                path, args=ocp.args.StandardRestore(unflatten_dict(target, sep="/"))
+            )
+        intact.check(intact.checksums(restored), saved)
     restored = flatten_dict(restored, sep="/")
     return unflatten_dict({k: v for k, v in restored.items() if k in wanted}, sep="/")
 
 
-@contextmanager
-def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
-    """A directory to write into that appears under its name when it is whole, or not at all.
+def _below(name: str, tops: tuple[str, ...]) -> bool:
+    """Whether a path is one of some others, or lies below one."""
+    return any(f"{name}/".startswith(f"{top}/") for top in tops)
 
-    Raises:
-      InputError: the directory exists and is not empty.
-      RunError: the disk is full or cannot be written.
-    """
-    directory = _absolute(directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise InputError(f"output={directory}: it exists and is not empty; choose another")
-    partial = directory.parent / f".{directory.name}.partial"
-    with disk_errors(directory):
-        if partial.exists():
-            partial.rmtree()
-        partial.mkdir(parents=True)
-        try:
-            yield partial
-            if directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
-        except BaseException:
-            partial.rmtree()
-            raise
+
+@contextmanager
+def _intact(directory: epath.Path) -> Iterator[None]:
+    """Says which directory is damaged, and what else may be taken."""
+    try:
+        yield
+    except Damaged as error:
+        run, step = run_of(directory)
+        taken = latest_step(directory) if step is None else step
+        others = [p.name for p in (run / CHECKPOINTS).glob("[0-9]*") if p.name != str(taken)]
+        remedy = "make it again"
+        if others:
+            remedy = f"try {CHECKPOINTS}/{max(others, key=int)}"
+        raise RunError(f"checkpoint={directory}: it is damaged ({error}); {remedy}") from None
+
+
+def _saved_items(saved: epath.Path) -> set[str]:
+    """The items that a checkpoint of a run was saved with, as far as can be told."""
+    with suppress(OSError, ValueError):
+        return set(json.loads((saved / _CHECKSUMS / "metadata").read_text()))
+    return {LIVE}
+
+
+def _saved_checksums(item: epath.Path) -> dict[str, int]:
+    """Those of the arrays of an item of a run, or of the parameters of an export."""
+    if (item.parent / f"{_CHECKSUMS}.json").exists():
+        return json.loads((item.parent / f"{_CHECKSUMS}.json").read_text())
+    return json.loads((item.parent / _CHECKSUMS / "metadata").read_text())[item.name]
 
 
 def write_params(directory: epath.Path, params: Params) -> None:
@@ -323,6 +384,7 @@ def write_params(directory: epath.Path, params: Params) -> None:
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save(directory / LIVE, args=ocp.args.PyTreeSave(params))
+    write_json(directory / f"{_CHECKSUMS}.json", intact.checksums(params))
 
 
 def describe(directory: epath.Path, config: Mapping[str, Any], card: str, *, origin: str) -> None:

@@ -1,7 +1,7 @@
-"""What accelerators can do, by the name that JAX gives them: peak of matrix products, and memory.
+"""What accelerators can do, by the name that JAX gives them: products, memory, and links.
 
-Published figures of their makers, for bfloat16 without sparsity. A device that is not listed has
-no share of peak.
+Published figures of their makers, products in bfloat16 without sparsity. A device that is not
+listed has no share of peak.
 """
 
 from typing import NamedTuple
@@ -15,22 +15,25 @@ class Chip(NamedTuple):
     Attributes:
       flops: peak of bfloat16 matrix products in FLOP/s.
       memory: in bytes.
+      link: bytes/s that it can send to its neighbours (ICI, NVLink): half of the bandwidth that is
+        published for both directions.
     """
 
     flops: float
     memory: float
+    link: float
 
 
 CHIPS = {
-    "TPU v3": Chip(61.5e12, 16 * GIB),
-    "TPU v4": Chip(275e12, 32 * GIB),
-    "TPU v5 lite": Chip(197e12, 16 * GIB),
-    "TPU v5": Chip(459e12, 95 * GIB),
-    "TPU v6 lite": Chip(918e12, 32 * GIB),
-    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB),
-    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB),
-    "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB),
-    "NVIDIA H200": Chip(989e12, 141 * GIB),
+    "TPU v3": Chip(61.5e12, 16 * GIB, 41e9),
+    "TPU v4": Chip(275e12, 32 * GIB, 150e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 100e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 300e9),
+    "TPU v6 lite": Chip(918e12, 32 * GIB, 224e9),
+    "NVIDIA A100-SXM4-40GB": Chip(312e12, 40 * GIB, 300e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 80 * GIB, 300e9),
+    "NVIDIA H100 80GB HBM3": Chip(989e12, 80 * GIB, 450e9),
+    "NVIDIA H200": Chip(989e12, 141 * GIB, 450e9),
 }
 
 

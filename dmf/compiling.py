@@ -17,10 +17,13 @@ from ml_collections import ConfigDict
 
 from dmf import build, loading
 from dmf.chips import CHIPS, GIB
+from dmf.collectives import Collective, collectives
 from dmf.components import network
+from dmf.encoders.dinov2 import DINOV2_SIZES, DinoV2
 from dmf.sharding import make_mesh
+from dmf.state import TrainState
 from dmf.step import abstract_inputs, training_step
-from dmf.typing import InputError, Network
+from dmf.typing import Batch, InputError, Network, Params
 
 # What libtpu would ask the machine about, if it were a TPU's host; nothing here is locked by it.
 _NOT_A_TPU_HOST = {
@@ -44,9 +47,12 @@ class CompiledStep(NamedTuple):
       batch: bytes of a device's share of it.
       temporaries: bytes of what a step needs beside them; where it does not fit, what the
         compiler could not bring them below.
+      donated: bytes of what the step gives in the place of what it took: the state.
       total: bytes of all that a device holds at most, its program among them.
       memory: bytes that the device has; None where that is not known.
-      step_flops: of a step over all devices, with nothing computed twice or recomputed.
+      step_flops: of a step over all devices, with nothing computed twice or recomputed, and
+        without an encoder that images are aligned with.
+      collectives: what devices send each other in a step; none where it does not fit.
       seconds_to_lower, seconds_to_compile: from the function to XLA's input, and to the program.
     """
 
@@ -60,9 +66,11 @@ class CompiledStep(NamedTuple):
     frozen: int
     batch: int
     temporaries: int
+    donated: int
     total: int
     memory: float | None
     step_flops: float
+    collectives: list[Collective]
     seconds_to_lower: float
     seconds_to_compile: float
 
@@ -72,16 +80,19 @@ class CompiledStep(NamedTuple):
         return None if self.memory is None else self.total <= self.memory
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU slice that is not there, as "v5e:4x4" or "v5p:2x2x2".
+def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
+    """The devices of TPU slices that are not there, as "v5e:4x4" or "v5p:2x2x2".
 
     Raises:
       InputError: there is no such slice, or libtpu is not installed.
     """
+    if slices < 1:
+        raise InputError(f"slices={slices}: give 1 or more")
     for variable, value in _NOT_A_TPU_HOST.items():
         os.environ.setdefault(variable, value)
     try:
-        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+        more = {"num_slices": slices} if slices > 1 else {}
+        return list(topologies.get_topology_desc(name, platform="tpu", **more).devices)
     except Exception as error:  # libtpu's and PJRT's errors have no type of their own
         reason = str(error).partition("\n")[0]
         if "INVALID_ARGUMENT" in reason:
@@ -103,6 +114,22 @@ def _teacher(config: ConfigDict) -> Network | None:
         )
 
 
+def _encoder(config: ConfigDict) -> DinoV2 | None:
+    """The encoder of alignment, or the published one of that width where it is not there."""
+    if not config.alignment.encoder:
+        return None
+    try:
+        return loading.read_encoder(config.alignment.encoder, "dinov2")
+    except InputError:
+        width = config.model.alignment_width
+        sizes = {size["width"]: size for size in DINOV2_SIZES.values()}
+        if width not in sizes:
+            raise InputError(f"model.alignment_width={width}: alignment.encoder="
+                             f"{config.alignment.encoder} is not there, and published ones have "
+                             f"{', '.join(map(str, sizes))}") from None
+        return DinoV2(**sizes[width])
+
+
 def _bytes(tree: Any) -> int:
     """Of one device's share of a tree of shapes that know where they will live."""
     return sum(
@@ -111,22 +138,54 @@ def _bytes(tree: Any) -> int:
     )
 
 
-def _memory(lowered: jax.stages.Lowered) -> tuple[int, int | None]:
-    """Bytes of temporaries, and of all else that a device holds while the program runs.
+class _Program(NamedTuple):
+    """Bytes of temporaries, of all else that a device holds while the program runs, of what is
+    donated; and the program's text. All but the first are not known of what does not fit."""
 
-    A program that takes more than the device has is refused by its compiler, which says how much;
-    of such a one the second is not known.
-    """
+    temporaries: int
+    others: int | None
+    donated: int
+    text: str
+
+
+def _compiled(lowered: jax.stages.Lowered) -> _Program:
+    """Compiles; a program that takes more than the device has is refused by its compiler, which
+    says how much."""
     try:
-        memory = lowered.compile().memory_analysis()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         wanted = re.search(r"RESOURCE_EXHAUSTED.* temporaries \(([\d.]+)G\)", str(error), re.S)
         if not wanted:
             raise
-        return round(float(wanted[1]) * GIB), None
+        return _Program(round(float(wanted[1]) * GIB), None, 0, "")
+    memory = compiled.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
-    return memory.temp_size_in_bytes, held
+    return _Program(
+        memory.temp_size_in_bytes, held, memory.alias_size_in_bytes, compiled.as_text()
+    )
+
+
+class Lowered(NamedTuple):
+    """A training step as XLA takes it: of what, for what inputs."""
+
+    recipe: build.Recipe
+    inputs: tuple[TrainState, Batch, dict[str, Params]]
+    program: jax.stages.Lowered
+
+
+def lowered_step(config: ConfigDict, devices: list[jax.Device]) -> Lowered:
+    """Traces the training step of a config for devices, there or not.
+
+    Raises:
+      InputError: a field that cannot be.
+    """
+    on = make_mesh(**config.mesh, devices=devices)
+    recipe = build.recipe(config, on, _teacher(config), _encoder(config))
+    inputs = abstract_inputs(recipe)
+    where = jax.tree.map(lambda leaf: leaf.sharding, inputs[0])
+    step = training_step(recipe, jax.random.key(config.seed), where)
+    return Lowered(recipe, inputs, step.lower(*inputs))
 
 
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
@@ -139,17 +198,13 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
     Raises:
       InputError: a field that cannot be.
     """
-    mesh = make_mesh(**config.mesh, devices=devices)
-    recipe = build.recipe(config, mesh, _teacher(config))
-    state, batch, frozen = inputs = abstract_inputs(recipe)
-    where = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = training_step(recipe, jax.random.key(config.seed), where)
     start = time.perf_counter()
-    lowered = step.lower(*inputs)
+    recipe, inputs, lowered = lowered_step(config, devices)
     lowered_at = time.perf_counter()
-    temporaries, others = _memory(lowered)
+    program = _compiled(lowered)
     took = time.perf_counter() - lowered_at
-    kind = devices[0].device_kind
+    kind, mesh = devices[0].device_kind, recipe.mesh
+    state, batch, frozen = inputs
     held = {"parameters": state.params, "optimizer": state.optimizer, "averages": state.averages,
             "frozen": frozen, "batch": batch}
     return CompiledStep(
@@ -158,16 +213,60 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
         mesh=dict(mesh.shape),
         batch_size=recipe.batch_size,
         **{name: _bytes(tree) for name, tree in held.items()},
-        temporaries=temporaries,
-        total=temporaries + (_bytes(inputs) if others is None else others),
+        temporaries=program.temporaries,
+        donated=program.donated,
+        total=program.temporaries + (_bytes(inputs) if program.others is None else program.others),
         memory=CHIPS[kind].memory if kind in CHIPS else None,
         step_flops=recipe.objective.flops(recipe.network) * recipe.batch_size,
+        collectives=collectives(program.text, len(devices), mesh.shape["slices"]),
         seconds_to_lower=lowered_at - start,
         seconds_to_compile=took,
     )
 
 
-def table(found: CompiledStep) -> str:
+class Estimate(NamedTuple):
+    """Seconds of a step, not measured: what the links and the matrix units take at the rates given.
+
+    Attributes:
+      products: at the share of peak that is assumed.
+      links: what is sent within slices.
+      network: what is sent between them.
+    """
+
+    products: float
+    links: float
+    network: float
+
+    @property
+    def least(self) -> float:
+        """All that is sent is sent while products are made."""
+        return max(self)
+
+    @property
+    def most(self) -> float:
+        """Nothing is."""
+        return sum(self)
+
+
+def estimate(found: CompiledStep, share_of_peak: float, network: float) -> Estimate | None:
+    """How long a step may take; None for devices that are not listed in `dmf.chips`.
+
+    Args:
+      found: what compiling found out.
+      share_of_peak: that matrix products reach, with everything that is not a product in it.
+      network: bytes/s that each device can send to another slice.
+    """
+    chip = CHIPS.get(found.device)
+    if chip is None:
+        return None
+    sent = {across: sum(c.sent for c in found.collectives if c.between_slices == across)
+            for across in (False, True)}
+    each = found.step_flops / found.devices
+    return Estimate(each / (chip.flops * share_of_peak), sent[False] / chip.link,
+                    sent[True] / network)
+
+
+def table(found: CompiledStep, share_of_peak: float = 0.4, network: float = 3e9) -> str:
     """What compiling found out, in markdown."""
     axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
     rows = [(name, getattr(found, name)) for name in
@@ -178,8 +277,21 @@ def table(found: CompiledStep) -> str:
     if found.memory is not None:
         verdict = "fits" if found.fits else "does NOT fit"
         lines.append(f"| memory | {found.memory / GIB:.0f}: it {verdict} |")
+    if found.collectives:
+        lines += ["", "| sent in a step | among | times | GiB a device |", "|---|---|---|---|"]
+        lines += [f"| {c.kind} | {c.group}{' between slices' * c.between_slices} | {c.count:,} | "
+                  f"{c.sent / GIB:.3f} |" for c in found.collectives]
     share = found.step_flops / found.devices
     lines += ["", f"{found.step_flops / 1e12:.4g} TFLOP a step, {share / 1e12:.4g} a device; "
-              f"traced in {found.seconds_to_lower:.0f} s, compiled in "
-              f"{found.seconds_to_compile:.0f} s"]
+              f"{found.donated / GIB:.2f} GiB of state updated in place; traced in "
+              f"{found.seconds_to_lower:.0f} s, compiled in {found.seconds_to_compile:.0f} s"]
+    guess = estimate(found, share_of_peak, network) if found.fits else None
+    if guess:
+        chip = CHIPS[found.device]
+        across = f", {network / 1e9:g} GB/s between slices" if found.mesh["slices"] > 1 else ""
+        lines.append(
+            f"estimated, not measured: {1e3 * guess.least:.0f} to {1e3 * guess.most:.0f} ms a step "
+            f"(products {1e3 * guess.products:.0f} ms at {share_of_peak:.0%} of peak, links "
+            f"{1e3 * (guess.links + guess.network):.0f} ms at {chip.link / 1e9:g} GB/s{across}; "
+            "at least with all of it at once, at most one after the other)")
     return "\n".join(lines)

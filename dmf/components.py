@@ -3,7 +3,7 @@
 A component of a config is a dictionary with a `name` and the fields of the class that the name
 stands for in `COMPONENTS`; where there is but one class, the name may be left out. A field that the
 class does not have, or a name that the table does not hold, is an error that says so. A config file
-may add components of its own with `register`.
+may add components of its own with `register`; docs/extending.md shows each kind.
 """
 
 import dataclasses
@@ -18,11 +18,14 @@ from dmf.encoders.dinov2 import DinoV2
 from dmf.encoders.inception import Inception
 from dmf.models.dit import DiT
 from dmf.optimizer import AdamW
+from dmf.tangents import Tangent
 from dmf.typing import InputError, Network
 from dmf.work import Work
 
 COMPONENTS: dict[str, dict[str, Any]] = {
     "model": {"dit": DiT},
+    # Functions (split, directory) -> `Source`, beside the datasets that dmf/data/sources.py opens.
+    "data": {},
     "encoder": {"autoencoder": Autoencoder, "inception": Inception, "dinov2": DinoV2},
     "objective": {
         "flow_matching": objectives.FlowMatching,
@@ -36,6 +39,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "none": guidance.NoGuidance,
         "self": guidance.SelfGuidance,
         "teacher": guidance.TeacherGuidance,
+        "drawn": guidance.DrawnGuidance,
     },
     "weighting": {
         "uniform": weighting.Uniform,
@@ -43,6 +47,7 @@ COMPONENTS: dict[str, dict[str, Any]] = {
         "cauchy": weighting.Cauchy,
         "released": weighting.Released,
     },
+    "tangent": {"tangent": Tangent},
     "work": {"work": Work},
     "optimizer": {"adamw": AdamW},
     "emas": {"constant": optimizer.ConstantEma, "half_life": optimizer.HalfLifeEma},
@@ -61,6 +66,11 @@ _KIND = {"first": "time", "second": "time"}
 
 def register(kind: str, name: str, component: Any) -> None:
     """Adds a component to `COMPONENTS[kind]`, for config files that bring their own.
+
+    Args:
+      kind: which table.
+      name: what configs call it.
+      component: a dataclass, whose fields configs may give; of "data", a function.
 
     Raises:
       InputError: there is no such kind.
@@ -93,7 +103,10 @@ def component(kind: str, config: Mapping[str, Any] | ConfigDict, field: str, **m
     """
     values, table = dict(config), COMPONENTS[kind]
     name = values.pop("name", next(iter(table)) if len(table) == 1 else None)
-    made = lookup(table, name, f"{field}.name")
+    try:
+        made = lookup(table, name, f"{field}.name")
+    except InputError as error:
+        raise InputError(f"{error}; or give the file that registers it, --plugins=FILE") from None
     known = {f.name for f in dataclasses.fields(made)}
     for key, value in values.items():
         if key not in known:

@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from dmf.checkpoint import fingerprint
 from dmf.evaluator import Evaluator
+from dmf.intact import fingerprint
 from dmf.references import Reference, kept_of, of_statistics
 from dmf.statistics import Statistics, parts_in, read_statistics
 

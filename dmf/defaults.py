@@ -32,6 +32,33 @@ def teacher_guidance(scale: float, interval: tuple[float, float] = (0.0, 1.0)) -
     return ConfigDict({"name": "teacher", "scale": scale, "interval": interval})
 
 
+def drawn_guidance(kappa: float = 0.0, largest: float = 8.0) -> ConfigDict:
+    """Scale and interval are inputs of the network (`model.guidance_input`), drawn in training."""
+    return ConfigDict(
+        {
+            "name": "drawn",
+            "kappa": kappa,
+            "largest": largest,
+            "power": 1.0,
+            "low": (0.0, 0.5),
+            "high": (0.5, 1.0),
+        }
+    )
+
+
+def tangent(direction: str = "guided") -> ConfigDict:
+    """How du/dt is taken: see dmf/tangents.py. "own" makes the loss that of improved MeanFlow."""
+    return ConfigDict(
+        {
+            "direction": direction,
+            "difference": 0.0,
+            "largest": 0.0,
+            "normalized": 0.0,
+            "warmup_steps": 0,
+        }
+    )
+
+
 def work() -> ConfigDict:
     """How losses are computed, at no change of their values: see dmf/work.py."""
     return ConfigDict({"shared": True, "null_parts": 1})
@@ -49,6 +76,7 @@ def flow_matching(
             "label_dropout": 0.1,
             "alignment_coefficient": alignment_coefficient,
             "weighting": {"name": "uniform"},
+            "bins": 0,
         }
     )
 
@@ -61,9 +89,11 @@ def mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
             "interpolant": "linear",
             "times": ordered_pair(logit_normal(-0.4), logit_normal(-0.4), 0.75),
             "guidance": guidance or self_guidance(),
+            "tangent": tangent(),
             "label_dropout": 0.1,
             "weighting": {"name": "adaptive", "power": 1.0, "offset": 0.01},
             "work": work(),
+            "bins": 0,
         }
     )
 
@@ -77,9 +107,11 @@ def decoupled_mean_flow(guidance: ConfigDict | None = None) -> ConfigDict:
             "time": logit_normal(),
             "times": ordered_pair(logit_normal(0.4), logit_normal(-1.2)),
             "guidance": guidance or self_guidance(),
+            "tangent": tangent(),
             "label_dropout": 0.1,
             "weighting": {"name": "cauchy"},
             "work": work(),
+            "bins": 0,
         }
     )
 
@@ -100,6 +132,9 @@ def get_config() -> ConfigDict:
                 "num_classes": 10,
                 "conditioning": "flow",
                 "split_depth": config_dict.placeholder(int),
+                "pattern": "split",
+                "embedded_times": ("t", "t-r"),
+                "guidance_input": False,
                 "qk_norm": False,
                 "learned_variance": False,
                 "alignment_depth": 0,
@@ -108,11 +143,16 @@ def get_config() -> ConfigDict:
                 "scan": True,
                 "remat": "none",
                 "dtype": "float32",
+                "float32": (),
                 "attention": "auto",
             },
             # Where training starts: a run or an export. `ema` names the average of a run.
             "init": {"checkpoint": "", "ema": "main"},
             "teacher": {"checkpoint": "", "ema": "main"},
+            # What an objective with an alignment coefficient aligns with: features that a DINOv2,
+            # a directory that `dmf convert` made, gives for the images of a batch, computed in
+            # `dtype`; or, if there is none, those that the dataset stores. See docs/data.md.
+            "alignment": {"encoder": "", "dtype": "float32"},
             # `directory` is a dataset, or where TFDS keeps its datasets. Of `classes`, only rows
             # of these labels, none for all. `mixture` adds datasets by name, each with its `name`,
             # `split`, `directory` and `weight`, beside the first one of `weight`.
@@ -130,6 +170,9 @@ def get_config() -> ConfigDict:
             # an export, with x = (latent - shift) * scale, or (latent - mean) / std by channel.
             "latents": {"autoencoder": "", "scale": 1.0, "shift": 0.0, "mean": (), "std": ()},
             "objective": flow_matching(),
+            # Parameters that are not trained: regular expressions for whole paths, the number of a
+            # block second, as "blocks/(0|1)/mlp/.*"; "encoder" is all that sees no r.
+            "freeze": (),
             "optimizer": {
                 "name": "adamw",
                 "learning_rate": 1e-4,
@@ -141,21 +184,25 @@ def get_config() -> ConfigDict:
                 "warmup_steps": 0,
                 "schedule": "constant",
                 "decay_steps": 0,
+                "skip_nonfinite": 0,
             },
             # Parts that a batch is cut into, one after the other, to save memory.
             "accumulation": 1,
             "emas": {"main": {"name": "constant", "decay": 0.9999}},
-            # Devices along each axis; -1 takes what the others leave. May change on resume.
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            # Devices along each axis; -1 takes what the others leave. `slices` are groups that a
+            # slower network joins, 0 for as many as the devices say. May change on resume.
+            "mesh": {"slices": 0, "data": -1, "fsdp": 1, "tensor": 1},
             # Length and cadence, in steps; 0 is never. May change on resume.
             "run": {
                 "steps": 1000,
                 "log_every": 100,
                 "sample_every": 500,
                 "checkpoint_every": 500,
-                "keep_last": 1,
+                "keep_last": 2,
                 "keep_every": 0,
             },
+            # Steps to trace for a profiler, as "100:105". May change on resume.
+            "profile": "",
             # How images are made, while training and from the result. `decode_batch` latents are
             # decoded at a time, in float32 or bfloat16, whose error dmf/encoders/latents.py tells.
             "sampling": {

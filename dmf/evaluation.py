@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from dmf.checkpoint import fingerprint
 from dmf.evaluator import Evaluator, Subject
 from dmf.generation import Generator
+from dmf.intact import fingerprint
 from dmf.protocols import labels_of
 from dmf.sharding import on_this_host
 from dmf.typing import Params

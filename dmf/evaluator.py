@@ -17,10 +17,12 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from dmf import build, features, loading, logs, metrics
-from dmf.checkpoint import FORMAT, fingerprint, write_json
+from dmf.checkpoint import FORMAT
 from dmf.components import COMPONENTS, lookup
 from dmf.data.image_sets import DatasetImages, ImageSet, open_image_set
+from dmf.files import write_json
 from dmf.generation import Generated
+from dmf.intact import fingerprint
 from dmf.protocols import DISTANCES, KEEPING, METRICS, Protocol
 from dmf.references import (
     Reference,

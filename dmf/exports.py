@@ -16,7 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from dmf import card, checkpoint, loading, logs, stablehlo
+from dmf import card, checkpoint, files, loading, logs, stablehlo
 from dmf.convert import published, sources
 from dmf.encoders.autoencoder import Autoencoder
 from dmf.typing import InputError, Params
@@ -57,7 +57,7 @@ def convert(
       InputError: the checkpoint cannot be read or is of no known network; nothing is written.
       RunError: the disk is full or cannot be written.
     """
-    with checkpoint.new_directory(output) as folder:
+    with files.new_directory(output) as folder:
         parts = _read(source, given, key, spelling)
         if autoencoder:
             decoder = _read(autoencoder, {}, "", "")
@@ -144,7 +144,7 @@ def write(
     """
     if form not in FORMATS:
         raise InputError(f"format={form}: choose one of {', '.join(FORMATS)}")
-    with checkpoint.new_directory(output) as folder:
+    with files.new_directory(output) as folder:
         if form == "orbax":
             _write_orbax(folder, parts)
         elif form == "safetensors":

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from ml_collections import ConfigDict
 
 from dmf import build, images, loading, samplers
-from dmf.checkpoint import fingerprint
 from dmf.encoders.latents import LatentSpace
+from dmf.intact import fingerprint
 from dmf.protocols import labels_of
 from dmf.sharding import by_device, on_this_host
 from dmf.typing import InputError, Network, Params
@@ -55,7 +55,9 @@ def sampling(network: Network, config: ConfigDict, *, steps: int) -> Callable[..
             return samplers.noise_like(step_keys, shape)
 
         return samplers.sample(
-            build.guided(config, lambda *inputs: network.apply(params, *inputs)),
+            build.guided(
+                config, lambda *inputs: network.apply(params, *inputs), network.num_classes
+            ),
             noise(jnp.zeros((), jnp.int32)),
             labels,
             steps=steps,

@@ -10,6 +10,7 @@ meant. Network velocities in it carry no gradient. Its effective scale is omega 
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from dmf.flow import check_interval, inside, per_sample
-from dmf.typing import Dropped, FlowMap, Images, InputError, Labels, PerSample, Times
+from dmf.typing import (
+    Dropped,
+    FlowMap,
+    GuidedLabels,
+    Images,
+    InputError,
+    Labels,
+    PerSample,
+    PRNGKey,
+    Times,
+)
 
 Coefficients = tuple[PerSample, PerSample]
 
@@ -26,10 +37,12 @@ Coefficients = tuple[PerSample, PerSample]
 class NoGuidance:
     """v_g = v_t."""
 
-    teacher = False
+    teacher = drawn = False
     needs_label = needs_null = False
 
-    def coefficients(self, t: Times, dropped: Dropped) -> Coefficients:
+    def coefficients(
+        self, t: Times, dropped: Dropped, asked: GuidedLabels | None = None
+    ) -> Coefficients:
         return jnp.ones_like(t), jnp.zeros_like(t)
 
 
@@ -45,7 +58,7 @@ class SelfGuidance:
     omega: float = 1.0
     kappa: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
-    teacher = False
+    teacher = drawn = False
 
     def __post_init__(self):
         check_interval("guidance.interval", self.interval)
@@ -61,7 +74,9 @@ class SelfGuidance:
     def needs_null(self) -> bool:
         return self.omega + self.kappa != 1
 
-    def coefficients(self, t: Times, dropped: Dropped) -> Coefficients:
+    def coefficients(
+        self, t: Times, dropped: Dropped, asked: GuidedLabels | None = None
+    ) -> Coefficients:
         active = inside(t, self.interval) & ~dropped
         return jnp.where(active, self.omega, 1.0), jnp.where(active, self.kappa, 0.0)
 
@@ -74,6 +89,7 @@ class TeacherGuidance:
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     teacher = True
+    drawn = False
     needs_label = True
 
     def __post_init__(self):
@@ -83,11 +99,72 @@ class TeacherGuidance:
     def needs_null(self) -> bool:
         return self.scale != 1
 
-    def coefficients(self, t: Times, dropped: Dropped) -> Coefficients:
+    def coefficients(
+        self, t: Times, dropped: Dropped, asked: GuidedLabels | None = None
+    ) -> Coefficients:
         return jnp.zeros_like(t), jnp.where(inside(t, self.interval), self.scale, 1.0)
 
 
-Guidance = NoGuidance | SelfGuidance | TeacherGuidance
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnGuidance:
+    """The network guides itself by a scale and in an interval that are drawn for each sample and
+    given to it, to be chosen at sampling (improved MeanFlow, arXiv:2512.02012).
+
+    Attributes:
+      kappa: as in `SelfGuidance`; omega is scale (1 - kappa), so that the scale is the effective
+        one.
+      largest: the scale lies in [1, largest] ...
+      power: ... with a density in proportion to scale^-power.
+      low, high: ranges that the ends of the interval are drawn from, uniformly.
+    """
+
+    kappa: float = 0.0
+    largest: float = 8.0
+    power: float = 1.0
+    low: tuple[float, float] = (0.0, 0.5)
+    high: tuple[float, float] = (0.5, 1.0)
+    teacher = False
+    drawn = needs_null = True
+
+    def __post_init__(self):
+        check_interval("guidance.low", self.low)
+        check_interval("guidance.high", self.high)
+        if not self.kappa < 1:
+            raise InputError(f"guidance.kappa={self.kappa}: the effective scale is "
+                             "omega / (1 - kappa), so kappa must be below 1")
+        if not self.largest > 1:
+            raise InputError(f"guidance.largest={self.largest}: scales are drawn from 1 up to it; "
+                             "give more than 1")
+        if self.low[1] > self.high[0]:
+            raise InputError(f"guidance.low={self.low}: it must end before guidance.high="
+                             f"{self.high} begins")
+
+    @property
+    def needs_label(self) -> bool:
+        return self.kappa != 0
+
+    def draw(self, key: PRNGKey, y: Labels) -> GuidedLabels:
+        """Labels with a scale and an interval each."""
+        keys, count = jax.random.split(key, 3), (len(y),)
+        u, top = jax.random.uniform(keys[0], count), math.log(self.largest)
+        if self.power == 1:
+            scale = jnp.exp(u * top)
+        else:
+            rest = 1 - self.power
+            scale = (1 + u * (self.largest**rest - 1)) ** (1 / rest)
+        ends = (jax.random.uniform(k, count, minval=least, maxval=most)
+                for k, (least, most) in zip(keys[1:], (self.low, self.high), strict=True))
+        return GuidedLabels(y, scale, *ends)
+
+    def coefficients(
+        self, t: Times, dropped: Dropped, asked: GuidedLabels | None = None
+    ) -> Coefficients:
+        active = (asked.low <= t) & (t <= asked.high) & ~dropped
+        omega = asked.scale * (1 - self.kappa)
+        return jnp.where(active, omega, 1.0), jnp.where(active, self.kappa, 0.0)
+
+
+Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance
 
 
 class GuidedVelocity(NamedTuple):
@@ -114,7 +191,12 @@ class GuidedVelocity(NamedTuple):
 
 
 def guided_velocity(
-    guidance: Guidance, t: Times, dropped: Dropped, v_t: Images, unconditional: Images | None
+    guidance: Guidance,
+    t: Times,
+    dropped: Dropped,
+    v_t: Images,
+    unconditional: Images | None,
+    asked: GuidedLabels | None = None,
 ) -> GuidedVelocity:
     """How v_g follows from the velocity of the network, or of its teacher.
 
@@ -124,17 +206,20 @@ def guided_velocity(
       dropped: whether a sample's label was dropped.
       v_t: the path's own velocity.
       unconditional: u(x_t, t, t, null); not looked at unless `guidance.needs_null`.
+      asked: what was drawn, where `guidance.drawn`.
     """
-    omega, kappa = guidance.coefficients(t, dropped)
+    omega, kappa = guidance.coefficients(t, dropped, asked)
     base = per_sample(omega, v_t) * v_t
     if guidance.needs_null:
         base += per_sample(1 - omega - kappa, v_t) * unconditional
     return GuidedVelocity(base, kappa if guidance.needs_label else None)
 
 
-def null_needed(guidance: Guidance, t: Times, dropped: Dropped) -> Bool[Array, "b"]:
+def null_needed(
+    guidance: Guidance, t: Times, dropped: Dropped, asked: GuidedLabels | None = None
+) -> Bool[Array, "b"]:
     """Where the unconditional velocity has a coefficient other than 0."""
-    omega, kappa = guidance.coefficients(t, dropped)
+    omega, kappa = guidance.coefficients(t, dropped, asked)
     return omega + kappa != 1
 
 
@@ -177,3 +262,25 @@ class ClassifierFree:
             return u_null + per_sample(scale, u) * (u - u_null)
 
         return guided
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AskedOf:
+    """Guidance at sampling of a network that takes it as an input: at the price of none."""
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self):
+        check_interval("interval", self.interval)
+        if not self.scale > 0:
+            raise InputError(f"sampling.guidance.scale={self.scale}: a network that takes its "
+                             "guidance as an input wants a positive scale; 1 is none")
+
+    def __call__(self, flow_map: FlowMap) -> FlowMap:
+        def asked(x_t: Images, t: Times, r: Times, y: Labels) -> Images:
+            wanted = (jnp.full(t.shape, value, jnp.float32)
+                      for value in (self.scale, *self.interval))
+            return flow_map(x_t, t, r, GuidedLabels(y, *wanted))
+
+        return asked

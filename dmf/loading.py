@@ -20,8 +20,11 @@ from dmf.sharding import make_mesh, parameter_shardings
 from dmf.state import with_shardings
 from dmf.typing import FlowMap, InputError, Network, Params
 
-# Parameters that an objective may want and a flow model lacks, and the other way round.
-ADDED = ("log_variance", "interval_embedding", "projector")
+# Parameters that a run may want and its initial checkpoint lacks: an objective's, embeddings that
+# are zero at first, and the scales of qk-norm, which are 1. And those that only training used.
+QK_NORM = ("blocks/attention/q_norm", "blocks/attention/k_norm")
+ADDED = ("log_variance", "interval_embedding", "target_embedding", "both_embedding",
+         "guidance_embedding", "projector", *QK_NORM)  # fmt: skip
 _DROPPED = ("log_variance", "projector")
 # An export over latents may hold their autoencoder, in a directory of its own.
 AUTOENCODER = "autoencoder"
@@ -68,10 +71,11 @@ def read_config(directory: epath.PathLike) -> ConfigDict:
 
 
 def as_config(stored: Mapping[str, Any]) -> ConfigDict:
-    """A config as JSON held it; how it samples may be told in part."""
-    config = ConfigDict(stored)
-    config.sampling = {**defaults.get_config().sampling, **config.sampling}
-    if config.model.split_depth is None:
+    """A config as JSON held it; how it samples, and what it aligns with, may be told in part."""
+    config, default = ConfigDict(stored), defaults.get_config()
+    config.sampling = {**default.sampling, **config.sampling}
+    config.alignment = {**default.alignment, **config.get("alignment", {})}
+    if config.model.get("split_depth", 0) is None:
         # JSON forgets the type of a field that is not set.
         config.model.split_depth = config_dict.placeholder(int)
     return config
@@ -93,7 +97,7 @@ def config_of(network: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(network, DiT):
         return {"encoder": described("encoder", network)}
     config = defaults.get_config()
-    missing = config.keys() - stated.keys()
+    missing = config.keys() - stated.keys() - {"alignment"}
     if stated and missing:
         raise InputError(f"the checkpoint states a config without {min(missing)}")
     config = as_config(stated) if stated else config
@@ -106,8 +110,8 @@ def config_of(network: Any, stated: Mapping[str, Any]) -> dict[str, Any]:
     return plain(config)
 
 
-def load_encoder(directory: epath.PathLike, name: str) -> tuple[Any, Params]:
-    """A frozen network and its parameters, as `dmf convert` wrote them.
+def read_encoder(directory: epath.PathLike, name: str) -> Any:
+    """A frozen network without its parameters, as `dmf convert` wrote it.
 
     Args:
       directory: an export.
@@ -119,8 +123,26 @@ def load_encoder(directory: epath.PathLike, name: str) -> tuple[Any, Params]:
     stored = checkpoint.read_config(directory)
     if stored.get("encoder", {}).get("name") != name:
         raise InputError(f"{name}={directory}: it holds no such network; make one with dmf convert")
-    made = component("encoder", stored["encoder"], "encoder")
+    return component("encoder", stored["encoder"], "encoder")
+
+
+def load_encoder(
+    directory: epath.PathLike, name: str, *, on: Mesh | None = None
+) -> tuple[Any, Params]:
+    """A frozen network and its parameters, as `dmf convert` wrote them.
+
+    Args:
+      directory: an export.
+      name: what `COMPONENTS["encoder"]` calls it.
+      on: the mesh to split parameters over; one device has them by default.
+
+    Raises:
+      InputError: nothing is there, or another network.
+    """
+    made = read_encoder(directory, name)
     abstract = jax.eval_shape(made.init, jax.random.key(0))
+    if on is not None:
+        abstract = with_shardings(abstract, parameter_shardings(on, abstract))
     return made, checkpoint.restore_params(directory, abstract)
 
 
@@ -152,10 +174,11 @@ def latent_space_of(config: ConfigDict, autoencoder: Autoencoder) -> LatentSpace
       InputError: they have not as many channels as `config.model`, or `config.sampling` says of
         decoding what cannot be.
     """
-    if autoencoder.latent_channels != config.model.channels:
+    channels = network(config).sample_shape[-1]
+    if autoencoder.latent_channels != channels:
         raise InputError(f"latents.autoencoder={config.latents.autoencoder}: its latents have "
                          f"{autoencoder.latent_channels} channels, config.model has "
-                         f"{config.model.channels}")
+                         f"{channels}")
     return LatentSpace(
         autoencoder=autoencoder,
         scaling=scaling(config),

@@ -9,6 +9,14 @@ from typing import Any
 from etils import epath
 
 METRICS_FILE = "metrics.jsonl"
+# Folders of a run: what was measured, and grids of samples, each a file by its step.
+EVALUATIONS = "evaluations"
+SAMPLES = "samples"
+
+
+def evaluation_file(workdir: epath.Path, step: int) -> epath.Path:
+    """What was measured after a step."""
+    return workdir / EVALUATIONS / f"{step:08}.json"
 
 
 class MetricsWriter:
@@ -23,7 +31,10 @@ class MetricsWriter:
 
         self._path = workdir / METRICS_FILE
         kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        # Beside it, and then in its place: whoever is killed here loses nothing.
+        partial = self._path.parent / f".{METRICS_FILE}.partial"
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial.replace(self._path)
         self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1)
 
@@ -39,6 +50,16 @@ class MetricsWriter:
         """Flushes both files."""
         self._file.close()
         self._events.close()
+
+
+class NoMetrics:
+    """What the processes have that do not write."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:

@@ -2,20 +2,21 @@
 
 import json
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmf import build, evaluation, images
-from dmf.checkpoint import write_json
+from dmf import build, evaluation, hosts, images
 from dmf.evaluator import Evaluator
+from dmf.files import write_json
 from dmf.generation import Generator, class_grid
+from dmf.logs import EVALUATIONS, SAMPLES, evaluation_file
 from dmf.protocols import HIGHER_IS_BETTER
 from dmf.sharding import local_mesh, on_this_host
 from dmf.state import TrainState
 from dmf.typing import InputError, Params
-
-EVALUATIONS = "evaluations"
 
 
 def average(state: TrainState, name: str) -> Params:
@@ -33,11 +34,13 @@ def preview(
         return lambda count, state: None
     on = local_mesh()
     generator = Generator(network, config, on=on)
-    folder = workdir / "samples"
+    folder = workdir / SAMPLES
 
     def show(count: int, state: TrainState) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         params = on_this_host(average(state, config.sampling.ema), on)
+        if not hosts.first():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
         generates = [generator(params, steps=n) for n in config.sampling.steps]
         sheet = class_grid(generates, network.num_classes, fill=on.size)
         images.write_png(folder / f"{count:08}.png", sheet)
@@ -60,7 +63,7 @@ class Examiner:
           InputError: a field of `config.evaluation` that cannot be.
         """
         self._config = config
-        self._folder = workdir / EVALUATIONS
+        self._workdir, self._folder = workdir, workdir / EVALUATIONS
         settings = config.evaluation
         for name in settings.emas:
             if name and name not in config.emas:
@@ -76,8 +79,15 @@ class Examiner:
         return self._path(step).exists()
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
-        """Evaluates the state after a step; returns the scores by metric, average and steps."""
+        """Evaluates the state after a step; returns the scores by metric, average and steps.
+
+        The first process does it, and has them; the others hand it their parts of the parameters.
+        """
         settings = self._config.evaluation
+        if not hosts.first():
+            for name in settings.emas:
+                on_this_host(average(state, name), self._evaluator.on)
+            return {}
         rows = evaluation.evaluate(
             self._evaluator,
             self._generator,
@@ -105,4 +115,47 @@ class Examiner:
         return choose(sorted(known), key=known.get) if known else None
 
     def _path(self, step: int) -> epath.Path:
-        return self._folder / f"{step:08}.json"
+        return evaluation_file(self._workdir, step)
+
+
+class Profile:
+    """Traces some steps of a run, for XProf or Perfetto, into `profile/` below the workdir."""
+
+    def __init__(self, steps: str, workdir: epath.Path):
+        """Takes note of what to trace.
+
+        Args:
+          steps: FIRST:LAST, both among them; empty for none.
+          workdir: of the run.
+
+        Raises:
+          InputError: they are no such thing.
+        """
+        first, _, last = steps.partition(":")
+        self._folder = workdir / "profile"
+        self._tracing = False
+        if not steps:
+            self._first = self._last = 0
+        elif first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+            self._first, self._last = int(first), int(last)
+        else:
+            raise InputError(f"profile={steps}: give FIRST:LAST, steps counted from 1, as 100:105")
+
+    def before(self, step: int) -> None:
+        """To be called before each step."""
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+
+    def after(self, step: int, outputs: Any) -> None:
+        """To be called after each step, with what it gave."""
+        if self._tracing and step == self._last:
+            jax.block_until_ready(outputs)
+            self.close()
+            hosts.say(f"steps {self._first} to {self._last} are traced in {self._folder}")
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

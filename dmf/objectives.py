@@ -3,6 +3,7 @@
 An objective draws its randomness in one place, `draw(key, batch)`, and computes from it, in
 `loss(network, params, batch, draws, frozen)`, one loss a sample and a dictionary of per-sample
 metrics. A loss is therefore a pure function of its inputs, and no sample sees another.
+With bins there are metrics of arrays a sample too, see `dmf.bins`.
 `frozen` holds parameters that are not trained; {"teacher": ...} where the guidance asks for one.
 
 How a loss is computed is a choice of its own that changes no number: `dmf.work`.
@@ -10,18 +11,20 @@ How a loss is computed is a choice of its own that changes no number: `dmf.work`
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
+from dmf import bins
+from dmf.draws import DecoupledDraws, Draws, beside, check_rate, drop, point_of
 from dmf.flow import LINEAR, Interpolant
-from dmf.guidance import Guidance, GuidedVelocity, NoGuidance, SelfGuidance
+from dmf.guidance import DrawnGuidance, Guidance, GuidedVelocity, NoGuidance, SelfGuidance
 from dmf.identity import Point, no_gradient
+from dmf.tangents import Tangent, root_mean_square
 from dmf.times import LogitNormal, OrderedPair, TimeSampler
 from dmf.typing import (
     Batch,
-    Dropped,
     Features,
     Images,
     InputError,
@@ -35,28 +38,6 @@ from dmf.weighting import Adaptive, Cauchy, Uniform, Weighting
 from dmf.work import Work
 
 
-class Draws(NamedTuple):
-    """The randomness of one look at a batch.
-
-    Attributes:
-      noise: [b, h, w, c] standard normal.
-      t, r: [b] with 0 <= r <= t <= 1.
-      dropped: [b] bool, whether the label is replaced by the null label.
-    """
-
-    noise: jax.Array
-    t: jax.Array
-    r: jax.Array
-    dropped: jax.Array
-
-
-class DecoupledDraws(NamedTuple):
-    """Decoupled MeanFlow looks at a batch twice: same dropped labels, independent noise."""
-
-    flow_matching: Draws
-    mean_flow: Draws
-
-
 @runtime_checkable
 class Objective(Protocol):
     """Draws, then losses. `learned_variance` tells whether the network needs its head."""
@@ -65,7 +46,12 @@ class Objective(Protocol):
     alignment: bool
     needs_teacher: bool
 
-    def draw(self, key: PRNGKey, batch: Batch) -> Draws | DecoupledDraws: ...
+    def draw(
+        self, key: PRNGKey, batch: Batch, step: jax.Array | None = None
+    ) -> Draws | DecoupledDraws:
+        """What is random in a loss, and what depends on the step of training; without a step,
+        as after any warm-up."""
+        ...
 
     def loss(
         self,
@@ -92,25 +78,6 @@ def _size(x: Images) -> int:
     return x[0].size
 
 
-def _drop(key: PRNGKey, rate: float, batch: Batch) -> Dropped:
-    return jax.random.bernoulli(key, rate, batch.y.shape)
-
-
-def _point(interpolant: Interpolant, batch: Batch, draws: Draws, null_label: int) -> Point:
-    return Point(
-        x_t=interpolant.mix(batch.x, draws.noise, draws.t),
-        v_t=interpolant.velocity(batch.x, draws.noise, draws.t),
-        t=draws.t,
-        r=draws.r,
-        y=jnp.where(draws.dropped, null_label, batch.y),
-        dropped=draws.dropped,
-    )
-
-
-def _root_mean_square(x: Images) -> PerSample:
-    return jnp.sqrt(jnp.mean(x.astype(jnp.float32) ** 2, axis=(1, 2, 3)))
-
-
 def cosine_distance(tokens: Features, features: Features) -> PerSample:
     """Minus the mean cosine similarity of tokens and features (REPA, arXiv:2410.06940)."""
     unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (tokens, features)]
@@ -126,6 +93,7 @@ class FlowMatching:
       time: distribution of t.
       label_dropout: probability that a label is replaced by the null label.
       alignment_coefficient: weight of the alignment with `batch.features` (REPA), 0 for none.
+      bins: into how many each time is cut, for metrics of errors by time; 0 for none.
     """
 
     interpolant: Interpolant = LINEAR
@@ -133,10 +101,12 @@ class FlowMatching:
     label_dropout: float = 0.1
     alignment_coefficient: float = 0.0
     weighting: Weighting = Uniform()
+    bins: int = 0
     needs_teacher = False
 
     def __post_init__(self):
-        _check_dropout(self.label_dropout)
+        check_rate(self.label_dropout)
+        bins.check(self.bins)
 
     @property
     def learned_variance(self) -> bool:
@@ -146,11 +116,12 @@ class FlowMatching:
     def alignment(self) -> bool:
         return self.alignment_coefficient != 0
 
-    def draw(self, key: PRNGKey, batch: Batch) -> Draws:
+    def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> Draws:
+        del step
         noise_key, time_key, label_key = jax.random.split(key, 3)
         t = self.time(time_key, len(batch.x), self.interpolant)
         noise = jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
-        return Draws(noise, t, t, _drop(label_key, self.label_dropout, batch))
+        return Draws(noise, t, t, drop(label_key, self.label_dropout, batch))
 
     def loss(
         self,
@@ -161,13 +132,14 @@ class FlowMatching:
         frozen: Mapping[str, Params],
     ) -> tuple[PerSample, Metrics]:
         del frozen
-        x_t, v_t, t, _, y, _ = _point(self.interpolant, batch, draws, network.num_classes)
+        x_t, v_t, t, _, y, *_ = point_of(self.interpolant, batch, draws, network.num_classes)
         if self.alignment:
             u, tokens = network.apply_with_features(params, x_t, t, t, y)
         else:
             u = network.apply(params, x_t, t, t, y)
         error = squared_error(u, v_t)
         metrics = {"flow_matching_error": error / _size(batch.x)}
+        metrics |= bins.binned("flow_matching_error", error / _size(batch.x), self.bins, t)
         loss = self.weighting(error, _size(batch.x), _phi(self, network, params, t, t, metrics))
         if self.alignment:
             distance = cosine_distance(tokens, batch.features)
@@ -188,24 +160,29 @@ class MeanFlow:
       interpolant: the path.
       times: distribution of (t, r).
       guidance: of the velocity in target and tangent.
+      tangent: how du/dt is taken.
       label_dropout: probability that a label is replaced by the null label.
       weighting: of the squared error.
       work: how it is computed.
+      bins: into how many each time is cut, for metrics of errors by time; 0 for none.
     """
 
     interpolant: Interpolant = LINEAR
     times: OrderedPair = OrderedPair(
         first=LogitNormal(mean=-0.4), second=LogitNormal(mean=-0.4), equal_share=0.75
     )
-    guidance: NoGuidance | SelfGuidance = NoGuidance()
+    guidance: NoGuidance | SelfGuidance | DrawnGuidance = NoGuidance()
+    tangent: Tangent = Tangent()
     label_dropout: float = 0.1
     weighting: Weighting = Adaptive()
     work: Work = Work()
+    bins: int = 0
     alignment = False
     needs_teacher = False
 
     def __post_init__(self):
-        _check_dropout(self.label_dropout)
+        check_rate(self.label_dropout)
+        bins.check(self.bins)
         if self.guidance.teacher:
             raise InputError("objective.guidance.name=teacher: MeanFlow guides itself; choose "
                              "none or self, or distil with the decoupled_mean_flow objective")
@@ -214,11 +191,12 @@ class MeanFlow:
     def learned_variance(self) -> bool:
         return self.weighting.learned
 
-    def draw(self, key: PRNGKey, batch: Batch) -> Draws:
+    def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> Draws:
         noise_key, time_key, label_key = jax.random.split(key, 3)
         t, r = self.times(time_key, len(batch.x), self.interpolant)
         noise = jax.random.normal(noise_key, batch.x.shape, batch.x.dtype)
-        return Draws(noise, t, r, _drop(label_key, self.label_dropout, batch))
+        dropped = drop(label_key, self.label_dropout, batch)
+        return Draws(noise, t, r, dropped, *beside(self.guidance, self.tangent, key, batch, step))
 
     def loss(
         self,
@@ -230,15 +208,15 @@ class MeanFlow:
     ) -> tuple[PerSample, Metrics]:
         del frozen
         null = network.num_classes
-        point = _point(self.interpolant, batch, draws, null)
+        point = point_of(self.interpolant, batch, draws, null)
         source = no_gradient(network, params)
         (guided,) = self.work.guides(self.guidance, source, [point], null)
         return _mean_flow_loss(self, network, params, point, guided)
 
     def flops(self, network: Network) -> float:
-        """Forward, tangent and backward (2), and the guidance."""
+        """Forward and backward (2), the tangent, and the guidance."""
         guidance = _guidance_flops(self.guidance, network, network.flops.decode)
-        return 4 * network.flops.forward + guidance
+        return 3 * network.flops.forward + _tangent_flops(self, network) + guidance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,9 +228,11 @@ class DecoupledMeanFlow:
       time: distribution of t in the flow-matching half.
       times: distribution of (t, r) in the MeanFlow half.
       guidance: of the velocity in both halves: none, the network's own, or a frozen teacher's.
+      tangent: how du/dt is taken in the MeanFlow half.
       label_dropout: probability that a label is replaced by the null label, in both halves.
       weighting: of the squared error.
       work: how it is computed.
+      bins: into how many each time is cut, for metrics of errors by time; 0 for none.
       teacher: the network of `frozen["teacher"]`, where the guidance is a teacher's.
     """
 
@@ -260,14 +240,17 @@ class DecoupledMeanFlow:
     time: TimeSampler = LogitNormal()
     times: OrderedPair = OrderedPair(first=LogitNormal(mean=0.4), second=LogitNormal(mean=-1.2))
     guidance: Guidance = NoGuidance()
+    tangent: Tangent = Tangent()
     label_dropout: float = 0.1
     weighting: Weighting = Cauchy()
     work: Work = Work()
+    bins: int = 0
     teacher: Network | None = None
     alignment = False
 
     def __post_init__(self):
-        _check_dropout(self.label_dropout)
+        check_rate(self.label_dropout)
+        bins.check(self.bins)
         if self.guidance.teacher and self.teacher is None:
             raise InputError("objective.guidance.name=teacher: name the teacher's checkpoint in "
                              "config.teacher.checkpoint")
@@ -280,13 +263,15 @@ class DecoupledMeanFlow:
     def needs_teacher(self) -> bool:
         return self.guidance.teacher
 
-    def draw(self, key: PRNGKey, batch: Batch) -> DecoupledDraws:
+    def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> DecoupledDraws:
         keys = jax.random.split(key, 5)
-        dropped = _drop(keys[0], self.label_dropout, batch)
+        dropped = drop(keys[0], self.label_dropout, batch)
         noises = [jax.random.normal(k, batch.x.shape, batch.x.dtype) for k in keys[1:3]]
         t = self.time(keys[3], len(batch.x), self.interpolant)
         pair = self.times(keys[4], len(batch.x), self.interpolant)
-        return DecoupledDraws(Draws(noises[0], t, t, dropped), Draws(noises[1], *pair, dropped))
+        more = beside(self.guidance, self.tangent, key, batch, step)
+        return DecoupledDraws(Draws(noises[0], t, t, dropped, *more),
+                              Draws(noises[1], *pair, dropped, *more))
 
     def loss(
         self,
@@ -297,18 +282,19 @@ class DecoupledMeanFlow:
         frozen: Mapping[str, Params],
     ) -> tuple[PerSample, Metrics]:
         null = network.num_classes
-        looks = [_point(self.interpolant, batch, look, null) for look in draws]
+        looks = [point_of(self.interpolant, batch, look, null) for look in draws]
         if self.guidance.teacher:
             source = no_gradient(self.teacher, frozen["teacher"])
         else:
             source = no_gradient(network, params)
         guides = self.work.guides(self.guidance, source, looks, null)
 
-        x_t, _, t, _, y, _ = looks[0]
+        x_t, _, t, _, y, *_ = looks[0]
         u = network.apply(params, x_t, t, t, y)
         conditional = u if self.work.shared or guides[0].kappa is None else source(x_t, t, t, y)
         error = squared_error(u, guides[0].at(conditional))
         metrics = {"flow_matching_error": error / _size(batch.x)}
+        metrics |= bins.binned("flow_matching_error", error / _size(batch.x), self.bins, t)
         phi = _phi(self, network, params, t, t, metrics)
         flow_matching = self.weighting(error, _size(batch.x), phi)
 
@@ -317,7 +303,7 @@ class DecoupledMeanFlow:
         return (flow_matching + mean_flow) / 2, metrics
 
     def flops(self, network: Network) -> float:
-        """Flow matching (3) and MeanFlow (4), and the guidance of both."""
+        """Forward and backward of both halves (6), the tangent, and the guidance of both."""
         if self.guidance.teacher:
             guidance = 2 * _guidance_flops(
                 self.guidance, self.teacher, self.teacher.flops.forward
@@ -326,12 +312,15 @@ class DecoupledMeanFlow:
             # The velocity of the flow-matching half is its prediction.
             guidance = sum(_guidance_flops(self.guidance, network, own)
                            for own in (0.0, network.flops.decode))
-        return 7 * network.flops.forward + guidance
+        return 6 * network.flops.forward + _tangent_flops(self, network) + guidance
 
 
-def _check_dropout(rate: float) -> None:
-    if not 0 <= rate <= 1:
-        raise InputError(f"objective.label_dropout={rate}: a probability lies in [0, 1]")
+def _tangent_flops(objective: "MeanFlow | DecoupledMeanFlow", network: Network) -> float:
+    """Of du/dt, and of the network's own velocity where only du/dt wants it."""
+    passes = 2 if objective.tangent.difference else 1
+    guides = objective.guidance.needs_label and not objective.guidance.teacher
+    own = network.flops.decode if objective.tangent.own and not guides else 0.0
+    return passes * network.flops.forward + own
 
 
 def _guidance_flops(guidance: Guidance, source: Network, own: float) -> float:
@@ -361,12 +350,13 @@ def _mean_flow_loss(
     point: Point,
     guided: GuidedVelocity,
 ) -> tuple[PerSample, Metrics]:
-    u, target, du_dt = objective.work.identity(network, params, point, guided)
+    u, target, du_dt = objective.work.identity(network, params, point, guided, objective.tangent)
     error, size = squared_error(u, target), _size(u)
     metrics = {
         "mean_flow_error": error / size,
         "velocity_error": squared_error(u, point.v_t) / size,
-        "du_dt_norm": _root_mean_square(du_dt),
+        "du_dt_norm": root_mean_square(du_dt),
     }
+    metrics |= bins.binned("mean_flow_error", error / size, objective.bins, point.t, point.r)
     phi = _phi(objective, network, params, point.t, point.r, metrics)
     return objective.weighting(error, size, phi), metrics

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dmf.skipping import skipping
 from dmf.typing import InputError, Params
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -23,6 +24,8 @@ class AdamW:
       warmup_steps: over which the learning rate rises linearly from 0.
       schedule: "constant", or "cosine" or "linear" decay to 0.
       decay_steps: at which the decay ends, counted from the first step.
+      skip_nonfinite: how many steps in a row may be skipped, because their loss or the norm of
+        their gradient is not finite; 0 for none.
     """
 
     learning_rate: float = 1e-4
@@ -34,6 +37,7 @@ class AdamW:
     warmup_steps: int = 0
     schedule: str = "constant"
     decay_steps: int = 0
+    skip_nonfinite: int = 0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
@@ -44,6 +48,9 @@ class AdamW:
                              f"ends after optimizer.warmup_steps={self.warmup_steps}")
         if self.learning_rate <= 0:
             raise InputError(f"optimizer.learning_rate={self.learning_rate}: it is positive")
+        if self.skip_nonfinite < 0:
+            raise InputError(f"optimizer.skip_nonfinite={self.skip_nonfinite}: give 0, for none, "
+                             "or how many steps in a row may be skipped")
 
     def rate(self, step: jax.Array) -> jax.Array:
         """The learning rate of a step."""
@@ -57,12 +64,13 @@ class AdamW:
         return optax.join_schedules([warmup, after], [self.warmup_steps])(step)
 
     def transform(self) -> optax.GradientTransformation:
-        """The gradient transformation."""
+        """The gradient transformation, which takes `finite` too where steps may be skipped."""
         adamw = optax.adamw(
             self.rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
         )
         clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
-        return optax.chain(clip, adamw)
+        chain = optax.chain(clip, adamw)
+        return skipping(chain) if self.skip_nonfinite else chain
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

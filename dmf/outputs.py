@@ -18,9 +18,9 @@ from jaxtyping import Int, UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dmf import images, logs
-from dmf.checkpoint import disk_errors, new_directory
 from dmf.data.image_files import LABELS_FILES
 from dmf.data.image_sets import ARRAY
+from dmf.files import disk_errors, new_directory
 from dmf.generation import Generate, chunks
 from dmf.surveys import claimed, wait_for_all
 from dmf.typing import InputError, RunError

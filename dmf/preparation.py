@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dmf import logs
-from dmf.checkpoint import disk_errors, fingerprint, write_json
 from dmf.crop_surveys import CropSurvey
-from dmf.data.sources import LABELS_FILE
+from dmf.data.records import LABELS_FILE
 from dmf.evaluator import Evaluator
+from dmf.files import disk_errors, write_json
+from dmf.intact import fingerprint
 from dmf.references import write_reference
 from dmf.shards import RECORDS, SPLIT, Images, Preparation, ShardWriter, shard_name
 from dmf.typing import InputError, Params, RunError
@@ -37,6 +38,7 @@ def prepare(
     preparation: Preparation,
     params: Params | None = None,
     *,
+    alignment_params: Params | None = None,
     evaluator: Evaluator | None = None,
     reference: epath.PathLike = "",
     process: int = 0,
@@ -49,6 +51,7 @@ def prepare(
       output: a directory, new or left by an earlier call.
       preparation: what is made of them.
       params: of the autoencoder.
+      alignment_params: of the encoder of patch features.
       evaluator: of a protocol, to make a reference of the crops in the same pass; and its file.
       reference: the `.npz` to write.
       process, processes: which of how many that share the work, each with the same arguments.
@@ -62,6 +65,7 @@ def prepare(
         raise InputError(f"process={process}: give a number from 0 to processes - 1 = "
                          f"{processes - 1}")
     output = epath.Path(output)
+    networks = {"autoencoder": params, "alignment": alignment_params}
     survey = None
     if evaluator is not None:
         survey = CropSurvey(
@@ -69,13 +73,13 @@ def prepare(
             side=preparation.resolution, count=len(source), process=process,
         )  # fmt: skip
     with disk_errors(output):
-        _claim(output, _settings(source, preparation, params, survey))
+        _claim(output, _settings(source, preparation, networks, survey))
         count = -(-len(source) // preparation.shard_size)
         mine = [i for i in range(count) if i % processes == process]
         todo = [i for i in mine if not _report(output, i).exists()]
         logs.say(f"{len(source):,} images in {count} shards: {len(mine) - len(todo)} of "
                  f"{len(mine)} are done" + (f" (process {process})" if processes > 1 else ""))
-        write = ShardWriter(source, output, preparation, params, count, survey)
+        write = ShardWriter(source, output, preparation, networks, count, survey)
         clock = logs.Clock(0, len(todo))
         for done, shard in enumerate(todo, 1):
             # A shard with a report is whole.
@@ -92,7 +96,10 @@ def prepare(
 
 
 def _settings(
-    source: Images, preparation: Preparation, params: Params | None, survey: CropSurvey | None
+    source: Images,
+    preparation: Preparation,
+    networks: Mapping[str, Params | None],
+    survey: CropSurvey | None,
 ) -> dict[str, Any]:
     """What determines the records, as JSON holds it."""
     labels = [] if source.labels is None else source.labels.tolist()
@@ -103,8 +110,10 @@ def _settings(
     settings |= {
         "images": len(source),
         "listing": hashlib.sha256(listing.encode()).hexdigest()[:16],
-        "parameters": fingerprint(params),
+        "parameters": fingerprint(networks["autoencoder"]),
     }
+    if preparation.alignment is not None:
+        settings["alignment_parameters"] = fingerprint(networks["alignment"])
     if survey is not None:
         settings["reference"] = survey.identity
     return json.loads(json.dumps(settings))

@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int64
 
-from dmf.checkpoint import fingerprint
 from dmf.convert import numpy_pickles
+from dmf.intact import fingerprint
 from dmf.metrics import Moments, RunningMoments
 from dmf.statistics import Statistics, write_npz
 from dmf.typing import InputError

@@ -6,6 +6,7 @@ from typing import Any
 
 from etils import epath
 
+from dmf.figures import blank, png
 from dmf.typing import InputError
 
 Evaluation = dict[str, Any]
@@ -122,13 +123,9 @@ def write(
 
 def plot(path: epath.Path, evaluations: Mapping[str, Evaluation], metric: str) -> None:
     """The metric against steps, one curve an evaluation; distances and steps logarithmic."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator
-    except ImportError:
-        raise InputError("distance.png: pictures need matplotlib; pip install "
-                         "'dmf-jax[report]'") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = blank(6, 4)
+    from matplotlib.ticker import LogLocator
+
     axes = figure.add_subplot()
     for name, curve in _curves(evaluations):
         axes.plot(list(curve), [row[metric] for row in curve.values()], marker="o", label=name)
@@ -147,5 +144,4 @@ def plot(path: epath.Path, evaluations: Mapping[str, Evaluation], metric: str) -
     axes.set_xlabel("sampling steps")
     axes.set_ylabel(_TITLES.get(metric, metric))
     axes.legend()
-    with path.open("wb") as file:
-        figure.savefig(file, format="png", dpi=150)
+    path.write_bytes(png(figure))

@@ -1,8 +1,10 @@
 """Where arrays live: a mesh of devices, and rules by path and shape. Models know none of it.
 
-The mesh has three axes. A batch is split over "data" and "fsdp"; parameters over "fsdp", and over
-"tensor" where a rule names the dimension; optimizer state and averages over all three, so that
-what is only touched once a step is never replicated.
+The mesh has four axes. A batch is split over "slices", "data" and "fsdp"; parameters over "fsdp",
+and over "tensor" where a rule names the dimension; optimizer state and averages over "data" too, so
+that what is only touched once a step is not replicated. "slices" is a second data axis, across
+groups of devices that a slower network joins (slices of TPUs, nodes of GPUs): over it nothing goes
+but the sum of gradients.
 """
 
 import math
@@ -12,15 +14,18 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dmf.typing import InputError
 
-BATCH_AXES = ("data", "fsdp")
+BATCH_AXES = ("slices", "data", "fsdp")
 STATE_AXES = ("fsdp", "data")
 
 # Which dimension of a leaf "tensor" splits: attention by heads, the MLP by its hidden width. The
 # first product of each pair is split by columns, the second by rows, so one sum follows both.
+# The modulation, a third of a block's parameters, is split by rows: by columns XLA (JAX 0.10, on
+# CPUs) gives wrong numbers for unrolled blocks on a mesh of 2 x 2 x 2.
 TENSOR_RULES = (
     (r"blocks/attention/qkv/kernel$", -2),
     (r"blocks/attention/qkv/bias$", -2),
@@ -28,6 +33,7 @@ TENSOR_RULES = (
     (r"blocks/mlp/in/kernel$", -1),
     (r"blocks/mlp/in/bias$", -1),
     (r"blocks/mlp/out/kernel$", -2),
+    (r"blocks/modulation/linear/kernel$", -3),
 )
 # Leaves stacked by depth: their first axis is scanned over, and never split.
 STACKED = re.compile(r"(^|/)blocks/")
@@ -39,35 +45,52 @@ def make_mesh(
     data: int = -1,
     fsdp: int = 1,
     tensor: int = 1,
+    slices: int = 0,
     *,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices.
+    """A mesh with axes slices, data, fsdp and tensor over all devices.
 
     Args:
       data, fsdp, tensor: sizes; one of them may be -1 and takes what the others leave.
+      slices: groups of devices that a slower network joins; 0 for as many as the devices say.
       devices: those to use; all by default.
 
     Raises:
       InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    found = len(set(map(_slice_of, devices)))
+    if slices < 0 or (slices and (slices % found or len(devices) % slices)):
+        raise InputError(f"mesh.slices={slices}: the {len(devices)} devices lie in {found}; give 0 "
+                         "for that, or a multiple of it that divides them")
+    slices = slices or found
+    sizes, within = {"data": data, "fsdp": fsdp, "tensor": tensor}, len(devices) // slices
     shown = "x".join(map(str, sizes.values()))
     if list(sizes.values()).count(-1) > 1 or any(n < 1 and n != -1 for n in sizes.values()):
         raise InputError(f"mesh={shown} (data x fsdp x tensor): each axis is at least 1, and at "
                          "most one may be -1, for what the others leave")
     given = math.prod(n for n in sizes.values() if n != -1)
-    sizes = {name: len(devices) // given if n == -1 else n for name, n in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
+    sizes = {name: within // given if n == -1 else n for name, n in sizes.items()}
+    if math.prod(sizes.values()) != within:
+        each = f" of each of {slices} slices" if slices > 1 else ""
         raise InputError(f"mesh={shown} (data x fsdp x tensor): it must hold all "
-                         f"{len(devices)} devices, one axis may be -1")
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * 3,
-        devices=devices,
-    )
+                         f"{within} devices{each}, one axis may be -1")
+    ordered = sorted(devices, key=lambda d: (_slice_of(d), d.process_index, d.id))
+    groups = [
+        mesh_utils.create_device_mesh(
+            tuple(sizes.values()),
+            ordered[start : start + within],
+            allow_split_physical_axes=True,
+        )
+        for start in range(0, len(ordered), within)
+    ]
+    return Mesh(np.stack(groups), ("slices", *sizes), axis_types=(AxisType.Auto,) * 4)
+
+
+def _slice_of(device: jax.Device) -> int:
+    """Which slice of TPUs, or node of GPUs, a device is on; 0 where the platform does not say."""
+    return getattr(device, "slice_index", None) or 0
 
 
 def local_mesh(most: int | None = None) -> Mesh:

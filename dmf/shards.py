@@ -5,7 +5,7 @@ import concurrent.futures
 import dataclasses
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float16, UInt8
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dmf import images
+from dmf.alignment import PatchFeatures, stored_features
 from dmf.crop_surveys import CropSurvey
 from dmf.data.crop import center_crop
 from dmf.data.image_files import UnreadableImage
@@ -30,6 +31,9 @@ SPLIT = "train"
 RECORDS = "array_record"
 # Shards are read at random: one record a chunk; moments do not compress.
 _WRITER_OPTIONS = "group_size:1,uncompressed"
+
+# From a batch of crops to what is stored of each.
+Encode = Callable[[np.ndarray], Sequence[Any]]
 
 
 @runtime_checkable
@@ -56,6 +60,8 @@ class Preparation:
       autoencoder: whose moments are stored; None stores the crops themselves.
       mirror: whether the moments of the mirror image are stored too.
       keep_images: whether the crop is stored beside the moments, as PNG.
+      alignment: what gives the patch features that are stored too, of the mirror image as well with
+        `mirror`; None stores none.
       shard_size: images of a shard.
       batch_size: images encoded at once.
       skip_unreadable: whether an image that cannot be read is left out, or ends the work.
@@ -66,6 +72,7 @@ class Preparation:
     autoencoder: Autoencoder | None = None
     mirror: bool = True
     keep_images: bool = False
+    alignment: PatchFeatures | None = None
     shard_size: int = 1024
     batch_size: int = 32
     skip_unreadable: bool = True
@@ -101,11 +108,15 @@ class Preparation:
             )
             if self.keep_images:
                 kinds["image"] = tfds.features.Image(shape=(side, side, 3), encoding_format="png")
+        if self.alignment is not None:
+            kinds["features"] = tfds.features.Tensor(
+                shape=(1 + self.mirror, *self.alignment.shape), dtype=np.float16, encoding="bytes"
+            )
         if class_names:
             kinds["label"] = tfds.features.ClassLabel(names=list(class_names))
         return tfds.features.FeaturesDict(kinds)
 
-    def encoder(self, params: Params | None) -> Callable[[np.ndarray], np.ndarray]:
+    def encoder(self, params: Params | None) -> Encode:
         """What turns a batch of crops into rows, over the devices of this process.
 
         Raises:
@@ -113,13 +124,21 @@ class Preparation:
         """
         if self.autoencoder is None:
             return np.asarray
+        return self._on_devices(moments_function(self.autoencoder, mirror=self.mirror), params)
+
+    def aligner(self, params: Params | None) -> Encode:
+        """What turns a batch of crops into patch features, in the same way."""
+        if self.alignment is None:
+            return lambda pixels: [None] * len(pixels)
+        return self._on_devices(stored_features(self.alignment, mirror=self.mirror), params)
+
+    def _on_devices(self, function: Callable[..., jax.Array], params: Params | None) -> Encode:
         mesh = make_mesh(devices=jax.local_devices())
         if self.batch_size % mesh.size:
             raise InputError(f"batch_size={self.batch_size}: it must be a multiple of the "
                              f"{mesh.size} devices")
         params = jax.device_put(params, replicated(mesh))
-        moments = moments_function(self.autoencoder, mirror=self.mirror)
-        encode = jax.jit(moments, in_shardings=(replicated(mesh), batch_sharding(mesh)))
+        encode = jax.jit(function, in_shardings=(replicated(mesh), batch_sharding(mesh)))
         return lambda pixels: np.asarray(encode(params, pixels))
 
 
@@ -158,7 +177,7 @@ class ShardWriter:
         source: Images,
         output: epath.Path,
         preparation: Preparation,
-        params: Params | None,
+        params: Mapping[str, Params | None],
         count: int,
         survey: CropSurvey | None = None,
     ):
@@ -168,7 +187,8 @@ class ShardWriter:
         self._serialize = tfds.core.example_serializer.ExampleSerializer(
             self._features.get_serialized_info()
         ).serialize_example
-        self._encode = preparation.encoder(params)
+        self._encode = preparation.encoder(params["autoencoder"])
+        self._align = preparation.aligner(params["alignment"])
 
     def __call__(self, shard: int) -> dict[str, Any]:
         """Writes a shard, whole or not at all.
@@ -186,8 +206,9 @@ class ShardWriter:
             for crops, pixels in self._batches(indices, skipped):
                 if self._survey is not None:
                     self._survey.add([crop.index for crop in crops], pixels)
-                for crop, row in zip(crops, self._encode(pixels), strict=False):
-                    record = self._record(crop, row)
+                stored = zip(crops, self._encode(pixels), self._align(pixels), strict=False)
+                for crop, row, features in stored:
+                    record = self._record(crop, row, features)
                     writer.write(record)
                     written += len(record)
                     if self._source.labels is not None:
@@ -245,7 +266,7 @@ class ShardWriter:
             raise InputError(f"source: {name}: {why}; --unreadable=skip leaves such images out")
         return Crop(index, None, why)
 
-    def _record(self, crop: Crop, row: np.ndarray) -> bytes:
+    def _record(self, crop: Crop, row: np.ndarray, features: np.ndarray | None) -> bytes:
         preparation, source = self._preparation, self._source
         values: dict[str, Any] = {"name": source.names[crop.index]}
         if preparation.autoencoder is None:
@@ -254,6 +275,8 @@ class ShardWriter:
             values["moments"] = row
             if preparation.keep_images:
                 values["image"] = io.BytesIO(images.png(crop.pixels))
+        if features is not None:
+            values["features"] = features
         if source.labels is not None:
             values["label"] = int(source.labels[crop.index])
         record = self._serialize(self._features.encode_example(values))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dmf import generation
 from dmf.encoders.latents import LatentSpace
+from dmf.models.dit import DiT
 from dmf.typing import Network, Params
 
 FUNCTION_FILE, WEIGHTS_FILE = "sample.stablehlo", "weights.safetensors"
@@ -58,8 +59,9 @@ def image_function(
 ) -> Callable[[Weights, Int[Array, "n"], Int[Array, ""]], UInt8[Array, "n h w c"]]:
     """The function (weights, labels, seed) -> images; image i is what `dmf sample` makes as its
     i-th with the same labels and seed."""
-    # Kernels are of one platform; this function is for all of them.
-    network = dataclasses.replace(network, attention="xla")
+    if isinstance(network, DiT):
+        # Kernels are of one platform; this function is for all of them.
+        network = dataclasses.replace(network, attention="xla")
     make = generation.image_function(network, config, space, steps=steps)
 
     def images(

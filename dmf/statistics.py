@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, Shaped
 
-from dmf.checkpoint import disk_errors
+from dmf.files import disk_errors
 from dmf.metrics import RunningInceptionScore, RunningMoments
 
 PROBABILITIES = "probabilities"

@@ -6,35 +6,56 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh
 
 from dmf import state as states
 from dmf.build import Recipe
+from dmf.encoders.dinov2 import DinoV2
 from dmf.optimizer import averaged
-from dmf.sharding import batch_sharding, constrained, parameter_shardings, replicated
+from dmf.sharding import (
+    batch_sharding,
+    constrained,
+    parameter_shardings,
+    replicated,
+)
+from dmf.skipping import counts, unless
 from dmf.state import TrainState
-from dmf.typing import Batch, Metrics, Params, PRNGKey
+from dmf.typing import Batch, Metrics, Network, Params, PRNGKey
 
 # Folded into the key of a step for what its rows become; its draws split that key.
 _ROWS = 2**31 - 1
+# Along each side of an image, those that a latent of the published autoencoders stands for.
+PIXELS = 8
 
 Step = Callable[[TrainState, Batch, Mapping[str, Params]], tuple[TrainState, Metrics]]
 
 
 def initial_state(recipe: Recipe, key: PRNGKey, pretrained: Params) -> TrainState:
-    """The state before the first step, from pretrained parameters where there are any."""
-    params = {**recipe.network.init(key), **pretrained}
+    """The state before the first step, from pretrained parameters where there are any.
+
+    What they lack, whole parts of the network or single leaves, is initialised.
+    """
+    fresh, given = (flatten_dict(tree, sep="/") for tree in (recipe.network.init(key), pretrained))
+    params = unflatten_dict({**fresh, **given}, sep="/")
     return states.initial(params, recipe.optimizer.transform(), sorted(recipe.emas))
 
 
 def _mean_gradient(recipe: Recipe) -> Callable[..., Any]:
     """(params, batch, draws, frozen) -> mean gradient and mean metrics, a part at a time."""
-    parts = recipe.accumulation
+    parts, network = recipe.accumulation, recipe.freeze.seen(recipe.network)
 
     def loss(params: Params, batch: Batch, draws: Any, frozen: Any) -> tuple[jax.Array, Metrics]:
-        losses, metrics = recipe.objective.loss(recipe.network, params, batch, draws, frozen)
-        return jnp.mean(losses), jax.tree.map(jnp.mean, metrics | {"loss": losses})
+        params = recipe.freeze.held(params)
+        losses, metrics = recipe.objective.loss(network, params, batch, draws, frozen)
+        means = {name: jnp.mean(each, axis=0) for name, each in {**metrics, "loss": losses}.items()}
+        return jnp.mean(losses), means
 
-    gradient = jax.grad(loss, has_aux=True)
+    def gradient(params: Params, batch: Batch, draws: Any, frozen: Any) -> Any:
+        if recipe.alignment is not None:
+            batch = recipe.alignment.of_batch(frozen["alignment"], batch)
+        return jax.grad(loss, has_aux=True)(params, batch, draws, frozen)
+
     if parts == 1:
         return gradient
 
@@ -64,24 +85,39 @@ def training_step(recipe: Recipe, key: PRNGKey, where: TrainState) -> Step:
 
     Returns:
       A function whose metrics are float32 means over the batch: `loss`, what the objective
-      reports, `gradient_norm` (before clipping) and `learning_rate`.
+      reports, `gradient_norm` (before clipping) and `learning_rate`; and, where steps may be
+      skipped, what `dmf.skipping.counts` says.
     """
-    mesh, optimizer = recipe.mesh, recipe.optimizer.transform()
+    mesh = recipe.mesh
+    optimizer = optax.with_extra_args_support(recipe.optimizer.transform())
     mean_gradient = _mean_gradient(recipe)
 
     def update(state: TrainState, rows: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
-        x = recipe.to_samples.samples(jax.random.fold_in(step_key, _ROWS), rows.x)
-        batch = rows._replace(x=x)
-        draws = recipe.objective.draw(step_key, batch)
+        batch = recipe.to_samples.batch(jax.random.fold_in(step_key, _ROWS), rows)
+        draws = recipe.objective.draw(step_key, batch, state.step)
         gradient, metrics = mean_gradient(state.params, batch, draws, frozen)
-        updates, moments = optimizer.update(gradient, state.optimizer, state.params)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        updates, moments = optimizer.update(
+            gradient, state.optimizer, state.params, finite=finite
+        )
         params = optax.apply_updates(state.params, updates)
+        params = recipe.freeze.kept(state.params, params)
         averages = {
             name: averaged(ema, state.averages[name], params, state.step, recipe.batch_size)
             for name, ema in recipe.emas.items()
         }
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
+        # An average of what does not move is that, but for rounding.
+        averages = {
+            name: recipe.freeze.kept(state.averages[name], average)
+            for name, average in averages.items()
+        }
+        if recipe.optimizer.skip_nonfinite:
+            params = unless(finite, params, state.params)
+            averages = unless(finite, averages, state.averages)
+        metrics |= counts(moments)
+        metrics["gradient_norm"] = norm
         metrics["learning_rate"] = jnp.asarray(recipe.optimizer.rate(state.step), jnp.float32)
         return TrainState(state.step + 1, params, moments, averages), metrics
 
@@ -102,30 +138,43 @@ def abstract_inputs(recipe: Recipe) -> tuple[TrainState, Batch, dict[str, Params
     """What a step of a recipe takes, as shapes that know where they will live.
 
     Rows are uint8 images where samples have 1 or 3 channels, and the moments of latents, in half
-    precision, otherwise.
+    precision, otherwise. Where the objective aligns, there are images or patch features too.
     """
-    network, mesh = recipe.network, recipe.mesh
     state = jax.eval_shape(lambda: initial_state(recipe, jax.random.key(0), {}))
-    state = states.with_shardings(state, states.shardings(mesh, state))
-    height, width, channels = network.sample_shape
-    if channels in (1, 3):
-        row, dtype = (height, width, channels), jnp.uint8
-    else:
-        row, dtype = (1 + recipe.to_samples.mirror, height, width, 2 * channels), jnp.float16
-    on = batch_sharding(mesh)
+    state = states.with_shardings(state, states.shardings(recipe.mesh, state))
+    frozen = {}
+    if recipe.objective.needs_teacher:
+        frozen["teacher"] = recipe.objective.teacher
+    if recipe.alignment is not None:
+        frozen["alignment"] = recipe.alignment.encoder
+    params = {name: _abstract_params(recipe.mesh, made) for name, made in frozen.items()}
+    return state, _abstract_rows(recipe, state.params), params
 
-    def rows(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+
+def _abstract_params(mesh: Mesh, network: Network | DinoV2) -> Params:
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    return states.with_shardings(params, parameter_shardings(mesh, params))
+
+
+def _abstract_rows(recipe: Recipe, params: Params) -> Batch:
+    network, sides = recipe.network, 1 + recipe.to_samples.mirror
+    height, width, channels = network.sample_shape
+    on = batch_sharding(recipe.mesh)
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((recipe.batch_size, *shape), dtype, sharding=on)
 
-    features = None
-    if recipe.objective.alignment:
-        abstract = jax.ShapeDtypeStruct((1, *network.sample_shape), jnp.float32)
-        t, y = jnp.zeros(1), jnp.zeros(1, jnp.int32)
-        made = jax.eval_shape(network.apply_with_features, state.params, abstract, t, t, y)[1]
-        features = rows(made.shape[1:], made.dtype)
-    batch = Batch(rows(row, dtype), rows((), jnp.int32), features)
-    if not recipe.objective.needs_teacher:
-        return state, batch, {}
-    teacher = jax.eval_shape(recipe.objective.teacher.init, jax.random.key(0))
-    where = parameter_shardings(mesh, teacher)
-    return state, batch, {"teacher": states.with_shardings(teacher, where)}
+    if channels in (1, 3):
+        x = images = rows(jnp.uint8, height, width, channels)
+    else:
+        x = rows(jnp.float16, sides, height, width, 2 * channels)
+        images = rows(jnp.uint8, PIXELS * height, PIXELS * width, 3)
+    y = rows(jnp.int32)
+    if recipe.alignment is not None:
+        return Batch(x, y, images=images)
+    if not recipe.objective.alignment:
+        return Batch(x, y)
+    sample = jax.ShapeDtypeStruct((1, *network.sample_shape), jnp.float32)
+    t, label = jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    made = jax.eval_shape(network.apply_with_features, params, sample, t, t, label)[1]
+    return Batch(x, y, features=rows(jnp.float16, sides, *made.shape[1:]))

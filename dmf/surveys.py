@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
 from dmf import logs
-from dmf.checkpoint import write_json
 from dmf.features import Extractor
+from dmf.files import write_json
 from dmf.generation import Generated, chunks
 from dmf.sharding import by_device, on_this_host
 from dmf.statistics import Statistics, read_statistics

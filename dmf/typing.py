@@ -33,6 +33,18 @@ class RunError(RuntimeError):
     """A run cannot go on; one line says what happened, at which step, and what to do."""
 
 
+class Stopped(RunError):
+    """A run was told to stop, and has saved; the same command goes on."""
+
+
+class Lost(RunError):
+    """Another process of the run is gone."""
+
+
+class Damaged(RunError):
+    """What is on disk is not what was saved."""
+
+
 class Batch(NamedTuple):
     """Training samples.
 
@@ -40,11 +52,31 @@ class Batch(NamedTuple):
       x: [b, h, w, c] float32, data at t = 0: latents, or pixels in [-1, 1].
       y: [b] int32 labels in [0, num_classes); num_classes itself means "no label".
       features: [b, n, d] patch features of a frozen encoder, for representation alignment.
+      images: [b, h, w, c] uint8, what x was made of, where features are yet to be computed.
     """
 
     x: jax.Array
     y: jax.Array
     features: jax.Array | None = None
+    images: jax.Array | None = None
+
+
+class GuidedLabels(NamedTuple):
+    """Labels, and the guidance that is asked of a network which takes it as an input.
+
+    Attributes:
+      label: [b] int32, as in a batch.
+      scale: [b] of the guidance, 1 for none.
+      low, high: [b] ends of the closed interval of times in which it is meant.
+    """
+
+    label: jax.Array
+    scale: jax.Array
+    low: jax.Array
+    high: jax.Array
+
+
+Condition = Labels | GuidedLabels
 
 
 class Flops(NamedTuple):
@@ -74,6 +106,11 @@ class Network(Protocol):
         ...
 
     @property
+    def encoder_depth(self) -> int:
+        """How many blocks `encode` runs: those before r comes in."""
+        ...
+
+    @property
     def flops(self) -> Flops:
         """Of one sample, counting 2 for a multiply-add."""
         ...
@@ -82,20 +119,20 @@ class Network(Protocol):
         """Random parameters, float32."""
         ...
 
-    def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Labels) -> Images:
+    def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Condition) -> Images:
         """Average velocity from t to r; the instantaneous one where r = t."""
         ...
 
-    def encode(self, params: Params, x_t: Images, t: Times, y: Labels) -> Any:
+    def encode(self, params: Params, x_t: Images, t: Times, y: Condition) -> Any:
         """What r plays no part in, as a pytree of arrays: `apply` is `decode` of it."""
         ...
 
-    def decode(self, params: Params, hidden: Any, r: Times, y: Labels) -> Images:
+    def decode(self, params: Params, hidden: Any, r: Times, y: Condition) -> Images:
         """Average velocity to r, from `hidden = encode(params, x_t, t, y)`."""
         ...
 
     def apply_with_features(
-        self, params: Params, x_t: Images, t: Times, r: Times, y: Labels
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Condition
     ) -> tuple[Images, Features]:
         """The average velocity, and the projected tokens of an inner block."""
         ...

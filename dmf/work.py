@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dmf.guidance import Guidance, GuidedVelocity, guided_velocity, null_needed
 from dmf.identity import Identity, Point, differentiated, linearized_once
 from dmf.sharding import constrained
+from dmf.tangents import Tangent
 from dmf.typing import FlowMap, Images, InputError, Network, Params, Times
 
 
@@ -41,11 +42,17 @@ class Work:
                              "each half, or the number of parts")
 
     def identity(
-        self, network: Network, params: Params, point: Point, guided: GuidedVelocity
+        self,
+        network: Network,
+        params: Params,
+        point: Point,
+        guided: GuidedVelocity,
+        tangent: Tangent,
     ) -> Identity:
-        """The MeanFlow identity along a guided velocity."""
-        form = linearized_once if self.shared else differentiated
-        return form(network, params, point, guided)
+        """The MeanFlow identity along a guided velocity. A difference of values shares nothing."""
+        once = self.shared and not tangent.difference
+        form = linearized_once if once else differentiated
+        return form(network, params, point, guided, tangent)
 
     def guides(
         self, guidance: Guidance, source: FlowMap, points: Sequence[Point], null_label: int
@@ -60,7 +67,7 @@ class Work:
         """
         nulls = self._unconditional(guidance, source, points, null_label)
         guides = [
-            guided_velocity(guidance, point.t, point.dropped, point.v_t, null)
+            guided_velocity(guidance, point.t, point.dropped, point.v_t, null, point.asked)
             for point, null in zip(points, nulls, strict=True)
         ]
         if not guidance.teacher:
@@ -83,12 +90,12 @@ class Work:
 
         if self.null_parts == 0:
             return [velocity(point.x_t, point.t) for point in points]
-        x_t, t, dropped = (
-            constrained(jnp.concatenate([getattr(point, name) for point in points]))
-            for name in ("x_t", "t", "dropped")
+        x_t, t, dropped, asked = jax.tree.map(
+            lambda *rows: constrained(jnp.concatenate(rows)),
+            *((point.x_t, point.t, point.dropped, point.asked) for point in points),
         )
         if self.null_parts > 1:
-            needed = null_needed(guidance, t, dropped)
+            needed = null_needed(guidance, t, dropped, asked)
             velocity = where_needed(velocity, needed, self.null_parts)
         return jnp.split(velocity(x_t, t), len(points))
 

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # To be sourced: a virtual environment of the project's own, with what is named installed.
 #   PYTHON=python3.12 chooses the interpreter, DMF_VENV another directory.
 set -euo pipefail
@@ -8,5 +9,6 @@ venv=${DMF_VENV:-.venv}
   exit 2
 }
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+# shellcheck source=/dev/null
 . "$venv/bin/activate"
 python -m pip install --quiet --disable-pip-version-check --editable "$1"

@@ -134,9 +134,9 @@ def test_a_start_of_another_architecture_is_refused(tmp_path, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     honest = FlowMatching.draw
 
-    def poisoned(self, key, batch):
+    def poisoned(self, key, batch, step):
         # The labels of one step's batch tell it from the others, whatever is traced.
-        draws = honest(self, key, batch)
+        draws = honest(self, key, batch, step)
         bad = jax.numpy.all(batch.y == sixth)
         return draws._replace(noise=jax.numpy.where(bad, jax.numpy.nan, draws.noise))
 

@@ -121,6 +121,6 @@ def test_guidance_of_a_config_reaches_the_flow_map():
         return jnp.broadcast_to(y[:, None, None, None].astype(jnp.float32), x_t.shape)
 
     x, y = jnp.zeros((2, 8, 8, 1)), jnp.array([4, 4])
-    u = build.guided(config, flow_map)(x, jnp.array([0.25, 0.75]), jnp.zeros(2), y)
+    u = build.guided(config, flow_map, 10)(x, jnp.array([0.25, 0.75]), jnp.zeros(2), y)
     # 10 is the null label: 10 + 3 (4 - 10) inside, 4 outside.
     np.testing.assert_allclose(u[:, 0, 0, 0], [-8.0, 4.0])

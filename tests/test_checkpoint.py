@@ -12,7 +12,9 @@ import pytest
 import tiny
 
 from dmf import checkpoint, loading
-from dmf.checkpoint import Checkpoints, fingerprint, new_directory, restore_params
+from dmf.checkpoint import Checkpoints, restore_params
+from dmf.files import new_directory
+from dmf.intact import fingerprint
 from dmf.state import TrainState
 from dmf.typing import InputError, RunError
 
@@ -48,8 +50,7 @@ def saved(tmp_path):
 def test_a_state_comes_back_as_it_was(saved):
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.latest_step == 5
-        same(checkpoints.restore(5, abstract(state())), state(5))
-        same(checkpoints.restore(3, abstract(state())), state(3))
+        same(checkpoints.restore(abstract(state())), state(5))
 
 
 def test_every_item_restores_with_orbax_alone(saved):
@@ -87,6 +88,15 @@ def test_names_that_may_be_missing_or_in_vain(saved):
     same(found, {"a": state(5).params["a"]})
 
 
+def test_of_what_is_below_a_name_some_may_be_missing(saved):
+    wanted = {**PARAMS, "a": {**PARAMS["a"], "norm": {"scale": jnp.ones(2)}}}
+    found = restore_params(saved, abstract(wanted), missing=("a/norm",))
+    same(found, state(5).params)
+    for others in ((), ("a/nor",), ("a/norm/scale/0",), ("norm",)):
+        with pytest.raises(InputError, match="it lacks a/norm/scale"):
+            restore_params(saved, abstract(wanted), missing=others)
+
+
 def test_an_average_that_is_not_there_is_refused(saved):
     with pytest.raises(InputError, match=r"ema=fast.*main, slow"):
         restore_params(saved, abstract(PARAMS), average="fast")
@@ -108,7 +118,7 @@ def test_a_later_format_is_refused(tmp_path):
 def test_an_export_restores_with_orbax_alone(tmp_path):
     assert tiny.dmf("export", f"--checkpoint={tiny.flow_run()}", f"--output={tmp_path}/out") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "params"
+        "README.md", "checksums.json", "config.json", "params"
     ]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     with ocp.StandardCheckpointer() as reader:
@@ -150,6 +160,12 @@ def test_a_full_disk_says_so_and_leaves_nothing_half_made(tmp_path, monkeypatch,
             checkpoint.write_params(folder, PARAMS)
             checkpoint.describe(folder, {}, "card", origin="")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("average", ["", "main", "slow"])
+def test_a_checkpoint_by_its_step_has_averages_too(saved, average):
+    found = restore_params(saved / "checkpoints/3", abstract(PARAMS), average=average)
+    same(found, state(3).averages[average] if average else state(3).params)
 
 
 def test_a_full_disk_keeps_the_checkpoints_before(saved, monkeypatch):

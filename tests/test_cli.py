@@ -11,7 +11,10 @@ import pytest
 import tiny
 
 import dmf
+from configs import default
 from dmf import __main__, generation, loading, sharding
+from dmf.training import train
+from dmf.typing import InputError
 
 
 def made(run) -> str:
@@ -32,13 +35,16 @@ def test_help_lists_the_verbs(monkeypatch, capsys):
     assert all(verb in text for verb in ("train", "sample", "evaluate", "export", "report"))
 
 
+WORKDIRS = dict.fromkeys(("train", "sweep"), "--workdir")
+
+
 @pytest.mark.parametrize("verb", __main__.VERBS)
 def test_every_verb_explains_its_flags(monkeypatch, capsys, verb):
     assert start(monkeypatch, verb, "--help") == 0
     text = capsys.readouterr().out
     assert f"dmf {verb} " in text
     output = dict.fromkeys(("report", "convert", "prepare"), "--output")
-    flags = ({"train": "--workdir", "compile": "--topology"} | output).get(verb, "--checkpoint")
+    flags = (WORKDIRS | {"compile": "--topology"} | output).get(verb, "--checkpoint")
     assert text.count(flags) >= 2
 
 
@@ -48,6 +54,17 @@ def test_an_unknown_verb_ends_with_2(monkeypatch, capsys, arguments):
     printed = "".join(capsys.readouterr())
     assert "train" in printed
     assert "sample" in printed
+
+
+def test_a_defect_is_told_whole_and_ends_with_1(monkeypatch, capsys):
+    def fails(*_):
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("dmf.cli.report.main", fails)
+    assert start(monkeypatch, "report") == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback")
+    assert told.endswith("ZeroDivisionError: a defect\n")
 
 
 def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
@@ -134,6 +151,29 @@ def test_guidance_of_the_command_line_reaches_the_samples(tmp_path):
         assert tiny.dmf("sample", *common, f"--output={tmp_path}/{name}.npz", *more) == 0
     plain, guided = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("plain", "guided"))
     assert (plain != guided).any()
+
+
+def test_guidance_is_drawn_in_training_and_chosen_at_sampling(tmp_path):
+    """A flow model that knew of none is given it; what it is asked for changes what it makes."""
+    fields = {"model.guidance_input": True, "run.steps": 2, "optimizer.learning_rate": 0.03,
+              "init.checkpoint": str(tiny.flow_run())}  # fmt: skip
+    config = tiny.flow_map(fields)
+    config.objective.guidance = default.drawn_guidance(0.3)
+    train(config, tmp_path / "run")
+    found = {}
+    for scale in (1.0, 4.0):
+        output = tmp_path / f"{scale}.npz"
+        asked = [f"--config.sampling.guidance.scale={scale}", f"--output={output}"]
+        assert tiny.dmf("sample", made(tmp_path / "run"), "--steps=2", "--count=8", *asked) == 0
+        found[scale] = np.load(output)["arr_0"]
+    assert (found[1.0] != found[4.0]).any()
+
+
+def test_drawn_guidance_wants_a_network_that_takes_it(tmp_path):
+    config = tiny.flow_map()
+    config.objective.guidance = default.drawn_guidance()
+    with pytest.raises(InputError, match="model.guidance_input=False: .* set it to True"):
+        train(config, tmp_path / "run")
 
 
 @pytest.mark.parametrize("sampler", ["euler", "ctm"])

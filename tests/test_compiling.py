@@ -32,7 +32,7 @@ def test_bytes_of_a_device_follow_from_shapes_and_mesh():
     found = compiling.compile_step(config, jax.devices())
     count = parameters(config)
     assert found.devices == 8
-    assert found.mesh == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert found.mesh == {"slices": 1, "data": 8, "fsdp": 1, "tensor": 1}
     assert found.parameters == 4 * count
     # Moments and averages are spread over all devices, but for leaves too small to split.
     assert 4 * count / 8 < found.averages < 4 * count / 2
@@ -69,12 +69,12 @@ def test_the_command_tells_and_writes_what_was_found(tmp_path, capsys, monkeypat
     assert found["batch_size"] == 16
 
     kind = jax.devices()[0].device_kind
-    monkeypatch.setitem(chips.CHIPS, kind, chips.Chip(1e12, found["total"] - 1))
+    monkeypatch.setitem(chips.CHIPS, kind, chips.Chip(1e12, found["total"] - 1, 1e9))
     assert tiny.dmf(*arguments) == 1
     captured = capsys.readouterr()
     assert "does NOT fit" in captured.out
     assert captured.err.startswith(f"dmf compile: the step does not fit into {kind}; try")
-    monkeypatch.setitem(chips.CHIPS, kind, chips.Chip(1e12, found["total"] + 1))
+    monkeypatch.setitem(chips.CHIPS, kind, chips.Chip(1e12, found["total"] + 1, 1e9))
     assert tiny.dmf(*arguments) == 0
 
 
@@ -102,7 +102,7 @@ def on_topology(topology: str, *overrides: str) -> subprocess.CompletedProcess:
 def test_for_a_tpu_that_is_not_there():
     ended = on_topology("v5e:2x4", "--config.mesh.fsdp=2", "--config.model.dtype=bfloat16")
     assert ended.returncode == 0, ended.stderr
-    assert "8 x TPU v5 lite, data 4 x fsdp 2 x tensor 1, batch 16" in ended.stdout
+    assert "8 x TPU v5 lite, slices 1 x data 4 x fsdp 2 x tensor 1, batch 16" in ended.stdout
     assert "| memory | 16: it fits |" in ended.stdout
 
 

@@ -1,7 +1,6 @@
 """Rows and batches: what is on disk is the data, and a batch is a function of (seed, step)."""
 
 import json
-import socket
 import subprocess
 
 import jax
@@ -283,9 +282,7 @@ def global_batches(hosts: int, port: int) -> dict[int, list[list[int]]]:
 
 def test_hosts_read_the_parts_of_one_stream():
     """Order and content of a global batch are those of one host."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     alone = Pipeline(source=open_source("digits"), batch_size=16, seed=2)
     expected = {}
     for step in (0, 1, 113):

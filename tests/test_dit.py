@@ -11,7 +11,7 @@ import pytest
 
 from dmf.models.dit import SIZES, DiT
 from dmf.models.layers import patchify, position_table, sinusoidal_features, unpatchify
-from dmf.typing import InputError
+from dmf.typing import GuidedLabels, InputError
 
 TINY = {
     "input_size": 8, "channels": 3, "depth": 3, "width": 32, "heads": 2, "num_classes": 5,
@@ -147,6 +147,81 @@ def test_decoupled_is_the_flow_model_where_the_times_are_equal(split_depth):
     np.testing.assert_array_equal(output(flow, params, (x_t, t, r, y)), expected)
 
 
+def test_a_pattern_may_be_spelt_out():
+    model, params = randomised(conditioning="decoupled", split_depth=2)
+    spelt = DiT(**TINY, conditioning="decoupled", pattern="ttr")
+    np.testing.assert_array_equal(
+        output(spelt, params, inputs(model)), output(model, params, inputs(model))
+    )
+    turns = DiT(**TINY, conditioning="decoupled", pattern="interleaved")
+    assert (turns.sources, turns.encoder_depth) == ("trt", 1)
+    ours = output(turns, params, inputs(model))
+    expected = output(DiT(**TINY, conditioning="decoupled", pattern="trt"), params, inputs(model))
+    np.testing.assert_array_equal(ours, expected)
+    assert (ours != output(model, params, inputs(model))).any()
+
+
+def test_a_decoder_of_both_times_starts_as_one_of_r():
+    """Its embedding of t - r is zero at first; then what it sees is not r alone."""
+    model, _ = randomised(conditioning="decoupled", split_depth=2)
+    both = DiT(**TINY, conditioning="decoupled", pattern="both", split_depth=2)
+    _, params = randomised(conditioning="decoupled", pattern="both", split_depth=2)
+    silent = gv.jit(both.init)(jax.random.key(0))["both_embedding"]
+    assert silent["in"]["kernel"].any()
+    started = params | {"both_embedding": silent}
+    x_t, t, r, y = inputs(model)
+    expected = output(model, params, (x_t, t, r, y))
+    ours = output(both, started, (x_t, t, r, y))
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+    assert (output(both, params, (x_t, t, r, y)) != expected).any()
+
+
+def test_the_final_layer_sees_what_the_decoder_sees():
+    """Where all blocks see t, only the final layer tells the patterns apart."""
+    outputs = []
+    for pattern, split_depth, source in (("split", 3, "r"), ("both", 3, "b"), ("ttt", None, "r")):
+        model = DiT(**TINY, conditioning="decoupled", pattern=pattern, split_depth=split_depth)
+        assert model.last_source == source
+        _, params = randomised(conditioning="decoupled", pattern="both", split_depth=3)
+        outputs.append(output(model, params, inputs(model)))
+    np.testing.assert_array_equal(outputs[0], outputs[2])
+    assert (outputs[0] != outputs[1]).any()
+
+
+@pytest.mark.parametrize(("times", "of"), [(("t", "r"), "tr"), (("t-r",), "d"), (("t",), "t")])
+def test_a_mean_flow_network_sees_the_times_that_it_embeds(times, of):
+    model, params = randomised(conditioning="meanflow", embedded_times=times)
+    assert ("time_embedding" in params) == ("t" in times)
+    x_t, t, r, y = inputs(model)
+    first = output(model, params, (x_t, t, r, y))
+    moved = {"t": (t + 0.05, r), "r": (t, r + 0.05), "d": (t + 0.05, r + 0.05)}
+    changes = {name: (output(model, params, (x_t, *pair, y)) != first).any()
+               for name, pair in moved.items()}
+    expected = {"tr": (True, True, True), "d": (True, True, False), "t": (True, False, True)}[of]
+    assert tuple(map(bool, changes.values())) == expected
+
+
+def test_guidance_as_an_input():
+    """At first it changes nothing; bare labels ask for none; each of its numbers is seen."""
+    plain, _ = randomised()
+    model, params = randomised(guidance_input=True)
+    x_t, t, r, y = inputs(model)
+
+    def asked(*values: float) -> GuidedLabels:
+        return GuidedLabels(y, *(jnp.full(2, value) for value in values))
+
+    new = gv.jit(model.init)(jax.random.key(0))["guidance_embedding"]
+    silent = params | {"guidance_embedding": new}
+    expected = output(plain, params, (x_t, t, r, y))
+    np.testing.assert_allclose(
+        output(model, silent, (x_t, t, r, asked(3.0, 0.2, 0.8))), expected, rtol=1e-5, atol=1e-6
+    )
+    bare = output(model, params, (x_t, t, r, y))
+    np.testing.assert_array_equal(output(model, params, (x_t, t, r, asked(1.0, 0.0, 1.0))), bare)
+    for values in ((3.0, 0.0, 1.0), (1.0, 0.2, 1.0), (1.0, 0.0, 0.8)):
+        assert (output(model, params, (x_t, t, r, asked(*values))) != bare).any()
+
+
 @pytest.mark.parametrize("conditioning", ["flow", "meanflow", "decoupled"])
 @pytest.mark.parametrize(("scan", "remat"), [(False, "none"), (True, "dots"), (False, "full")])
 def test_execution_changes_no_output(conditioning, scan, remat):
@@ -208,8 +283,12 @@ def test_features_may_leave_after_the_last_block():
     [{"conditioning": "decoupled", "split_depth": 0},
      {"conditioning": "decoupled", "split_depth": 1},
      {"conditioning": "decoupled", "split_depth": 3},
-     {"conditioning": "flow"}, {"conditioning": "meanflow"}],
-    ids=["all_r", "split", "all_t", "flow", "meanflow"],
+     {"conditioning": "decoupled", "pattern": "interleaved"},
+     {"conditioning": "decoupled", "pattern": "both", "split_depth": 1},
+     {"conditioning": "decoupled", "pattern": "tbr"},
+     {"conditioning": "flow"}, {"conditioning": "meanflow"},
+     {"conditioning": "meanflow", "embedded_times": ("r",), "guidance_input": True}],
+    ids=["all_r", "split", "all_t", "interleaved", "both", "letters", "flow", "meanflow", "of_r"],
 )  # fmt: skip
 def test_the_decoder_makes_of_what_is_encoded_what_the_network_makes(fields, execution):
     scan, remat = execution
@@ -250,6 +329,14 @@ def test_labels_and_the_null_label_differ():
         ("split_depth", None, {"conditioning": "decoupled"}),
         ("split_depth", 4, {"conditioning": "decoupled"}),
         ("split_depth", -1, {"conditioning": "decoupled"}),
+        ("pattern", "tr", {"conditioning": "decoupled"}),
+        ("pattern", "trx", {"conditioning": "decoupled"}),
+        ("pattern", "ttr", {}),
+        ("split_depth", 2, {"conditioning": "decoupled", "pattern": "ttr"}),
+        ("split_depth", None, {"conditioning": "decoupled", "pattern": "both"}),
+        ("embedded_times", ("t", "s"), {}),
+        ("embedded_times", ("t", "t"), {}),
+        ("embedded_times", (), {}),
         ("alignment_depth", 4, {}),
         ("alignment_depth", -1, {}),
         ("remat", "some", {}),

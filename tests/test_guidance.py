@@ -7,7 +7,9 @@ import pytest
 
 from dmf.flow import per_sample
 from dmf.guidance import (
+    AskedOf,
     ClassifierFree,
+    DrawnGuidance,
     NoGuidance,
     SelfGuidance,
     TeacherGuidance,
@@ -15,7 +17,7 @@ from dmf.guidance import (
     null_needed,
 )
 from dmf.samplers import sample
-from dmf.typing import InputError
+from dmf.typing import GuidedLabels, InputError
 
 NULL = 3
 INTERVAL = (0.25, 0.75)
@@ -232,3 +234,50 @@ def test_guidance_changes_the_samples_it_covers():
 def test_bad_values_are_named(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_drawn_guidance_is_that_of_each_sample():
+    """Scale (1 - kappa) and kappa where t lies in the sample's own interval, none elsewhere."""
+    guidance = DrawnGuidance(kappa=0.5)
+    asked = GuidedLabels(jnp.zeros(4, jnp.int32), jnp.asarray([2.0, 4.0, 3.0, 5.0]),
+                         jnp.asarray([0.2, 0.2, 0.4, 0.0]), jnp.asarray([0.8, 0.5, 0.9, 1.0]))
+    dropped = jnp.asarray([False, False, False, True])
+    omega, kappa = guidance.coefficients(jnp.asarray([0.2, 0.6, 0.9, 0.5]), dropped, asked)
+    np.testing.assert_allclose(omega, [1.0, 1.0, 1.5, 1.0])
+    np.testing.assert_allclose(kappa, [0.5, 0.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_scales_are_drawn_from_their_density(power):
+    """In proportion to scale^-power on [1, 8], by its distribution function."""
+    guidance = DrawnGuidance(power=power, low=(0.1, 0.3), high=(0.6, 1.0))
+    asked = guidance.draw(jax.random.key(0), jnp.arange(20_000))
+    np.testing.assert_array_equal(asked.label, np.arange(20_000))
+    for at in (1.5, 3.0, 6.0):
+        share = np.log(at) / np.log(8) if power == 1 else (1 - 1 / at) / (1 - 1 / 8)
+        assert abs(np.mean(np.asarray(asked.scale) < at) - share) < 0.015
+    for ends, (least, most) in ((asked.low, (0.1, 0.3)), (asked.high, (0.6, 1.0))):
+        assert least <= ends.min() < least + 0.01
+        assert most - 0.01 < ends.max() <= most
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"kappa": 1.0}, "guidance.kappa=1.0"),
+    ({"largest": 1.0}, "guidance.largest=1.0: .* more than 1"),
+    ({"low": (0.0, 0.7)}, "guidance.low=.*must end before"),
+    ({"high": (0.8, 0.5)}, "guidance.high="),
+])  # fmt: skip
+def test_what_cannot_be_drawn(fields, message):
+    with pytest.raises(InputError, match=message):
+        DrawnGuidance(**fields)
+
+
+def test_a_network_is_asked_for_its_guidance_at_sampling():
+    def told(x_t, t, r, y):
+        values = jnp.stack([y.label.astype(jnp.float32), y.scale, y.low, y.high], axis=1)
+        return values.reshape(2, 2, 2, 1)
+
+    asked = AskedOf(scale=2.5, interval=(0.1, 0.7))(told)(X_T[:2], T[:2], T[:2], Y[:2])
+    np.testing.assert_allclose(asked.reshape(2, 4), [[0, 2.5, 0.1, 0.7], [1, 2.5, 0.1, 0.7]])
+    with pytest.raises(InputError, match="guidance.scale=0.0: .* positive"):
+        AskedOf(scale=0.0)

@@ -10,14 +10,21 @@ PACKAGE = tiny.ROOT / "dmf"
 # From the bottom up. Modules of one group may import each other, two groups of a layer may not.
 LAYERS = (
     ({"typing", "sharding", "defaults", "chips"},),
-    ({"flow", "times"}, {"scaling"}, {"kernels"}, {"logs"}),
     (
-        {"objectives", "work", "identity", "guidance", "weighting", "samplers"},
+        {"flow", "times"}, {"bins"}, {"scaling"}, {"kernels"}, {"logs", "hosts"}, {"intact"},
+        {"collectives"}, {"files"}, {"sweeping"}, {"figures"},
+    ),
+    (
+        {"objectives", "draws", "work", "identity", "tangents", "guidance", "weighting",
+         "samplers"},
         {"models", "encoders"},
     ),
-    ({"data"}, {"convert"}, {"metrics"}, {"images"}, {"features"}),
-    ({"state", "optimizer", "checkpoint"}, {"report"}, {"card"}, {"protocols"}),
-    ({"components"}, {"references", "statistics"}),
+    ({"data"}, {"convert"}, {"metrics"}, {"images"}, {"features"}, {"alignment"}, {"launching"}),
+    (
+        {"state", "optimizer", "skipping", "checkpoint"}, {"freezing"}, {"watch"}, {"report"},
+        {"card"}, {"protocols"}, {"slurm"},
+    ),
+    ({"components"}, {"references", "statistics"}, {"runs", "summary", "page"}),
     ({"loading"},),
     ({"build"},),
     ({"generation"},),

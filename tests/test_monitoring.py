@@ -29,7 +29,7 @@ def checkpoints(workdir) -> list[int]:
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores):
-    train(tiny.config(EVALUATING), tmp_path)
+    train(tiny.config(EVALUATING | {"run.keep_last": 1}), tmp_path)
     names = [f"{step:08}.json" for step in (2, 4, 6, 8)]
     folder = tmp_path / "evaluations"
     assert sorted(p.name for p in folder.iterdir()) == names

@@ -39,6 +39,7 @@ class Linear:
 
     num_classes: int = 2
     sample_shape: tuple[int, int, int] = (2, 2, 3)
+    encoder_depth: int = 1
 
     @property
     def flops(self):
@@ -142,7 +143,7 @@ def test_tangent_and_target_follow_the_guided_velocity(kind):
     draws = drawn(objective, 1, batch)
     _, metrics = linear_loss(objective, batch, draws)
     look = draws.mean_flow if kind is DecoupledMeanFlow else draws
-    t, r, dropped = (np.asarray(v).reshape(-1, 1, 1, 1) for v in look[1:])
+    t, r, dropped = (np.asarray(v).reshape(-1, 1, 1, 1) for v in look[1:4])
     x_t, v_t = (1 - t) * batch.x + t * look.noise, look.noise - batch.x
     rows = np.where(dropped, -0.7, np.asarray(PARAMS["rows"])[batch.y].reshape(-1, 1, 1, 1))
     u, u_null = 0.8 * x_t - 0.5 * t + rows, 0.8 * x_t - 0.5 * t - 0.7

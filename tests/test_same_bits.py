@@ -5,7 +5,6 @@ import hashlib
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import time
 
@@ -58,9 +57,7 @@ def test_killed_on_eight_devices_and_finished_on_three(tmp_path, of_eight):
 
 
 def test_two_processes_measure_what_one_measures(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = tiny.free_port()
     code = (
         "import jax, sys\n"
         f"jax.distributed.initialize('localhost:{port}', 2, int(sys.argv[1]))\n"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from dmf import sharding
 from dmf.models.dit import DiT
 from dmf.sharding import (
     batch_divisor,
@@ -101,7 +102,7 @@ def test_depth_is_never_split_and_every_part_fits(kind, sizes):
 def test_depth_is_not_split_even_where_it_is_the_largest():
     sizes = {"data": 2, "fsdp": 4, "tensor": 1}
     split = functools.partial(partition, shape=(64, 32, 16), sizes=sizes, axes=("fsdp",))
-    assert split("blocks/modulation/linear/kernel") == PartitionSpec(None, "fsdp", None)
+    assert split("blocks/attention/norm") == PartitionSpec(None, "fsdp", None)
     assert split("final/linear/kernel") == PartitionSpec("fsdp", None, None)
 
 
@@ -175,7 +176,35 @@ def test_batch_is_split_over_data_and_fsdp():
     [((), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((2, 2, 2), (2, 2, 2))],
 )
 def test_one_axis_takes_what_the_others_leave(sizes, shape):
-    assert tuple(make_mesh(*sizes).shape.values()) == shape
+    assert tuple(make_mesh(*sizes).shape.values()) == (1, *shape)
+
+
+def test_slices_are_the_outermost_axis_and_only_the_batch_is_split_over_them():
+    mesh = make_mesh(-1, 2, 1, slices=2)
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    places = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert set(places[0].flat) == {0, 1, 2, 3}
+    assert batch_divisor(mesh) == 8
+    named = {
+        axis
+        for sharding in jax.tree.leaves(state_shardings(mesh, SHAPES))
+        for part in sharding.spec if part for axis in np.atleast_1d(part)
+    }
+    assert named == {"data", "fsdp", "tensor"}
+
+
+def test_slices_are_those_that_the_devices_say(monkeypatch):
+    # In the order of a runtime that mixes them.
+    monkeypatch.setattr(sharding, "_slice_of", lambda device: device.id % 2)
+    found = make_mesh(2, 1, -1)
+    assert dict(found.shape) == {"slices": 2, "data": 2, "fsdp": 1, "tensor": 2}
+    assert [{d.id % 2 for d in part.flat} for part in found.devices] == [{0}, {1}]
+    assert make_mesh(slices=4).shape["slices"] == 4
+    for slices in (-1, 1, 3, 16):
+        with pytest.raises(InputError, match=rf"mesh.slices={slices}: the 8 devices lie in 2"):
+            make_mesh(slices=slices)
+    with pytest.raises(InputError, match="it must hold all 4 devices of each of 2 slices"):
+        make_mesh(8)
 
 
 @pytest.mark.parametrize(

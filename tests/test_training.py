@@ -16,7 +16,7 @@ from dmf import build, chips, loading, logs, training
 from dmf import state as states
 from dmf.objectives import FlowMatching
 from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
-from dmf.step import training_step
+from dmf.step import initial_state, training_step
 from dmf.typing import InputError
 
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
@@ -136,7 +136,7 @@ def test_a_run_writes_what_it_says():
     assert stored == loading.plain(tiny.config({"run.sample_every": 4}))
     assert "blocks/attention/qkv/kernel" in (workdir / "parameters.txt").read_text()
     assert any((workdir / "events").iterdir())
-    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["8"]
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "8"]
     assert sorted(p.name for p in (workdir / "samples").iterdir()) == [
         "00000004.png", "00000008.png"
     ]
@@ -145,7 +145,7 @@ def test_a_run_writes_what_it_says():
 
 
 def test_the_share_of_peak_is_reported_where_the_peak_is_known(tmp_path, monkeypatch):
-    monkeypatch.setitem(chips.CHIPS, jax.devices()[0].device_kind, chips.Chip(1e9, 1e9))
+    monkeypatch.setitem(chips.CHIPS, jax.devices()[0].device_kind, chips.Chip(1e9, 1e9, 1e9))
     training.train(tiny.config({"run.steps": 2}), tmp_path)
     (row,) = metrics(tmp_path)
     network = build.training(tiny.config()).recipe.network
@@ -193,9 +193,9 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
 
 def start_of(config) -> dict:
     """The parameters that a run of `config` starts from."""
-    built = build.training(config)
-    pretrained = build.pretrained(config, built.recipe.network, built.recipe.mesh)
-    return {**built.recipe.network.init(jax.random.key(0)), **pretrained}
+    recipe = build.training(config).recipe
+    pretrained = build.pretrained(config, recipe.network, recipe.mesh)
+    return initial_state(recipe, jax.random.key(0), pretrained).params
 
 
 @pytest.mark.parametrize("ema", ["main", ""])
@@ -226,6 +226,27 @@ def test_a_run_trains_from_its_initial_checkpoint(tmp_path):
         )
 
 
+def test_a_checkpoint_without_qk_norm_starts_a_network_with_it(tmp_path):
+    fields = {"optimizer.learning_rate": 1e-12, "run.steps": 1, "model.qk_norm": True}
+    config = tiny.flow_map(fields | {"init.checkpoint": str(tiny.flow_run())})
+    start, stored = start_of(config), loading.load_network(tiny.flow_run(), "main")[2]
+    after = training.train(config, tmp_path).params
+    # Two blocks, and heads 16 wide.
+    ones = {"q_norm": {"scale": jnp.ones((2, 16))}, "k_norm": {"scale": jnp.ones((2, 16))}}
+    expected = {**stored, "log_variance": start["log_variance"]}
+    attention = {**stored["blocks"]["attention"], **ones}
+    expected["blocks"] = {**stored["blocks"], "attention": attention}
+    jax.tree.map(np.testing.assert_array_equal, start, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), after, expected)
+
+
+def test_only_a_start_may_lack_the_scales_of_qk_norm():
+    config = loading.read_config(tiny.flow_run())
+    config.model.qk_norm = True
+    with pytest.raises(InputError, match="lacks blocks/attention/k_norm/scale"):
+        loading.load_network(tiny.flow_run(), config=config)
+
+
 def test_a_frozen_teacher_guides(tmp_path):
     from configs import default
 
@@ -240,7 +261,7 @@ def test_a_frozen_teacher_guides(tmp_path):
     assert build.training(config).frozen["teacher"].keys() == before.keys()
     # The teacher is not in the checkpoint.
     saved = {p.name for p in (tmp_path / "checkpoints/2").iterdir() if p.is_dir()}
-    assert saved == {"params", "optimizer", "average_main", "position"}
+    assert saved == {"params", "optimizer", "average_main", "position", "checksums"}
 
 
 @pytest.mark.parametrize(

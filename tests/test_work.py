@@ -186,9 +186,10 @@ def forward_passes(objective, model) -> float:
     ("objective", "conditioning", "least", "most"),
     [
         (FlowMatching(), "flow", 2.9, 3.1),
-        (MeanFlow(guidance=SELF), "meanflow", 5.9, 6.2),
+        pytest.param(MeanFlow(guidance=SELF), "meanflow", 5.9, 6.2, marks=pytest.mark.slow),
         (DecoupledMeanFlow(guidance=SELF), "decoupled", 9.2, 9.7),
-        (DecoupledMeanFlow(guidance=SELF, work=PLAIN), "decoupled", 10.9, 11.4),
+        pytest.param(DecoupledMeanFlow(guidance=SELF, work=PLAIN), "decoupled", 10.9, 11.4,
+                     marks=pytest.mark.slow),
     ],
     ids=["flow_matching", "mean_flow", "shared", "plain"],
 )

@@ -1,12 +1,15 @@
 """A run small enough for a test: its config, and the command line around it."""
 
 import atexit
+import contextlib
 import fcntl
 import functools
 import importlib
 import os
 import pathlib
+import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +65,15 @@ def flow_map(overrides: dict[str, Any] | None = None) -> ConfigDict:
         "model.learned_variance": True,
     }
     return config(fields | (overrides or {}), objective=default.decoupled_mean_flow())
+
+
+def free_port() -> int:
+    """A port that no process is given by itself before somebody takes it."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", port))
+            return port
 
 
 def dmf(verb: str, *arguments: Any) -> int:

@@ -1,9 +1,10 @@
-"""dmf compile --config=FILE [--topology=v5e:4x4] [--output=FILE.json] [--config.a.b=value ...]
+"""dmf compile --config=FILE [--topology=v5e:4x4] [--slices=N] [--output=FILE.json] [--config...]
 
-Compiles the training step of a config and says what memory it takes of each device, how many
-floating-point operations it is, and how long compiling took. The devices are those of this machine,
-or a TPU slice that is not there, as v5e:4x4, v6e:8x8 or v5p:2x2x2 (this takes libtpu: pip install
-'dmf-jax[tpu]'). Neither data nor checkpoints are read. Exits with 1 if the step does not fit.
+Compiles the training step of a config and says what memory it takes of each device, what devices
+send each other, how many floating-point operations it is, how long compiling took, and within which
+bounds the time of a step may lie. The devices are those of this machine, or TPU slices that are not
+there, as v5e:4x4, v6e:8x8 or v5p:2x2x2 (this takes libtpu: pip install 'dmf-jax[tpu]'). Neither
+data nor checkpoints are read. Exits with 1 if the step does not fit.
 """
 
 from collections.abc import Sequence
@@ -18,21 +19,29 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     values = flags.FlagValues()
     cli.config_flag(values, arguments)
     flags.DEFINE_string("topology", "", "a TPU slice; this machine by default", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "how many of them", flag_values=values)
+    flags.DEFINE_float(
+        "share_of_peak", 0.4, "what products are assumed to reach", flag_values=values
+    )
+    flags.DEFINE_float(
+        "network", 3.0, "GB/s that a device is assumed to send to another slice", flag_values=values
+    )
     flags.DEFINE_string("output", "", "a .json file for the numbers", flag_values=values)
     cli.parse(verb, arguments, values, __doc__)
     cli.require(values, "config")
     import jax
     from etils import epath
 
-    from dmf import checkpoint, compiling
+    from dmf import compiling, files
     from dmf.typing import RunError
 
     topology = values.topology
-    devices = compiling.topology_devices(topology) if topology else jax.devices()
+    devices = compiling.topology_devices(topology, values.slices) if topology else jax.devices()
     found = compiling.compile_step(values.config, devices)
-    print(compiling.table(found))
+    print(compiling.table(found, values.share_of_peak, values.network * 1e9))
     if values.output:
-        checkpoint.write_json(epath.Path(values.output), found._asdict() | {"topology": topology})
+        told = {"topology": topology, "collectives": [c._asdict() for c in found.collectives]}
+        files.write_json(epath.Path(values.output), found._asdict() | told)
     if found.fits is False:
         raise RunError(f"the step does not fit into {found.device}; try a larger mesh.fsdp, "
                        "model.remat=dots or full, or accumulation")

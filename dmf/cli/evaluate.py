@@ -88,7 +88,7 @@ def _evaluator(config, values: flags.FlagValues, output: epath.Path, *, labelled
 
 def _of_checkpoint(config, values: flags.FlagValues, output: epath.Path) -> None:
     from dmf import checkpoint, components, evaluation, loading
-    from dmf.checkpoint import write_json
+    from dmf.files import write_json
     from dmf.generation import Generator
 
     steps = cli.whole_numbers("steps", values.steps or list(map(str, config.sampling.steps)))
@@ -116,8 +116,8 @@ def _image_set(values: flags.FlagValues):
 
 
 def _of_images(config, values: flags.FlagValues, output: epath.Path) -> None:
-    from dmf.checkpoint import write_json
     from dmf.evaluator import image_set_of
+    from dmf.files import write_json
 
     images = _image_set(values)
     evaluator = _evaluator(config, values, output, labelled=images.labels() is not None)

@@ -6,6 +6,8 @@ folder with a labels file (--labels) or without labels, a .zip or .tar of such, 
 same command goes on where it was interrupted; several processes share the work with --process=0
 --processes=4, 1 and 4, and so on, each with the same other flags. With --reference=FILE.npz,
 --protocol and --inception, statistics of the crops are written in the same pass, for dmf evaluate.
+For representation alignment (REPA), --features=DIR stores the patch features of a DINOv2 that dmf
+convert made, and --keep-images what they can be computed from while training.
 """
 
 from collections.abc import Sequence
@@ -31,6 +33,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     text("protocol", "adm", "that the reference is for", flag_values=values)
     text("inception", "", "Inception, as dmf convert wrote it", flag_values=values)
     text("dinov2", "", "DINOv2, as dmf convert wrote it", flag_values=values)
+    text("features", "", "a DINOv2 whose patch features to store, for REPA", flag_values=values)
+    number("features-side", 0, "patches along a side; resolution / 16 if 0", flag_values=values)
     text("name", "latents", "of the dataset", flag_values=values)
     text("dtype", "float32", "of the encoding, float32 or bfloat16", flag_values=values)
     text("unreadable", "skip", "skip or fail: images that cannot be read", flag_values=values)
@@ -56,6 +60,9 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if values.vae:
         autoencoder, params = loading.load_encoder(values.vae, "autoencoder")
         autoencoder = dataclasses.replace(autoencoder, dtype=values.dtype)
+    alignment, alignment_params = None, None
+    if values.features:
+        alignment, alignment_params = _alignment(values)
     images = open_originals(
         values.source,
         labels=values.labels,
@@ -70,18 +77,38 @@ def main(verb: str, arguments: Sequence[str]) -> None:
             autoencoder=autoencoder,
             mirror=values.mirror,
             keep_images=values["keep-images"].value,
+            alignment=alignment,
             shard_size=values["shard-size"].value,
             batch_size=values["batch-size"].value,
             skip_unreadable=values.unreadable == "skip",
             name=values.name,
         ),
         params,
+        alignment_params=alignment_params,
         evaluator=_evaluator(values) if values.reference else None,
         reference=values.reference,
         process=values.process,
         processes=values.processes,
     )
     print(values.output)
+
+
+def _alignment(values: flags.FlagValues):
+    """What gives the features to store, and its parameters."""
+    import dataclasses
+
+    from dmf import loading
+    from dmf.alignment import PatchFeatures
+
+    try:
+        encoder, params = loading.load_encoder(values.features, "dinov2")
+    except InputError as error:
+        raise InputError(f"--features={values.features}: it holds no DINOv2; give the directory "
+                         "that dmf convert made of one") from error
+    encoder = dataclasses.replace(encoder, dtype=values.dtype)
+    # What a latent of the published autoencoders and a patch of two by two of them stand for.
+    side = values["features-side"].value or values.resolution // 16
+    return PatchFeatures(encoder=encoder, side=side), params
 
 
 def _evaluator(values: flags.FlagValues):

@@ -35,8 +35,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     output = epath.Path(values.output)
 
     from dmf import components, images, loading, outputs
-    from dmf.checkpoint import fingerprint
     from dmf.generation import Generator, chunks
+    from dmf.intact import fingerprint
     from dmf.sharding import local_mesh
 
     if output.suffix not in (".png", *outputs.FORMS):

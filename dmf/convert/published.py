@@ -108,7 +108,10 @@ def spelling_of(network: Any, name: str = "") -> Spelling:
     Raises:
       InputError: no such spelling, or of another network.
     """
-    known = {spelling.name: spelling for spelling in SPELLINGS_OF[type(network)]}
+    known = {spelling.name: spelling for spelling in SPELLINGS_OF.get(type(network), ())}
+    if not known:
+        raise InputError(f"format=safetensors: no project has names for {type(network).__name__}; "
+                         "choose orbax or stablehlo")
     if name and name not in known:
         raise InputError(f"spelling={name}: this network can be written as {', '.join(known)}")
     return known[name] if name else next(iter(known.values()))

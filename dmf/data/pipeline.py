@@ -30,12 +30,15 @@ class Pipeline:
       batch_size: rows of a global batch.
       seed: of the shuffle.
       weights: of the parts of a `JoinedSource`, how often each is drawn from; none for another.
+      beside: which field of a batch the source reads along with its rows: "images", "features", or
+        none.
     """
 
     source: Source
     batch_size: int
     seed: int = 0
     weights: tuple[float, ...] = ()
+    beside: str = ""
 
     def __post_init__(self):
         lengths = self.source.lengths if self.weights else (len(self.source),)
@@ -59,10 +62,11 @@ class Pipeline:
         }
 
     def batch(self, step: int, sharding: NamedSharding) -> Batch:
-        """The batch of one step, split over the mesh as `sharding` says."""
-        indices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
-        spans = {index[0].indices(self.batch_size)[:2] for index in indices}
-        parts = {span: self._read(step, *span) for span in spans}
+        """The batch of one step, split over the mesh as `sharding` says.
+
+        Its fields hold rows: `dmf.data.samples` makes samples of them, on the device.
+        """
+        parts = {span: self._read(step, *span) for span in self.spans(sharding)}
 
         def leaf(i: int) -> jax.Array:
             shape = next(iter(parts.values()))[i].shape[1:]
@@ -72,7 +76,13 @@ class Pipeline:
 
             return jax.make_array_from_callback((self.batch_size, *shape), sharding, part)
 
-        return Batch(x=leaf(0), y=leaf(1))
+        more = {self.beside: leaf(2)} if self.beside else {}
+        return Batch(x=leaf(0), y=leaf(1), **more)
+
+    def spans(self, sharding: NamedSharding) -> set[tuple[int, int]]:
+        """Which rows (start, stop) of a batch this process reads for its devices."""
+        indices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
+        return {index[0].indices(self.batch_size)[:2] for index in indices}
 
     def batches(self, start: int, sharding: NamedSharding) -> Iterator[Batch]:
         """The batches of steps start, start + 1, ..., read ahead in a thread."""
@@ -91,6 +101,6 @@ class Pipeline:
         """Which row of the source stands at a place of the endless order."""
         return int(self._order[place])
 
-    def _read(self, step: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, step: int, start: int, stop: int) -> tuple[np.ndarray, ...]:
         first = step * self.batch_size
         return self.source.read([self.index(first + i) for i in range(start, stop)])

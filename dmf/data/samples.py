@@ -3,6 +3,9 @@
 A row is an image, uint8 [h, w, c], or the moments of its latents, [f, h, w, 2c] in half or single
 precision: mean, then standard deviation; f is 1, or 2 where those of the mirror image follow. The
 moments of a mirror image are not the mirrored moments: the autoencoder sees left and right apart.
+
+Beside a row there may be, for representation alignment, the image it was made of, uint8 [h, w, c],
+or patch features of a frozen encoder, [f, n, d]; one draw decides whether all of it is mirrored.
 """
 
 import dataclasses
@@ -10,10 +13,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from dmf.scaling import Scaling
-from dmf.typing import Images, InputError, PRNGKey
+from dmf.typing import Batch, Images, InputError, PRNGKey
 
 
 def sample_shape(row: tuple[int, ...]) -> tuple[int, int, int]:
@@ -47,6 +50,24 @@ class ToSamples:
             raise InputError("data.mirror=True: the dataset has no moments of mirror images; "
                              "prepare it with them, or set data.mirror to False")
 
+    def batch(self, key: PRNGKey, rows: Batch) -> Batch:
+        """Rows, with what is beside them, as training samples in the same mirrored state.
+
+        Args:
+          key: of the mirroring and of the latents' draw.
+          rows: `x` as `samples` takes it, and none or one of `images` [b, h, w, c] uint8, and
+            `features` [b, f, n, d].
+
+        Returns:
+          The batch; features are [b, n, d] in float32.
+        """
+        mirrored, images, features = self._mirrored(key, len(rows.x)), rows.images, rows.features
+        if images is not None:
+            images = _flipped(images, mirrored)
+        if features is not None:
+            features = _side(features, mirrored).astype(jnp.float32)
+        return Batch(self.samples(key, rows.x), rows.y, features, images)
+
     def samples(self, key: PRNGKey, rows: Shaped[Array, "b ..."]) -> Images:
         """Samples [b, h, w, c] in float32.
 
@@ -54,13 +75,28 @@ class ToSamples:
           key: of the mirroring and of the latents' draw.
           rows: [b, h, w, c] uint8 images, or [b, f, h, w, 2c] moments.
         """
-        for_mirror, for_latents = jax.random.split(key)
-        mirrored = jnp.zeros(len(rows), bool)
-        if self.mirror:
-            mirrored = jax.random.bernoulli(for_mirror, shape=mirrored.shape)
+        mirrored = self._mirrored(key, len(rows))
         if rows.ndim == 4:
-            images = rows.astype(jnp.float32) / 127.5 - 1
-            return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-        moments = rows[jnp.arange(len(rows)), mirrored.astype(jnp.int32)]
-        mean, std = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+            return _flipped(rows.astype(jnp.float32) / 127.5 - 1, mirrored)
+        mean, std = jnp.split(_side(rows, mirrored).astype(jnp.float32), 2, axis=-1)
+        for_latents = jax.random.split(key)[1]
         return self.scaling.apply(mean + std * jax.random.normal(for_latents, mean.shape))
+
+    def _mirrored(self, key: PRNGKey, count: int) -> Bool[Array, "b"]:
+        """Which of the rows are mirrored."""
+        if not self.mirror:
+            return jnp.zeros(count, bool)
+        return jax.random.bernoulli(jax.random.split(key)[0], shape=(count,))
+
+
+def _flipped(images: Shaped[Array, "b h w c"], mirrored: Bool[Array, "b"]) -> jax.Array:
+    return jnp.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
+
+
+def _side(stored: Shaped[Array, "b f ..."], mirrored: Bool[Array, "b"]) -> jax.Array:
+    """Of what is stored for an image and perhaps for its mirror image, that of the one seen."""
+    if stored.shape[1] == 1:
+        return stored[:, 0]
+    # Indexed by an array, all of it would be gathered on every device.
+    chosen = mirrored.reshape(-1, *(1,) * (stored.ndim - 2))
+    return jnp.where(chosen, stored[:, 1], stored[:, 0])

@@ -2,28 +2,32 @@
 
 A TFDS dataset can be read here when it was prepared with `file_format="array_record"`. The digits
 prepare themselves on first use. `dmf.data.samples` says what a row is.
+
+Beside its rows a dataset may hold what representation alignment (REPA) needs: the images that
+latents were made of, or patch features of them. They are read along if the source was opened so.
 """
 
 import contextlib
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
-from tensorflow_datasets.proto import tf_example_pb2
 
 from dmf.data.caches import open_cache
 from dmf.data.digits import Digits
+from dmf.data.records import Field, TfdsSource, is_encoded, is_packed
 from dmf.typing import InputError
 
 CACHE = "cache"
 DEFAULT_DIRECTORY = tfds.core.constants.DATA_DIR
 # Datasets up to this size are read once and kept.
 RESIDENT_BYTES = 2**26
-LABELS_FILE = "labels.npy"
+# What may be read along with a row, as `Batch` calls it, and the feature that holds it.
+BESIDE = {"images": "image", "features": "features"}
 _INFO_FILE = "dataset_info.json"
 
 
@@ -44,79 +48,23 @@ class Source(Protocol):
     def __len__(self) -> int:
         """How many rows there are."""
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Rows [n, ...] as they are stored, and labels [n] int32, 0 where there are none."""
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
+        """Rows [n, ...] as they are stored, and labels [n] int32, 0 where there are none; third,
+        if the source was opened with something beside them, that, [n, ...]."""
 
     def labels(self) -> np.ndarray:
         """The label of every row, int64."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TfdsSource:
-    """A split of a TFDS dataset with a feature `image` or `moments`, and perhaps `label`.
-
-    Attributes:
-      name, num_classes, shape: as of every source.
-      feature: which of the two it has.
-      dtype: of its rows.
-      records: TFDS's data source, of serialized examples if `packed`, else of decoded ones.
-      packed: whether the feature's values are stored as the bytes of an array.
-      directory: where the dataset lies.
-    """
-
-    name: str
-    num_classes: int
-    shape: tuple[int, ...]
-    feature: str
-    dtype: np.dtype
-    records: Any
-    packed: bool
-    directory: epath.Path
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Several rows at once, see `Source`."""
-        rows = np.empty((len(indices), *self.shape), self.dtype)
-        labels = np.zeros(len(indices), np.int32)
-        for i, record in enumerate(self.records.__getitems__(list(map(int, indices)))):
-            rows[i], labels[i] = self._unpacked(record) if self.packed else self._decoded(record)
-        return rows, labels
-
-    def _unpacked(self, record: bytes) -> tuple[np.ndarray, int]:
-        """The row in the bytes of an example: TFDS's decoding in the few lines that it takes here,
-        at a third of its time."""
-        features = tf_example_pb2.Example.FromString(record).features.feature
-        row = np.frombuffer(features[self.feature].bytes_list.value[0], self.dtype)
-        label = features["label"].int64_list.value[0] if self.num_classes else 0
-        return row.reshape(self.shape), label
-
-    def _decoded(self, record: Mapping[str, Any]) -> tuple[np.ndarray, int]:
-        row = record[self.feature]
-        if row.shape != self.shape:
-            raise InputError(f"data.name={self.name}: its images have several shapes, {row.shape} "
-                             f"and {self.shape}; make them one with dmf prepare")
-        return row, record["label"] if self.num_classes else 0
-
-    def labels(self) -> np.ndarray:
-        """All labels: from a file beside the records if there is one, else by reading them."""
-        stored = self.directory / LABELS_FILE
-        if stored.exists() and len(found := np.load(io.BytesIO(stored.read_bytes()))) == len(self):
-            return found
-        parts = [self.read(range(i, min(i + 1000, len(self))))[1]
-                 for i in range(0, len(self), 1000)]
-        return np.concatenate(parts).astype(np.int64)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ResidentSource:
-    """A source whose rows are in memory."""
+    """A source whose rows are in memory, and perhaps what is read along with them."""
 
     name: str
     num_classes: int
     rows: np.ndarray
     all_labels: np.ndarray
+    beside: tuple[np.ndarray, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -126,10 +74,10 @@ class ResidentSource:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Several rows at once, see `Source`."""
         chosen = np.asarray(indices, np.int64)
-        return self.rows[chosen], self.all_labels[chosen]
+        return tuple(values[chosen] for values in (self.rows, self.all_labels, *self.beside))
 
     def labels(self) -> np.ndarray:
         """All labels."""
@@ -165,20 +113,21 @@ class JoinedSource:
     def __len__(self) -> int:
         return sum(self.lengths)
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Several rows at once, see `Source`."""
         wanted, start = np.asarray(indices, np.int64), 0
-        rows = labels = None
+        joined: tuple[np.ndarray, ...] = ()
         for source, chosen in self.parts:
             here = np.flatnonzero((wanted >= start) & (wanted < start + len(chosen)))
             if len(here):
                 found = source.read(chosen[wanted[here] - start].tolist())
-                if rows is None:
-                    rows = np.empty((len(wanted), *self.shape), found[0].dtype)
-                    labels = np.empty(len(wanted), np.int32)
-                rows[here], labels[here] = found
+                joined = joined or tuple(
+                    np.empty((len(wanted), *values.shape[1:]), values.dtype) for values in found
+                )
+                for whole, values in zip(joined, found, strict=True):
+                    whole[here] = values
             start += len(chosen)
-        return rows, labels
+        return joined
 
     def labels(self) -> np.ndarray:
         """All labels."""
@@ -205,10 +154,10 @@ class Unlabelled:
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, indices: Sequence[int]) -> tuple[np.ndarray, ...]:
         """Several rows at once, see `Source`."""
-        rows, labels = self.source.read(indices)
-        return rows, np.zeros_like(labels)
+        rows, labels, *beside = self.source.read(indices)
+        return rows, np.zeros_like(labels), *beside
 
     def labels(self) -> np.ndarray:
         """All 0."""
@@ -216,7 +165,12 @@ class Unlabelled:
 
 
 def open_source(
-    name: str, *, split: str = "train", directory: str = "", num_classes: int | None = None
+    name: str,
+    *,
+    split: str = "train",
+    directory: str = "",
+    num_classes: int | None = None,
+    beside: str = "",
 ) -> Source:
     """Opens a split of a prepared dataset.
 
@@ -227,51 +181,77 @@ def open_source(
       directory: a dataset (what `dmf prepare` wrote, say), or where TFDS keeps its datasets, its
         default if empty.
       num_classes: of a cache, whose labels need not reach the last class.
+      beside: what is read along with rows: a key of `BESIDE`, or nothing. Where rows are images,
+        "images" are the rows themselves.
 
     Raises:
       InputError: the dataset, its split or its features are not there, or its records cannot be
         read without TensorFlow; the message says what to do.
     """
     if name == CACHE:
+        if beside:
+            raise InputError(_nothing_beside(name, beside))
         return open_cache(directory, num_classes=num_classes)
     builder = tfds_builder(name, directory or DEFAULT_DIRECTORY)
     features = builder.info.features
     feature = next((f for f in ("moments", "image") if f in features), None)
-    if feature is None or (feature == "image"
-                           and np.dtype(features["image"].np_dtype) != np.uint8):
+    if feature is None or (feature == "image" and not _is_image(features[feature])):
         raise InputError(f"data.name={name}: it needs a feature 'image' of uint8 (h, w, c), or "
                          f"'moments'; it has {', '.join(features)}")
-    packed = _is_packed(features[feature])
+    second = BESIDE[beside] if beside else None
+    if second and (second not in features or (beside == "images"
+                                              and not _is_image(features[second]))):
+        raise InputError(_nothing_beside(name, beside))
+    return _resident(_opened(builder, name, split, feature, second))
+
+
+def _is_image(feature: Any) -> bool:
+    return np.dtype(feature.np_dtype) == np.uint8
+
+
+def _nothing_beside(name: str, beside: str) -> str:
+    return (f"data.name={name}: it has no {beside} to align with; store features with dmf prepare "
+            "--features=DIR and leave alignment.encoder empty, or let alignment.encoder name a "
+            "DINOv2, for which latents need dmf prepare --keep-images")
+
+
+def _opened(
+    builder: tfds.core.DatasetBuilder, name: str, split: str, feature: str, beside: str | None
+) -> TfdsSource:
+    """A dataset whose rows are a feature, with another one beside."""
+    features = builder.info.features
+    packed = is_packed(features[feature])
+    if beside:
+        packed &= is_packed(features[beside]) or is_encoded(features[beside])
     methods = tfds.decode.DeserializeMethod
     method = methods.RAW_BYTES if packed else methods.DESERIALIZE_AND_DECODE
     records = tfds_records(builder, name, split, method)
-    first = records[0] if not packed else None
-    source = TfdsSource(
+
+    def field(of: str) -> Field:
+        found = features[of]
+        shape = found.shape if packed else records[0][of].shape
+        return Field(of, tuple(shape), np.dtype(found.np_dtype), is_encoded(found))
+
+    return TfdsSource(
         name=name,
         num_classes=features["label"].num_classes if "label" in features else 0,
-        shape=tuple(features[feature].shape if packed else first[feature].shape),
-        feature=feature,
-        dtype=np.dtype(features[feature].np_dtype),
+        row=field(feature),
+        beside=field(beside) if beside else None,
         records=records,
         packed=packed,
         directory=epath.Path(builder.data_dir),
     )
-    return _resident(source)
-
-
-def _is_packed(feature: Any) -> bool:
-    """Whether a feature's values are stored as the bytes of an array, and nothing else."""
-    return type(feature) is tfds.features.Tensor and feature.to_json_content().encoding == "bytes"
 
 
 def _resident(source: TfdsSource) -> Source:
     """The source itself, or its rows in memory if they are few."""
-    if len(source) * int(np.prod(source.shape)) * source.dtype.itemsize > RESIDENT_BYTES:
+    if source.size > RESIDENT_BYTES:
         return source
-    rows, labels = source.read(range(len(source)))
+    rows, labels, *beside = source.read(range(len(source)))
     return ResidentSource(
-        name=source.name, num_classes=source.num_classes, rows=rows, all_labels=labels
-    )
+        name=source.name, num_classes=source.num_classes, rows=rows, all_labels=labels,
+        beside=tuple(beside),
+    )  # fmt: skip
 
 
 def tfds_records(

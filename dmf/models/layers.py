@@ -1,4 +1,10 @@
-"""The parts of a diffusion transformer (DiT, arXiv:2212.09748), in Linen."""
+"""The parts of a diffusion transformer (DiT, arXiv:2212.09748), in Linen.
+
+Whatever `dtype` is, these are computed in float32, from inputs and to outputs of that type: the
+sinusoidal features of times, normalization (statistics, difference, division and scale), the logits
+of attention and their softmax, by the formula and by the kernels of flash attention, and the sums
+inside products; and all of the log-variance head. `FLOAT32` names what may be besides.
+"""
 
 import math
 
@@ -11,6 +17,11 @@ from dmf.models.attention import attention
 
 Tokens = Float[Array, "b l d"]
 Vectors = Float[Array, "b d"]
+
+# Parts of a network that may be in float32 where the rest is in bfloat16: the products of the time
+# embeddings and the sum with the label's; shift, scale and gate of the blocks, and what they are
+# applied to; the tokens between blocks, and the sums that make them; the whole final layer.
+FLOAT32 = ("time_embedding", "modulation", "residual", "final_layer")
 
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
@@ -61,18 +72,35 @@ def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
 
 
 class TimeEmbedding(nn.Module):
-    """256 sinusoidal features of a time, then Linear, SiLU, Linear."""
+    """256 sinusoidal features of a time, then Linear, SiLU, Linear; zero at first if `silent`."""
 
     width: int
     dtype: jnp.dtype
+    silent: bool = False
 
     @nn.compact
     def __call__(self, t: Float[Array, "b"]) -> Vectors:
         x = sinusoidal_features(t, 256).astype(self.dtype)
         x = nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="in")(x)
-        return nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="out")(
-            nn.silu(x)
-        )
+        init = zeros if self.silent else small_normal
+        return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(x))
+
+
+class GuidanceEmbedding(nn.Module):
+    """A vector of a guidance's scale and interval, zero at first, so that a network that learnt
+    without it starts as it was."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(
+        self, scale: Float[Array, "b"], low: Float[Array, "b"], high: Float[Array, "b"]
+    ) -> Vectors:
+        # 1 / scale, like the others, lies in (0, 1] for all scales that guide.
+        embed = {"scale": 1 / scale, "low": low, "high": high}
+        return sum(TimeEmbedding(self.width, self.dtype, silent=True, name=name)(value)
+                   for name, value in embed.items())
 
 
 class Modulation(nn.Module):
@@ -136,26 +164,34 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero conditioning (DiT, section 3.2)."""
+    """A transformer block with adaLN-Zero conditioning (DiT, section 3.2).
+
+    Shift, scale and gate, and what they are applied to, are in `modulation_dtype` if it is given,
+    and in `dtype`, as the rest, if not. Tokens leave in the type they came in.
+    """
 
     heads: int
     mlp_ratio: float
     qk_norm: bool
     dtype: jnp.dtype
     attention: str = "xla"
+    modulation_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Tokens:
-        norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        dtype = self.modulation_dtype or self.dtype
+        norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
-            6, self.dtype, name="modulation"
+            6, dtype, name="modulation"
         )(c)
         attend = SelfAttention(
             self.heads, self.qk_norm, self.dtype, self.attention, name="attention"
         )
-        x += gate_1[:, None, :] * attend(modulate(norm(x), shift_1, scale_1))
+        step = gate_1[:, None, :] * attend(modulate(norm(x), shift_1, scale_1))
+        x = (x + step).astype(x.dtype)
         mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
-        return x + gate_2[:, None, :] * mlp(modulate(norm(x), shift_2, scale_2))
+        step = gate_2[:, None, :] * mlp(modulate(norm(x), shift_2, scale_2))
+        return (x + step).astype(x.dtype)
 
 
 class FinalLayer(nn.Module):

@@ -1,0 +1,1 @@
+"""What the papers found on ImageNet, looked for on the digits."""

@@ -1,0 +1,60 @@
+"""MeanFlow at 256 from scratch (arXiv:2505.13447).
+
+    dmf train --config=configs/meanflow.py:xl2 --workdir=runs/meanflow_xl2
+
+Adam 1e-4, batch 256, 25% of samples with r < t. The effective guidance scale is 2.5 for L/2 and
+XL/2 and 2 for the others. Latents of sd-vae-ft-mse.
+"""
+
+import functools
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs import default
+from configs.imagenet import STEPS_PER_EPOCH, imagenet, sized
+from configs.rows import Row, chosen
+
+_row = functools.partial(Row, paper="arXiv:2505.13447")
+
+
+def _guided(omega: float, kappa: float, interval: tuple[float, float]) -> dict[str, Any]:
+    return {"objective.guidance": default.self_guidance(omega, kappa, interval)}
+
+
+ROWS = {
+    "b4": _row(fid={1: 11.35}, changes=sized("B", 4)),
+    "b4_80": _row(fid={1: 19.15}, changes=sized("B", 4) | {"run.steps": 80 * STEPS_PER_EPOCH}),
+    "b2": _row(fid={1: 6.17}, changes=sized("B")),
+    "m2": _row(fid={1: 5.01}, changes=sized("M")),
+    "l2": _row(fid={1: 3.84}, changes=sized("L") | _guided(0.2, 0.92, (0.0, 0.8))),
+    "xl2": _row(fid={1: 3.43, 2: 2.93}, changes=_guided(0.2, 0.92, (0.0, 0.75))),
+    "xl2_own_tangent": _row(
+        fid={1: 2.99},
+        paper="arXiv:2512.02012",
+        changes={**_guided(0.2, 0.92, (0.0, 0.75)), "objective.tangent": default.tangent("own")},
+        note="the loss of improved MeanFlow alone",
+    ),
+    "xl2_plus": _row(
+        fid={2: 2.20},
+        changes={"run.steps": 1000 * STEPS_PER_EPOCH, **_guided(1.0, 0.5, (0.3, 0.8))},
+    ),
+}
+
+
+def meanflow(size: str, patch_size: int = 2) -> ConfigDict:
+    """MeanFlow of 240 epochs without guidance, measured as in its paper."""
+    config = imagenet(size, patch_size)
+    config.model.conditioning = "meanflow"
+    config.objective = default.mean_flow()
+    config.run.steps = 240 * STEPS_PER_EPOCH
+    config.sampling.steps = (1, 2)
+    config.evaluation.protocol = "meanflow"
+    return config
+
+
+def get_config(row: str = "xl2") -> ConfigDict:
+    """The network with its second time embedding, at its published length."""
+    config = meanflow("XL")
+    config.objective.guidance = default.self_guidance(1.0, 0.5, (0.0, 1.0))
+    return chosen(config, ROWS, row)

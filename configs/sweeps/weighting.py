@@ -1,0 +1,15 @@
+"""How squared errors become losses in Decoupled MeanFlow.
+
+    dmf sweep --config=configs/digits_dmf.py --sweep=configs/sweeps/weighting.py \\
+      --workdir=runs/weighting
+
+For every config of Decoupled MeanFlow, whose log-variance head the last two do not need.
+"""
+
+from dmf.sweeping import grid
+
+
+def get_sweep():
+    """The paper's, the one of its published code, MeanFlow's, and none."""
+    names = ("cauchy", "released", "adaptive", "uniform")
+    return grid({"objective.weighting.name": names})

@@ -1,0 +1,113 @@
+"""Errors by the times they were made at, against loops over samples."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from dmf import bins, build, logs, training
+from dmf.typing import Batch, InputError
+
+BINS = 4
+
+
+def samples(seed: int, count: int):
+    """Errors and times r <= t, of which some are 0, 1 or on an edge."""
+    random = np.random.default_rng(seed)
+    t, r = random.uniform(0, 0.7, (2, count))
+    t[:3], r[:3] = (1.0, 1.0, 0.5), (0.0, 1.0, 0.25)
+    return random.uniform(0, 5, count), np.maximum(t, r), np.minimum(t, r)
+
+
+def means_of(*parts) -> dict[str, float]:
+    """What is reported of several steps, each a part of the samples."""
+    metrics = [bins.binned("error", jnp.float32(error), BINS, *map(jnp.float32, times))
+               for error, *times in parts]
+    (name,) = metrics[0]
+    return bins.named(name, np.mean([jnp.mean(each[name], axis=0) for each in metrics], axis=0))
+
+
+def loop(error, *times) -> dict[str, float]:
+    cells: dict[str, list[float]] = {}
+    for e, *own in zip(error, *times, strict=True):
+        edges = [min(int(time * BINS), BINS - 1) / BINS for time in own]
+        spans = [f"{axis}_{edge:.2f}-{edge + 0.25:.2f}"
+                 for axis, edge in zip("tr", edges, strict=False)]
+        cells.setdefault("/".join(["error", *spans]), []).append(e)
+    return {name: np.mean(values) for name, values in cells.items()}
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_each_cell_is_the_mean_over_the_samples_of_all_steps_in_it(axes):
+    parts = [samples(seed, 40)[: 1 + axes] for seed in range(3)]
+    expected = loop(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+    found = means_of(*parts)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_cells_that_nobody_was_in_are_left_out():
+    error, t, r = samples(0, 3)
+    assert means_of((error, t, r)) == pytest.approx({
+        "error/t_0.75-1.00/r_0.00-0.25": error[0], "error/t_0.75-1.00/r_0.75-1.00": error[1],
+        "error/t_0.50-0.75/r_0.25-0.50": error[2],
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("count", [3, 7, bins.MOST])
+def test_names_are_all_different_and_such_as_tensorboard_keeps(count):
+    times = jnp.arange(count) / count + 1e-4
+    (metric,) = bins.binned("error", times, count, times).items()
+    names = list(bins.named(metric[0], np.asarray(jnp.mean(metric[1], axis=0))))
+    assert len(set(names)) == count
+    assert all(re.fullmatch(r"[-/\w.]+", name) for name in names)
+
+
+def test_without_bins_there_is_no_metric():
+    assert bins.binned("error", jnp.ones(2), 0, jnp.ones(2)) == {}
+
+
+def test_the_cells_of_an_objective_hold_its_errors():
+    config = tiny.flow_map({"objective.bins": 3})
+    network, objective = build.network(config), build.objective(config)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01), params)
+    batch = Batch(jax.random.normal(jax.random.key(1), (8, *network.sample_shape)), jnp.arange(8))
+    draws = objective.draw(jax.random.key(2), batch)
+    metrics = jax.jit(lambda p: objective.loss(network, p, batch, draws, {})[1])(params)
+    for name, look, axes in (("flow_matching_error", draws.flow_matching, 1),
+                             ("mean_flow_error", draws.mean_flow, 2)):
+        pairs = np.asarray(metrics[f"{name}_bins"])
+        assert pairs.shape == (8, 2, *(3,) * axes)
+        for i in range(8):
+            cell = tuple(int(time[i] * 3) for time in (look.t, look.r)[:axes])
+            expected = np.zeros(pairs.shape[1:])
+            expected[(slice(None), *cell)] = metrics[name][i], 1
+            np.testing.assert_allclose(pairs[i], expected, rtol=1e-6)
+
+
+def test_a_run_reports_cells(tmp_path):
+    """One cell that holds everything is the mean error, over steps and parts of a batch."""
+    fields = {"objective.bins": 1, "accumulation": 2, "run.steps": 2}
+    training.train(tiny.config(fields), tmp_path)
+    (row,) = logs.read_metrics(tmp_path)
+    assert row["flow_matching_error/t_0.00-1.00"] == pytest.approx(row["flow_matching_error"])
+    assert not any("bins" in name for name in row)
+
+
+def test_bins_may_change_when_a_run_is_taken_up_again(tmp_path):
+    workdir = epath.Path(tmp_path)
+    training.claim(workdir, tiny.flow_map())
+    training.claim(workdir, tiny.flow_map({"objective.bins": 3}))
+
+
+@pytest.mark.parametrize("objective", [tiny.config, tiny.flow_map])
+@pytest.mark.parametrize("count", [-1, bins.MOST + 1])
+def test_a_number_of_bins_that_cannot_be_is_refused(objective, count):
+    with pytest.raises(InputError, match=rf"^objective\.bins={count}: give 0, for none"):
+        build.objective(objective({"objective.bins": count}))

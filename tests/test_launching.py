@@ -1,0 +1,189 @@
+"""Processes side by side: what each may use, what becomes of one that fails, and how all stop."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from dmf import launching
+from dmf.typing import InputError, RunError, Stopped
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def job(folder, name, code):
+    return launching.Job(name=name, directory=folder / name, command=(sys.executable, "-c", code))
+
+
+def pool(folder, jobs, parallel=1, found=()):
+    with launching.claimed(folder) as lock:
+        made = launching.Pool(jobs, launching.shares(parallel, list(found)), lock)
+        made.run()
+    return made
+
+
+def wait_for(path, text):
+    until = time.monotonic() + 30
+    while not path.exists() or text not in path.read_text():
+        assert time.monotonic() < until, path
+        time.sleep(0.02)
+
+
+def test_one_that_fails_stops_no_other(tmp_path, capsys):
+    jobs = [
+        job(tmp_path, "bad", "print('why'); print(); raise SystemExit(3)"),
+        job(tmp_path, "stopped", "print('told to stop'); raise SystemExit(75)"),
+        job(tmp_path, "good", "print('fine')"),
+    ]
+    made = pool(tmp_path, jobs)
+    assert made.failures == {"bad": "why", "stopped": "told to stop"}
+    assert (tmp_path / "good/train.log").read_text() == "fine\n"
+    assert (tmp_path / "bad/train.log").read_text().endswith(f"{launching.FAILED} 3\n")
+    assert launching.last_line(jobs[0].log) == "why"
+    assert launching.FAILED not in (tmp_path / "stopped/train.log").read_text()
+    said = capsys.readouterr().err
+    assert "good: complete; 1 of 3 complete, 2 failed, 0 to go" in said
+    with pytest.raises(RunError, match="2 of 3 runs failed: bad, stopped"):
+        launching.told_failures(made.failures, 3)
+    assert "bad: why" in capsys.readouterr().err
+
+
+def test_no_more_run_at_a_time_than_there_are_shares_each_with_its_own(tmp_path):
+    code = ("import os, time; print(os.environ['CUDA_VISIBLE_DEVICES'], time.monotonic()); "
+            "time.sleep(0.3); print(time.monotonic())")
+    pool(tmp_path, [job(tmp_path, str(i), code) for i in range(4)], 2, ["4", "6"])
+    logs = [(tmp_path / str(i) / "train.log").read_text().split() for i in range(4)]
+    for gpu in ("4", "6"):
+        spans = sorted((float(a), float(b)) for g, a, b in logs if g == gpu)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    assert {gpu for gpu, _, _ in logs} == {"4", "6"}
+
+
+def test_a_process_keeps_to_its_cores(tmp_path):
+    core = min(os.sched_getaffinity(0))
+    code = "import os, time; time.sleep(0.3); print(os.sched_getaffinity(0))"
+    with launching.claimed(tmp_path) as lock:
+        share = launching.Share(cores=frozenset({core}))
+        launching.Pool([job(tmp_path, "one", code)], [share], lock).run()
+    assert (tmp_path / "one/train.log").read_text().strip() == str({core})
+
+
+def test_what_interrupts_this_process_group_does_not_reach_the_runs(tmp_path):
+    code = "import os; print(os.getsid(0) == os.getpgid(0) == os.getpid())"
+    pool(tmp_path, [job(tmp_path, "one", code)])
+    assert (tmp_path / "one/train.log").read_text() == "True\n"
+
+
+def test_shares_are_equal():
+    two = [share.variables for share in launching.shares(2, ["0", "1", "2", "3", "4"])]
+    assert two == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    cores = os.sched_getaffinity(0)
+    assert launching.shares(1, []) == [launching.Share(cores=frozenset(cores))]
+    assert {share.cores for share in launching.shares(len(cores) + 1, [])} == {frozenset()}
+    with pytest.raises(InputError, match="--parallel=3: there are 2 GPUs"):
+        launching.shares(3, ["0", "1"])
+    with pytest.raises(InputError, match="--parallel=0"):
+        launching.shares(0, [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "found"),
+    [
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, ["2", "3"]),
+        ({"CUDA_VISIBLE_DEVICES": ""}, []),
+        ({"CUDA_VISIBLE_DEVICES": "-1"}, []),
+        ({"CUDA_VISIBLE_DEVICES": "2", "JAX_PLATFORMS": "cpu"}, []),
+        ({}, ["0", "1"]),
+    ],
+)
+def test_gpus_are_those_that_jax_would_use(tmp_path, monkeypatch, variables, found):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '0\\n1\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"PATH": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    assert launching.gpus() == found
+    if found == ["0", "1"]:
+        monkeypatch.setenv("PATH", "/nowhere")
+        assert launching.gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]
+)
+def test_told_to_stop_all_save_and_no_more_start(tmp_path, number, error):
+    jobs = [job(tmp_path, name, SAVES) for name in ("a", "b", "c")]
+
+    def tell():
+        for name in ("a", "b"):
+            wait_for(tmp_path / name / "train.log", "ready")
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    before = signal.getsignal(number)
+    with pytest.raises(error):
+        pool(tmp_path, jobs, 2)
+    thread.join()
+    assert signal.getsignal(number) is before
+    for name in ("a", "b"):
+        assert (tmp_path / name / "train.log").read_text() == "ready\nsaved\n"
+    assert not (tmp_path / "c").exists()
+
+
+def test_told_twice_those_that_do_not_end_are_ended(tmp_path):
+    code = ("import signal, time; signal.signal(signal.SIGTERM, lambda *_: print('no', flush=True))"
+            "; print('ready', flush=True); time.sleep(50); time.sleep(50); print('by itself')")
+
+    def tell():
+        for text in ("ready", "no"):
+            wait_for(tmp_path / "a/train.log", text)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=tell).start()
+    with pytest.raises(Stopped, match="told to stop after 0 of 1 runs"):
+        pool(tmp_path, [job(tmp_path, "a", code)])
+    assert (tmp_path / "a/train.log").read_text() == "ready\nno\n"
+
+
+def test_what_a_killed_sweep_left_behind_keeps_others_away(tmp_path):
+    code = (
+        "import pathlib, sys; sys.path.insert(0, sys.argv[2]); from dmf import launching; "
+        "root = pathlib.Path(sys.argv[1]); job = launching.Job(name='a', directory=root / 'a', "
+        "command=(sys.executable, '-c', 'import os, time; print(os.getpid(), flush=True); "
+        "time.sleep(60)'))\n"
+        "with launching.claimed(root) as lock: "
+        "launching.Pool([job], launching.shares(1, []), lock).run()"
+    )
+    root = os.path.dirname(os.path.dirname(launching.__file__))
+    sweep = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), root])
+    log = tmp_path / "a/train.log"
+    wait_for(log, "\n")
+    child = int(log.read_text())
+    sweep.kill()
+    sweep.wait()
+    try:
+        with pytest.raises(InputError, match="another sweep, or a run that one has left behind"):
+            pool(tmp_path, [])
+    finally:
+        os.kill(child, signal.SIGKILL)
+    until = time.monotonic() + 20
+    while time.monotonic() < until:
+        try:
+            pool(tmp_path, [])
+            break
+        except InputError:
+            time.sleep(0.05)
+    else:
+        raise AssertionError("the lock outlives all that held it")

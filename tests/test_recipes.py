@@ -1,0 +1,222 @@
+"""Every row of every config file builds at full size, takes a step at a reduced one, is told."""
+
+import functools
+import re
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from configs import __main__ as recipes
+from configs import default, meanflow_b4_ablations, rows
+from dmf import build, loading
+from dmf import state as states
+from dmf.protocols import PROTOCOLS
+from dmf.step import abstract_inputs, initial_state, training_step
+
+MODULES = recipes.modules()
+ROWS = {
+    f"{file}:{name}": (module, name, row)
+    for file, module in MODULES.items()
+    for name, row in recipes.rows(module).items()
+}
+BUILT = [key for key, (_, _, row) in ROWS.items() if not row.lacks]
+
+
+@functools.cache
+def _made(key: str) -> ConfigDict:
+    module, name, _ = ROWS[key]
+    return module.get_config(*[name] * bool(name))
+
+
+def config_of(key: str) -> ConfigDict:
+    return _made(key).copy_and_resolve_references()
+
+
+def program(config: ConfigDict) -> tuple:
+    """What rows must share for their training steps to be one program but for its constants."""
+    fields = flatten_dict(config.to_dict())
+    chosen = {name: value for name, value in fields.items()
+              if name[0] == "model" or (name[0] == "objective" and name[-1] == "name")}
+    guidance = build.objective(config, build.network(config)).__dict__.get("guidance")
+    needs = guidance and (guidance.needs_label, guidance.needs_null)
+    aligned = bool(config.objective.get("alignment_coefficient"))
+    return needs, aligned, config.freeze, *sorted(chosen.items())
+
+
+def reduced(config: ConfigDict) -> ConfigDict:
+    """The same kind of run: two narrow blocks on a 4 x 4 grid of patches."""
+    model, size = config.model, config.model.patch_size
+    split = model.split_depth and 1
+    model.update(input_size=4 * size, depth=2, width=32, heads=2, num_classes=10, remat="none")
+    model.update(split_depth=split, scan=True, alignment_depth=min(model.alignment_depth, 1))
+    model.update(alignment_width=16, alignment_hidden=16)
+    config.data.batch_size = 8
+    config.optimizer.warmup_steps = 0
+    return config
+
+
+def kinds(keys: Iterable[str]) -> list[str]:
+    """The first row of each program, but for the size of its network."""
+    return list({program(reduced(config_of(key))): key for key in reversed(list(keys))}.values())
+
+
+def quick(keys: Iterable[str]) -> set[str]:
+    """For each objective, with a teacher or without, the row whose loss has most parts."""
+    found = {}
+    for key in keys:
+        config = config_of(key)
+        needs, alignment, *_ = program(config)
+        kind, parts = (config.objective.name, bool(config.teacher.checkpoint)), (needs, alignment)
+        found[kind] = max(found.get(kind, (parts, key)), (parts, key), key=lambda one: str(one[0]))
+    return {key for _, key in found.values()}
+
+
+STEPPED = kinds(key for key in BUILT if not ROWS[key][2].commands)
+QUICK = quick(STEPPED)
+
+
+@pytest.mark.parametrize("file", sorted(MODULES))
+def test_a_file_says_what_it_is_and_gives_a_command_that_runs_a_row(file):
+    first, *rest = MODULES[file].__doc__.strip().splitlines()
+    assert first.endswith((".", ",", ":")) or rest
+    told = " ".join(MODULES[file].__doc__.replace("\\\n", " ").split())
+    runs = [command for name, row in recipes.rows(MODULES[file]).items() if not row.lacks
+            for command in recipes.commands(file, name, row)]
+    assert any(command in told for command in runs) or file == "default"
+
+
+@pytest.mark.parametrize("key", BUILT)
+def test_a_row_is_a_run_that_can_be(key):
+    config = config_of(key)
+    config.teacher.checkpoint = ""
+    teacher = build.network(config) if ROWS[key][0].__name__.endswith("distilled") else None
+    made = build.recipe(config, build.make_mesh(devices=jax.devices()[:1]), teacher)
+    assert made.network.depth == config.model.depth
+    sampler = build.sampler(config)
+    for steps in config.sampling.steps:
+        assert len(sampler.schedule(steps, config.sampling.shift)) == steps + 1
+    assert config.evaluation.protocol in PROTOCOLS
+
+
+@pytest.mark.parametrize("key", kinds(BUILT))
+def test_a_row_has_its_shapes_at_full_size(key):
+    config = config_of(key)
+    recipe = build.recipe(config, build.make_mesh(devices=jax.devices()[:1]),
+                          build.network(config) if config.teacher.checkpoint else None)
+    state = jax.eval_shape(lambda: initial_state(recipe, jax.random.key(0), {}))
+    assert state.params["blocks"]["mlp"]["in"]["kernel"].shape[:2] == (
+        config.model.depth, config.model.width
+    )
+    _, rows, frozen = abstract_inputs(recipe)
+    (count,) = rows.y.shape
+
+    def loss(params, rows, frozen):
+        batch = recipe.to_samples.batch(jax.random.key(1), rows)
+        draws = recipe.objective.draw(jax.random.key(0), batch)
+        return recipe.objective.loss(recipe.network, params, batch, draws, frozen)
+
+    losses, metrics = jax.eval_shape(loss, state.params, rows, frozen)
+    assert losses.shape == (count,)
+    assert losses.dtype == jnp.float32
+    assert all(metric.shape == (count,) for metric in metrics.values())
+
+
+@pytest.mark.parametrize(
+    "key", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in STEPPED]
+)
+def test_a_row_takes_a_step(key):
+    config = reduced(config_of(key))
+    on = build.make_mesh(devices=jax.devices()[:1])
+    teacher = build.network(config) if config.teacher.checkpoint else None
+    recipe = build.recipe(config, on, teacher)
+    keys = iter(jax.random.split(jax.random.key(0), 100))
+    state, batch, frozen = abstract_inputs(recipe)
+
+    def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            made = jax.random.randint(next(keys), leaf.shape, 0, 10)
+        else:
+            made = jax.random.normal(next(keys), leaf.shape)
+        return jax.device_put(made.astype(leaf.dtype), leaf.sharding)
+
+    # A network that starts at zero has no gradient but in its last layer.
+    params = jax.tree.map(lambda leaf: 0.1 * drawn(leaf), state.params)
+    where = states.shardings(on, state)
+    start = states.create(lambda given: initial_state(recipe, next(keys), given), on, params)
+    before = jax.tree.map(jnp.copy, start.params)
+    step = training_step(recipe, jax.random.key(1), where)
+    after, metrics = step(start, jax.tree.map(drawn, batch), jax.tree.map(drawn, frozen))
+    assert int(after.step) == 1
+    assert jnp.isfinite(metrics["loss"])
+    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after.params)
+    mask = recipe.freeze.mask or jax.tree.map(lambda _: np.False_, before)
+    assert moved == jax.tree.map(lambda frozen: not frozen.all(), mask)
+
+
+def test_each_row_has_a_place_of_its_own_where_those_that_start_from_it_look():
+    trained = [key for key in BUILT if not ROWS[key][2].commands]
+    places = {recipes.workdir(*key.split(":")) for key in trained}
+    assert len(places) == len(trained)
+    for key in BUILT:
+        config = config_of(key)
+        assert {config.init.checkpoint, config.teacher.checkpoint} - {""} <= places, key
+
+
+@pytest.mark.parametrize("file", [name for name in MODULES if name.startswith("digits")])
+def test_a_digits_recipe_finds_its_data(file):
+    built = build.training(MODULES[file].get_config())
+    assert len(built.pipeline.source) == 1797
+    assert built.frozen == {}
+
+
+def test_rows_change_what_they_say_and_nothing_else():
+    def fields(config):
+        return flatten_dict(loading.plain(config), sep=".")
+
+    base = fields(meanflow_b4_ablations.get_config())
+    for name, expected in {
+        "p=0.5": {"objective.weighting.power": 0.5},
+        "share=100": {"objective.times.equal_share": 0.0},
+        "guidance=3": {"objective.guidance.omega": 3.0},
+        "kappa=0.5": {"objective.guidance.kappa": 0.5},
+        "tangent=v,1,0": {},
+    }.items():
+        changed = fields(meanflow_b4_ablations.get_config(name))
+        assert changed == base | expected, name
+
+
+def test_a_row_of_which_there_is_none_is_refused_with_those_there_are(capfd, tmp_path):
+    config = f"--config={tiny.ROOT}/configs/dmf_l2.py"
+    for row, told in (("split=17", "choose one of base guided .*split=20 decoder_only$"),
+                      ("split=17", "choose")):
+        assert tiny.dmf("train", f"{config}:{row}", f"--workdir={tmp_path}/run") == 2
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert re.search(f"--config=FILE:{row}: {told}", line)
+    assert not (tmp_path / "run").exists()
+
+
+def test_two_configs_of_a_row_share_nothing():
+    row = rows.Row(changes={"objective": default.flow_matching()})
+    first, second = (rows.chosen(default.get_config(), {"x": row}, "x") for _ in range(2))
+    first.objective.time.mean = 3.0
+    assert second.objective.time.mean == 0.0
+
+
+def test_the_page_is_that_of_the_files():
+    assert recipes.PAGE.read_text() == recipes.page(), "write it again: python -m configs"
+
+
+def test_the_published_sizes_have_the_published_number_of_parameters():
+    # Table 1 of arXiv:2212.09748 at patch 2 and 256 x 256, in millions.
+    from dmf.models.dit import SIZES, DiT
+
+    for size, millions in {"S": 33, "B": 130, "L": 458, "XL": 675}.items():
+        network = DiT(input_size=32, channels=4, patch_size=2, num_classes=1000, **SIZES[size])
+        leaves = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
+        assert sum(leaf.size for leaf in leaves) / 1e6 == pytest.approx(millions, rel=0.02)

@@ -1,0 +1,165 @@
+"""The studies: equal compute, units that are done once, and verdicts that follow from numbers."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from benchmarks.studies import page, plan, units
+from benchmarks.studies.plan import MEASURES, RUNS, STUDIES, Claim, Scale
+from dmf import build
+
+WHOLE = Scale()
+STEPS = sorted({steps for measure in MEASURES.values() for steps in measure.steps})
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_a_run_can_be(run, tmp_path):
+    config = plan.config_of(run, tmp_path, 1, WHOLE)
+    network = build.network(config)
+    teacher = network if config.teacher.checkpoint else None
+    recipe = build.recipe(config, build.make_mesh(devices=jax.devices()[:1]), teacher)
+    assert recipe.network.depth == 6
+    assert config.optimizer.decay_steps == config.run.steps
+    assert config.seed == 1
+    assert config.init.checkpoint == ("" if run in ("flow", "meanflow") else f"{tmp_path}/flow")
+
+
+def test_each_fine_tuning_is_another():
+    configs = [plan.config_of(run, pathlib.Path("x"), 0, WHOLE).to_json_best_effort()
+               for run in plan.TUNED]
+    assert len(set(configs)) == len(configs)
+
+
+@pytest.mark.parametrize("factor", [0.01, 1.0])
+def test_meanflow_costs_what_the_others_cost_together(factor, tmp_path):
+    # Forward passes of a step: 3 for flow matching, 4 for MeanFlow, 7 for Decoupled MeanFlow.
+    steps = {run: plan.config_of(run, tmp_path, 0, Scale(factor=factor)).run.steps
+             for run in ("flow", "dmf", "meanflow")}
+    others = 3 * steps["flow"] + 7 * steps["dmf"]
+    # Whole steps, and the little that a second time embedding costs.
+    assert 4 * steps["meanflow"] == pytest.approx(others, rel=0.01, abs=4)
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_what_a_claim_compares_is_measured_and_shown(name):
+    study = STUDIES[name]
+    for claim in study.claims:
+        for measure in (claim.lower, *claim.higher):
+            assert measure in study.measures
+            assert claim.steps in MEASURES[measure].steps
+            assert MEASURES[measure].run in RUNS
+
+
+def rows(**of_seeds):
+    """Results with the same distance at every number of steps."""
+    return {
+        name: [{n: {page.METRIC: value, "label_agreement": 0.5} for n in STEPS} for value in values]
+        for name, values in of_seeds.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("lower", "said"),
+    [([1.0, 1.0, 1.0], "holds"), ([3.0, 3.0, 3.0], "does not hold"), ([1.0, 3.0, 1.0], "open"),
+     ([1.5, 2.0, 2.5], "does not hold")],
+)  # fmt: skip
+def test_a_direction_holds_where_it_does_in_every_seed(lower, said):
+    claim = Claim(text="", lower="a", higher=("b", "c"))
+    # The best of the others is 1.5, 2 and 2 in the three seeds.
+    results = rows(a=lower, b=[1.5, 2.0, 9.0], c=[9.0, 9.0, 2.0])
+    found = page.verdict(claim, results)
+    assert found.startswith(f"**{said}** at 1 step, ")
+    assert f"({np.mean(lower):.2f} against 1.83)" in found
+
+
+def test_the_page_has_a_table_a_picture_and_a_verdict_for_each_study(tmp_path):
+    folders = [tmp_path / f"seed_{i}" for i in range(2)]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        for name, measure in MEASURES.items():
+            results = [{"steps": n, page.METRIC: (1 + 2 * i) / n, "label_agreement": 0.9}
+                       for n in measure.steps]
+            (folder / f"{name}.json").write_text(json.dumps({
+                "results": results, "count": 100, "reference": {"halves_distance": 0.25},
+            }))  # fmt: skip
+    output = tmp_path / "studies.md"
+    page.write(output, folders, command="make", minutes=2.0, machine="a machine")
+    text = output.read_text()
+    for name, study in STUDIES.items():
+        assert f"## {study.title}\n" in text
+        assert (tmp_path / "studies" / f"{name}.png").exists()
+    # Seeds of 1 and 3 at one step, 0.5 and 1.5 at two.
+    assert "| Decoupled MeanFlow | 2.00 ± 1.00 (90%) | 1.00 ± 0.50 (90%) |" in text
+    # Where all are equal nothing is closer.
+    assert text.count("**does not hold**") == sum(len(s.claims) for s in STUDIES.values())
+
+
+def test_units_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch):
+    done, fails = [], {"measure": "dmf"}
+
+    def train(config, workdir):
+        pathlib.Path(workdir).mkdir()
+        (workdir / "step").write_text(str(config.run.steps))
+        done.append(workdir.name)
+
+    def evaluate(verb, arguments):
+        given = dict(a.removeprefix("--").split("=", 1) for a in arguments)
+        output = pathlib.Path(given["output"])
+        if output.stem == fails["measure"]:
+            raise KeyboardInterrupt
+        step = int(pathlib.Path(given["checkpoint"], "step").read_text())
+        output.write_text(json.dumps({"step": step, "count": int(given["count"])}))
+        done.append(output.stem)
+
+    def latest_step(workdir):
+        file = workdir / "step"
+        return int(file.read_text()) if file.exists() else None
+
+    monkeypatch.setattr(units, "train", train)
+    monkeypatch.setattr(units, "latest_step", latest_step)
+    monkeypatch.setattr(units.evaluate, "main", evaluate)
+    folder, small = tmp_path / "seed_0", Scale(factor=0.01)
+    with pytest.raises(KeyboardInterrupt):
+        units.work(folder, 0, small)
+    fails.clear()
+    fails["measure"] = ""
+    units.work(folder, 0, small)
+    everything = [*RUNS, *MEASURES]
+    assert done == everything
+    units.work(folder, 0, small)
+    assert done == everything
+    assert len((folder / units.TIMES).read_text().splitlines()) == len(everything)
+    # Another number of samples is another measurement of the same runs.
+    monkeypatch.setattr(plan, "LEAST_COUNT", 80)
+    units.work(folder, 0, small)
+    assert done[len(everything):] == list(MEASURES)
+
+
+@pytest.mark.slow
+def test_real_units_make_a_page(tmp_path, monkeypatch):
+    small = tiny.config({"data.batch_size": 8, "evaluation.chunk_size": 24})
+    monkeypatch.setattr(plan.digits_sit, "get_config", small.copy_and_resolve_references)
+    monkeypatch.setattr(units, "RUNS", ("flow",))
+    as_flow_map = {"model.conditioning": "decoupled", "model.split_depth": 1}
+    measures = {
+        name: plan.Measure(label=name, run="flow", steps=(1,), seen=seen)
+        for name, seen in (("flow", {}), ("untrained", as_flow_map))
+    }
+    for module in (units, page):
+        monkeypatch.setattr(module, "MEASURES", measures)
+    claim = Claim(text="a claim", lower="untrained", higher=("flow",))
+    study = plan.Study(title="One", text="", measures=tuple(measures), claims=(claim,))
+    monkeypatch.setattr(page, "STUDIES", {"one": study})
+    folder = tmp_path / "seed_0"
+    units.work(folder, 0, Scale(factor=0.01))
+    page.write(tmp_path / "page.md", [folder], command="make", minutes=0.0, machine="a machine")
+    text = (tmp_path / "page.md").read_text()
+    assert "- a claim: **" in text
+    distances = [json.loads((folder / f"{name}.json").read_text())["results"][0][page.METRIC]
+                 for name in measures]
+    assert distances[0] != distances[1]
+    assert f"| untrained | {distances[1]:.2f} ± 0.00 (" in text

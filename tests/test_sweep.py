@@ -1,0 +1,151 @@
+"""dmf sweep: all is checked before anything starts, and what was killed goes on to its end."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import time
+
+import pytest
+import tiny
+
+from dmf import launching, loading
+from dmf.checkpoint import FORMAT, latest_step
+from dmf.runs import complete
+
+SHORT = ("--config.run.steps=4", "--config.run.checkpoint_every=2")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Processes that these tests start compile for one device, which is soonest done."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+
+
+def sweep_file(tmp_path, *overrides) -> str:
+    path = tmp_path / "sweep.py"
+    path.write_text(f"def get_sweep():\n    return {list(overrides)!r}\n")
+    return f"--sweep={path}"
+
+
+def sweep(tmp_path, *arguments, overrides=({"seed": 0}, {"seed": 1})) -> int:
+    return tiny.dmf("sweep", f"--config={tiny.CONFIG}", sweep_file(tmp_path, *overrides),
+                    f"--workdir={tmp_path}/out", *arguments)  # fmt: skip
+
+
+def seeds(count):
+    return [{"seed": seed} for seed in range(count)]
+
+
+def processes(workdir) -> list[int]:
+    """The runs of a sweep that go on, by the workdir in their command line."""
+    found = []
+    for entry in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{entry}/cmdline", "rb") as file:
+                line = file.read()
+        except OSError:
+            continue
+        if f"--workdir={workdir}/".encode() in line:
+            found.append(int(entry))
+    return found
+
+
+def test_a_sweep_that_is_killed_goes_on_and_leaves_alone_what_is_complete(tmp_path):
+    workdir = tmp_path / "out"
+    arguments = ["sweep", f"--config={tiny.CONFIG}", sweep_file(tmp_path, *seeds(3)),
+                 f"--workdir={workdir}", *SHORT]  # fmt: skip
+    start = subprocess.Popen(tiny.command(*arguments), env=tiny.environment(), cwd=tiny.ROOT,
+                             stderr=subprocess.DEVNULL)  # fmt: skip
+    first, second = workdir / "seed=0", workdir / "seed=1"
+    until = time.monotonic() + 120
+    while not (second / "config.json").exists():
+        assert time.monotonic() < until and start.poll() is None
+        time.sleep(0.02)
+    start.kill()
+    start.wait()
+    for process in processes(workdir):
+        os.kill(process, signal.SIGKILL)
+    assert complete(first, 4, evaluates=False) and not complete(second, 4, evaluates=False)
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    again = tiny.process(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "3 runs in" in again.stderr and "1 of them complete" in again.stderr
+    assert "seed=0" not in again.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    for seed in range(3):
+        directory = workdir / f"seed={seed}"
+        assert complete(directory, 4, evaluates=False)
+        config = json.loads((directory / "config.json").read_text())
+        assert (config["seed"], config["run"]["steps"]) == (seed, 4)
+
+
+def test_the_commands_are_printed_as_a_shell_takes_them(tmp_path, capsys):
+    overrides = {"data.name": "two words"}, {"sampling.steps": [1, 2], "init.checkpoint": "/none"}
+    assert sweep(tmp_path, "--on=print", "--config.run.steps=7", overrides=overrides) == 0
+    lines = capsys.readouterr().out.splitlines()
+    common = ["dmf", "train", f"--config={tiny.CONFIG}", "--config.run.steps=7"]
+    words = [shlex.split(line) for line in lines]
+    assert [line[:4] for line in words] == [common, common]
+    assert words[0][4] == "--config.data.name=two words"
+    assert words[1][4:6] == ["--config.init.checkpoint=/none", "--config.sampling.steps=(1, 2)"]
+    assert words[1][-1].startswith(f"--workdir={tmp_path}/out/checkpoint=-none,steps=1+2-")
+    assert not (tmp_path / "out").exists()
+
+
+REFUSED = {
+    "unknown field": ([{"seed": 0}, {"model.splt_depth": 3}], [],
+                      "--config.model.splt_depth=3: no such field; did you mean"),
+    "wrong type": ([{"model.depth": "six"}], [], "six"),
+    "twice": ([{"seed": 1}, {"seed": 1}], [], "seed=1 and seed=1: the sweep has the same run"),
+    "equal configs": ([{"seed": 0}, {"model.depth": 2}], [],
+                      "seed=0 and model.depth=2: the sweep has the same run twice"),
+    "set twice": ([{"seed": 1}], ["--config.seed=2"], "--config.seed=2: the sweep sets seed too"),
+    "cannot be": ([{"seed": 1}, {"model.split_depth": 1}], [], "split_depth=1: model.split_depth"),
+    "batch": ([{"accumulation": 3}], [], "accumulation=3: data.batch_size=16: it must be"),
+    "no data": ([{"data.name": "nothing_here"}], [], "name=nothing_here: data.name=nothing_here"),
+    "no start": ([{"init.checkpoint": "/none"}], [], "init.checkpoint=/none: it holds no config"),
+    "mesh": ([{"mesh.data": 3}], [], "data=3: mesh=3x1x1"),
+    "place": ([{}], ["--on=moon"], "--on=moon: choose one of local, slurm, print"),
+    "parallel": ([{}], ["--parallel=-1"], "--parallel=-1: give a number"),
+    "slurm here": ([{}], ["--slurm=nodes=1"], "--slurm=nodes=1: it goes with --on=slurm"),
+    "bucket": ([{}], ["--workdir=gs://b/out"], "--workdir=gs://b/out: the logs of a sweep"),
+    "flag": ([{}], ["--fast"], "fast"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_sweep_that_cannot_be_is_one_line_before_anything_starts(tmp_path, capsys, case):
+    overrides, arguments, named = REFUSED[case]
+    assert sweep(tmp_path, *arguments, overrides=overrides) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("dmf sweep: ") and named in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_workdir_of_another_sweep_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launching.Pool, "run", lambda pool: None)
+    run = tmp_path / "out/seed=0"
+    run.mkdir(parents=True)
+    config = {"format": FORMAT, **loading.plain(tiny.get_config())}
+    (run / "config.json").write_text(json.dumps(config | {"accumulation": 4}))
+    assert sweep(tmp_path) == 0
+    config["optimizer"]["learning_rate"] = 0.5
+    (run / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert sweep(tmp_path) == 2
+    line = capsys.readouterr().err
+    assert "seed=0: it holds another run, whose optimizer.learning_rate is 0.5" in line
+
+
+def test_failed_runs_are_listed_and_the_exit_code_is_1(tmp_path, capsys):
+    fields = {"optimizer.learning_rate": 1e30}, {"optimizer.learning_rate": 1e-3, "seed": 7}
+    code = sweep(tmp_path, *SHORT[:2], "--parallel=2", overrides=fields)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert code == 1
+    assert said[-1] == ("dmf sweep: 1 of 2 runs failed: learning_rate=1e+30; the same command "
+                        "starts them again")
+    assert said[-2].startswith("learning_rate=1e+30: dmf train: the loss is not finite at step")
+    assert latest_step(tmp_path / "out/learning_rate=0.001,seed=7") == 4

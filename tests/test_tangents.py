@@ -1,0 +1,165 @@
+"""How du/dt is taken: along which velocity, by a difference, within bounds, faded in."""
+
+import dataclasses
+
+import golden_values as gv
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmf.guidance import SelfGuidance, TeacherGuidance
+from dmf.objectives import DecoupledMeanFlow, MeanFlow
+from dmf.tangents import Tangent
+from dmf.typing import Batch, InputError
+from dmf.weighting import Uniform
+from dmf.work import Work
+
+GUIDED = SelfGuidance(omega=1.2, kappa=0.3, interval=(0.0, 0.8))
+DU_DT = jax.random.normal(jax.random.key(0), (4, 2, 2, 3)) * jnp.asarray([0, 0.1, 1, 30])[
+    :, None, None, None
+]
+
+
+def drawn(network, objective, count: int = 4, step=None):
+    x_key, y_key = jax.random.split(jax.random.key(5))
+    batch = Batch(jax.random.normal(x_key, (count, *network.sample_shape)),
+                  jax.random.randint(y_key, (count,), 0, 10))
+    step = None if step is None else jnp.asarray(step)
+    return batch, objective.draw(jax.random.key(1), batch, step)
+
+
+def mean_and_gradient(objective, count: int = 4):
+    """Metrics of each sample, and the gradient of the mean loss as one vector."""
+    network, params = gv.decoupled("dmf_tiny"), gv.decoupled_params("dmf_tiny")
+    batch, draws = drawn(network, objective, count)
+
+    def mean(params):
+        losses, metrics = objective.loss(network, params, batch, draws, {})
+        return jnp.mean(losses), metrics
+
+    gradient, metrics = gv.jit(jax.grad(mean, has_aux=True))(params)
+    return metrics, np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+
+
+def test_a_difference_agrees_with_the_derivative():
+    """In du/dt, in the error, and in the gradient."""
+    exact = DecoupledMeanFlow(guidance=GUIDED, label_dropout=0.3)
+    differing = dataclasses.replace(exact, tangent=Tangent(difference=1e-2))
+    (metrics, gradient), (other, of_other) = map(mean_and_gradient, (exact, differing))
+    for name in ("du_dt_norm", "mean_flow_error"):
+        np.testing.assert_allclose(other[name], metrics[name], rtol=1e-3)
+    assert np.linalg.norm(of_other - gradient) < 1e-3 * np.linalg.norm(gradient)
+    assert (other["du_dt_norm"] != metrics["du_dt_norm"]).any()
+
+
+@pytest.mark.parametrize(
+    ("guidance", "work"), [(GUIDED, Work()), (SelfGuidance(), Work(shared=False, null_parts=0))],
+    ids=["guided_once", "unguided_plain"],
+)
+def test_improved_mean_flow_regresses_its_velocity_on_the_guided_one(guidance, work):
+    """V = u + (t - r) sg(du/dt), with d/dt along u(x_t, t, t, y), against v_g, all by hand."""
+    network, params = gv.decoupled("dmf_tiny"), gv.decoupled_params("dmf_tiny")
+    objective = MeanFlow(guidance=guidance, tangent=Tangent(direction="own"), weighting=Uniform(),
+                         label_dropout=0.3, work=work)  # fmt: skip
+    batch, draws = drawn(network, objective)
+    t, r = draws.t, jnp.minimum(draws.r, 0.7 * draws.t)
+    draws = draws._replace(r=r)
+    column = lambda v: v[:, None, None, None]  # noqa: E731
+    y = jnp.where(draws.dropped, network.num_classes, batch.y)
+    x_t, v_t = (1 - column(t)) * batch.x + column(t) * draws.noise, draws.noise - batch.x
+
+    def by_hand(params):
+        own = network.apply(params, x_t, t, t, y)
+        null = network.apply(params, x_t, t, t, jnp.full_like(y, network.num_classes))
+        active = (t <= guidance.interval[1]) & ~draws.dropped
+        omega = column(jnp.where(active, guidance.omega, 1.0))
+        kappa = column(jnp.where(active, guidance.kappa, 0.0))
+        v_g = omega * v_t + kappa * own + (1 - omega - kappa) * null
+        u, du_dt = jax.jvp(lambda x, t: network.apply(params, x, t, r, y), (x_t, t),
+                           (own, jnp.ones_like(t)))
+        velocity = u + column(t - r) * jax.lax.stop_gradient(du_dt)
+        return jnp.mean((velocity - jax.lax.stop_gradient(v_g)) ** 2, axis=(1, 2, 3))
+
+    def ours(params):
+        return objective.loss(network, params, batch, draws, {})[0]
+
+    values, gradients = zip(*(
+        gv.jit(lambda p, f=f: (f(p), jax.grad(lambda p: jnp.mean(f(p)))(p)))(params)
+        for f in (by_hand, ours)
+    ), strict=True)
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-4)
+    whole, other = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+                    for tree in gradients)
+    assert np.linalg.norm(other - whole) < 1e-5 * np.linalg.norm(whole)
+
+
+@pytest.mark.slow
+def test_with_a_teacher_the_own_velocity_is_the_student_s():
+    network, params = gv.decoupled("dmf_tiny"), gv.decoupled_params("dmf_tiny")
+    found = {}
+    for direction in ("guided", "own"):
+        objective = DecoupledMeanFlow(
+            guidance=TeacherGuidance(scale=1.0), teacher=network,
+            tangent=Tangent(direction=direction),
+        )  # fmt: skip
+        batch, draws = drawn(network, objective)
+        for name, factor in (("same", 1.0), ("other", 1.1)):
+            teacher = jax.tree.map(lambda p, factor=factor: factor * p, params)
+            _, metrics = gv.jit(objective.loss, static_argnums=0)(
+                network, params, batch, draws, {"teacher": teacher}
+            )
+            found[direction, name] = metrics["du_dt_norm"]
+    # A teacher that is the student: the velocities are one. Another one is seen by "guided" alone.
+    np.testing.assert_allclose(found["own", "same"], found["guided", "same"], rtol=1e-4)
+    np.testing.assert_array_equal(found["own", "same"], found["own", "other"])
+    assert (found["guided", "same"] != found["guided", "other"]).all()
+
+
+def test_bounds_of_the_derivative():
+    size = np.sqrt(np.mean(np.asarray(DU_DT) ** 2, axis=(1, 2, 3), keepdims=True))
+    np.testing.assert_array_equal(Tangent().bounded(DU_DT, None), DU_DT)
+    cut = np.asarray(Tangent(largest=0.5).bounded(DU_DT, None))
+    np.testing.assert_allclose(cut[:2], DU_DT[:2], rtol=1e-6)
+    np.testing.assert_allclose(cut[2:], 0.5 * DU_DT[2:] / size[2:], rtol=1e-5)
+    np.testing.assert_allclose(
+        Tangent(normalized=0.1).bounded(DU_DT, None), DU_DT / (size + 0.1), rtol=1e-5
+    )
+    half = jnp.asarray([0.5, 0.5, 1.0, 0.0])
+    np.testing.assert_allclose(
+        Tangent().bounded(DU_DT, half), half[:, None, None, None] * DU_DT, rtol=1e-6
+    )
+
+
+def test_the_derivative_is_faded_in():
+    """At step 0 the target is the guided velocity, after the warm-up it is that of MeanFlow."""
+    plain = DecoupledMeanFlow()
+    warming = dataclasses.replace(plain, tangent=Tangent(warmup_steps=10))
+    network, params = gv.decoupled("dmf_tiny"), gv.decoupled_params("dmf_tiny")
+    loss = gv.jit(lambda objective, *looks: objective.loss(network, params, *looks, {})[1],
+                  static_argnums=0)  # fmt: skip
+    batch, draws = drawn(network, plain)
+    whole = loss(plain, batch, draws)
+    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0), (99, 1.0), (None, None)):
+        _, with_step = drawn(network, warming, step=step)
+        if share is None:
+            assert with_step.mean_flow.strength is None
+            continue
+        np.testing.assert_array_equal(with_step.mean_flow.strength, [share] * 4)
+        metrics = loss(warming, batch, with_step)
+        name = {0.0: "velocity_error", 1.0: "mean_flow_error"}.get(share)
+        if name:
+            np.testing.assert_allclose(metrics["mean_flow_error"], whole[name], rtol=1e-5)
+    assert (whole["velocity_error"] != whole["mean_flow_error"]).all()
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"direction": "along"}, "direction=along: choose one of guided, own"),
+    ({"difference": -0.1}, "difference=-0.1: give 0"),
+    ({"largest": -1.0}, "largest=-1.0: give 0"),
+    ({"warmup_steps": -1}, "warmup_steps=-1: give 0"),
+    ({"largest": 1.0, "normalized": 0.1}, "largest=1.0 and .*normalized=0.1: choose one"),
+])  # fmt: skip
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(InputError, match=f"objective.tangent.{message}"):
+        Tangent(**fields)
