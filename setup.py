@@ -38,6 +38,7 @@ setup(
     packages=find_packages(include=["dmf", "dmf.*"]),
     python_requires=">=3.11",
     install_requires=[
+        "absl-py>=2",
         "array-record>=0.5.1",
         "clu>=0.0.12",
         "etils[epath]>=1.12",
@@ -61,6 +62,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": tpu,
         "gcs": ["gcsfs>=2024.6"],
+        "k8s": ["jax[k8s]>=0.10"],
         "hub": hub,
         "tfds": ["tensorflow>=2.18"],
         "digits": digits,

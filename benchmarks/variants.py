@@ -66,9 +66,8 @@ def config_of(
         model.conditioning = "meanflow"
     else:
         config.objective = default.flow_matching()
-    model.update(dtype=dtype, scan=variant.scan, remat=variant.remat)
-    if "attention" in model:
-        model.attention = variant.attention
+    model.update(dtype=dtype, scan=variant.scan, remat=variant.remat,
+                 attention=variant.attention)
     if "work" in config.objective:
         shared = variant.work != "plain"
         parts = variant.work.removeprefix("shared") or "1"

@@ -18,8 +18,8 @@ _HEAD = """# Recipes
 Every config file, with what was published of it. None of the ImageNet rows was trained here: they
 build at full size, and each kind of row takes a training step at a reduced one
 (`tests/test_recipes.py`). FID is by number of sampling steps, of 50,000 samples, by the protocol
-that the row's config names; numbers in brackets stand in no paper, but are quoted or were measured
-by others. `--config.data.directory=DIR` names the dataset, see [data.md](data.md).
+that the row's config names; numbers in parentheses are second-hand: a paper's as quoted elsewhere,
+or a third party's. `--config.data.directory=DIR` names the dataset, see [data.md](data.md).
 
 This page is written by `python -m configs`.
 """
@@ -54,8 +54,8 @@ def commands(file: str, row: str, told: Row) -> tuple[str, ...]:
 
 
 def _scores(row: Row) -> str:
-    said = {n: f"{score:g}" for n, score in row.fid.items()}
-    said |= {n: f"({score:g})" for n, score in row.quoted.items()}
+    said = {n: f"{score}" for n, score in row.fid.items()}
+    said |= {n: f"({score})" for n, score in row.quoted.items()}
     return ", ".join(f"{said[n]} at {n}" for n in sorted(said))
 
 

@@ -2,8 +2,9 @@
 
     dmf train --config=configs/dmf_distilled.py:b2 --workdir=runs/dmf_distilled_b2
 
-A third party measured these after the method of arXiv:2510.24474. Its scale, interval and length
-are not known here: they are the published XL run's interval and length, and scale 1.5.
+A third party measured these after the method of arXiv:2510.24474, by a protocol that is not given,
+nor are its scale, interval and length: interval and length here are those of the published XL run,
+the scale is 1.5, and the protocol EDM2's.
 """
 
 import functools

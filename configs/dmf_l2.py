@@ -3,8 +3,8 @@
     dmf train --config=configs/dmf_l2.py:guided --workdir=runs/dmf_l2_guided
 
 From SiT-L/2 of 400 k steps, `*_repa` from one with representation alignment; `guided` and `*_repa`
-with model guidance 0.6 on [0, 0.7], as the published XL run. For the rows of MeanFlow the paper's
-settings are not known here: they have those of MeanFlow's own paper, and the same guidance.
+with model guidance 0.6 on [0, 0.7], as the published XL run. Assumed, not published: 400 k steps of
+fine-tuning; and for the rows of MeanFlow, settings of its own paper and the same guidance.
 """
 
 import functools
@@ -34,17 +34,18 @@ def _meanflow(guidance: ConfigDict | None = None) -> dict[str, Any]:
 ROWS = {
     "base": _row(quoted={1: 19.3, 2: 17.3}),
     "guided": _row(quoted={1: 4.53, 2: 3.58}, changes=_GUIDED),
-    "guided_repa": _row(quoted={1: 3.10, 2: 2.51}, changes=_GUIDED | _REPA),
+    "guided_repa": _row(quoted={1: "3.10", 2: 2.51}, changes=_GUIDED | _REPA),
     "meanflow": _row(quoted={1: 20.6, 2: 18.1}, changes=_meanflow()),
     "meanflow_guided": _row(quoted={1: 5.27, 2: 4.09}, changes=_meanflow(_GUIDANCE)),
     "meanflow_guided_repa": _row(
         quoted={1: 3.65, 2: 2.63}, changes=_meanflow(_GUIDANCE) | _REPA
     ),
-    "split=16": _row(changes={"model.split_depth": 16}, note="close to base, as others quote it"),
+    "split=16": _row(changes={"model.split_depth": 16}, note="close to base (second-hand)"),
     "split=18": _row(quoted={1: 19.3, 2: 17.3}, note="base"),
-    "split=20": _row(changes={"model.split_depth": 20}, note="close to base, as others quote it"),
+    "split=20": _row(changes={"model.split_depth": 20}, note="close to base (second-hand)"),
     "decoder_only": _row(
-        changes={"freeze": ("encoder",)}, note="good at 8 steps and poor at 1, as others quote it"
+        changes={"freeze": ("encoder",), "sampling.steps": (1, 2, 8)},
+        note="good at 8 steps and poor at 1 (second-hand)",
     ),
 }
 

@@ -1,9 +1,8 @@
-"""DMF-XL/2 at 256 in MeanFlow's budget (arXiv:2510.24474): flow matching for about 160 epochs, then
-80 epochs of Decoupled MeanFlow.
+"""DMF-XL/2 at 256 in MeanFlow's budget of 240 epochs (arXiv:2510.24474).
 
     dmf train --config=configs/dmf_xl2_256_short.py --workdir=runs/dmf_xl2_256_short
 
-It starts from `--config=configs/sit.py:xl2_short`.
+80 epochs, after about 160 of flow matching: `--config=configs/sit.py:xl2_short`.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +13,7 @@ from configs.rows import Row
 
 ROWS = {
     "": Row(
-        quoted={1: 2.83}, paper="arXiv:2510.24474", note="40 to 80 epochs, as others quote it"
+        quoted={1: 2.83}, paper="arXiv:2510.24474", note="40 to 80 epochs (second-hand)"
     ),
 }
 

@@ -4,8 +4,7 @@
 
 `--config.init.checkpoint=DIR` names the flow model. Measured without guidance at sampling, latents
 decoded with sd-vae-ft-ema. On 16 TPU v5e add `--config.accumulation=4`, on 16 v6e or 4 v5p
-`--config.accumulation=2`, on 256 v5e `--config.mesh.slices=16 --config.model.remat=none`
-(docs/scaling.md).
+`--config.accumulation=2`, on 256 v5e `--config.mesh.slices=16` (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict

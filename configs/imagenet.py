@@ -43,7 +43,7 @@ def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDic
     config.run.update(
         log_every=100, sample_every=10_000, checkpoint_every=10_000, keep_last=2, keep_every=50_000
     )
-    config.evaluation.update(protocol="edm2", metrics=("fid",), count=50_000)
+    config.evaluation.update(protocol="edm2", count=50_000)
     return config
 
 

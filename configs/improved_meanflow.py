@@ -2,9 +2,10 @@
 
     dmf train --config=configs/improved_meanflow.py:xl2 --workdir=runs/improved_meanflow_xl2
 
-The scale and the interval of the guidance are drawn in training and given to the network. What else
-the paper changes of the network, and its length, are not here: the networks are MeanFlow's, for 240
-epochs, so that its scores are no more than a direction.
+The scale and the interval of the guidance are drawn in training and given to the network; at
+sampling, `--config.sampling.guidance.scale` is to be searched for. What else the paper changes of
+the network, and its length, are not here: the networks are MeanFlow's, for 240 epochs, so that its
+scores are no more than a direction.
 """
 
 import functools
@@ -16,7 +17,8 @@ from configs.imagenet import sized
 from configs.meanflow import meanflow
 from configs.rows import Row, chosen
 
-_row = functools.partial(Row, paper="arXiv:2512.02012")
+_NOTE = "network and length are MeanFlow's, and the scale is to be searched for"
+_row = functools.partial(Row, paper="arXiv:2512.02012", note=_NOTE)
 
 ROWS = {
     "b2": _row(fid={1: 3.39}, changes=sized("B")),

@@ -21,7 +21,8 @@ class Row:
 
     Attributes:
       changes: fields of the file's config by dotted name, and their values here.
-      fid: published FID by number of sampling steps, as the paper itself gives it.
+      fid: published FID by number of sampling steps, as the paper itself gives it; as text where a
+        float would lose a digit.
       quoted: the same, as others quote or measured it.
       paper: where it stands.
       hardware: that it took, where it is published.
@@ -31,8 +32,8 @@ class Row:
     """
 
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fid: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    quoted: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    fid: Mapping[int, float | str] = dataclasses.field(default_factory=dict)
+    quoted: Mapping[int, float | str] = dataclasses.field(default_factory=dict)
     paper: str = ""
     hardware: str = ""
     note: str = ""
@@ -50,6 +51,7 @@ def chosen(config: ConfigDict, rows: Mapping[str, Row], name: str) -> ConfigDict
 
     Raises:
       InputError: there is no such row, or no config of it.
+      KeyError: a row changes a field that the config does not have.
     """
     if name not in rows:
         built = [known for known, row in rows.items() if not row.lacks]

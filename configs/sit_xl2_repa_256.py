@@ -7,8 +7,8 @@ Alignment 0.5 at block 8 with DINOv2-B, `dmf convert`ed into `runs/dinov2_b`. DI
 `dmf prepare` made with `--keep-images`, whose features are computed while training; or, with
 `--config.alignment.encoder=`, one that it made with `--features=runs/dinov2_b` (docs/data.md).
 
-Hardware: 4 M steps of 256; the authors' is not known here. Published: FID 1.42 at 250 SDE steps
-(ADM protocol) with guidance 1.8 for t in [0, 0.7].
+4 M steps, batch 256. Published: FID 1.42 at 250 SDE steps (ADM protocol) with guidance 1.8 for t in
+[0, 0.7], of a model of REPA's own; the times here are those of the model that DMF starts from.
 """
 
 from ml_collections import ConfigDict
@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     """The network at its published length."""
     config = aligned("XL", resolution=256)
     config.run.steps = 4_000_000
+    config.evaluation.protocol = "adm"
     config.sampling.guidance.scale = 1.8
     config.sampling.guidance.interval = (0.0, 0.7)
     return config

@@ -8,8 +8,8 @@ Alignment 0.5 at block 8 with DINOv2-B, `dmf convert`ed into `runs/dinov2_b`, wh
 features are computed while training; or, with `--config.alignment.encoder=`, one that it made with
 `--features=runs/dinov2_b` (docs/data.md).
 
-Hardware: 2 M steps of 256; the authors' is not known here. Published: as the start of DMF-XL/2+ 512
-only, without a score of its own. On 16 TPU v5e add `--config.accumulation=2` (docs/scaling.md).
+2 M steps, batch 256. Published as the start of DMF-XL/2+ 512 only, without a score of its own. On
+16 TPU v5e add `--config.accumulation=2` (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict

@@ -43,13 +43,13 @@ def main() -> None:
         sys.exit(2)
     keep_compiled()
     module = importlib.import_module(f"dmf.cli.{verb}")
-    from dmf.cli import run
+    from dmf.cli import STOPPED, quiet, run
 
     code = run(module.main, verb, rest)
     if code and "dmf.hosts" in sys.modules:
-        sys.modules["dmf.hosts"].leave(code)
+        sys.modules["dmf.hosts"].leave(code, stopped=code == STOPPED)
     # What background threads of a failed run still say while the process ends was said already.
-    sys.excepthook = lambda *error: None
+    quiet()
     sys.exit(code)
 
 

@@ -27,17 +27,22 @@ from dmf.typing import FlowMap, InputError, Network, Params
 
 def objective(config: ConfigDict, teacher: Network | None = None) -> Objective:
     """The objective of `config.objective`, with the network of its teacher if it has one."""
-    kind = config.objective
-    distils = "guidance" in kind and kind.guidance.get("name") == "teacher"
-    more = {"teacher": teacher} if teacher is not None and distils else {}
-    return component("objective", kind, "objective", **more)
+    more = {"teacher": teacher} if teacher is not None and distils(config) else {}
+    return component("objective", config.objective, "objective", **more)
+
+
+def distils(config: ConfigDict) -> bool:
+    """Whether the objective of a config asks for a teacher."""
+    kind = config.objective.get("guidance", "")
+    return (kind if isinstance(kind, str) else kind.get("name")) == "teacher"
 
 
 def sampler(config: ConfigDict) -> Sampler:
     """The sampler of `config.sampling`, on the path that the objective trains."""
     chosen = component("sampler", config.sampling.sampler, "sampling.sampler")
     if chosen.stochastic:
-        path = lookup(COMPONENTS["interpolant"], config.objective.interpolant, "interpolant")
+        named = config.objective.get("interpolant", "linear")
+        path = lookup(COMPONENTS["interpolant"], named, "objective.interpolant")
         chosen = dataclasses.replace(chosen, interpolant=path)
     return chosen
 
@@ -203,9 +208,8 @@ def recipe(
     """
     made, goal = network(config), objective(config, teacher)
     check(config, goal, on)
-    if teacher is not None and teacher.sample_shape != made.sample_shape:
-        raise InputError(f"teacher.checkpoint={config.teacher.checkpoint}: it takes "
-                         f"{teacher.sample_shape}, config.model {made.sample_shape}")
+    if teacher is not None:
+        _check_teacher(config, teacher, made)
     return Recipe(
         network=made,
         objective=goal,
@@ -218,6 +222,28 @@ def recipe(
         accumulation=config.accumulation,
         freeze=frozen(config.freeze, made),
     )
+
+
+def _check_teacher(config: ConfigDict, teacher: Network, student: Network) -> None:
+    """Raises InputError where a teacher is not of the samples and labels of its student."""
+    named = f"teacher.checkpoint={config.teacher.checkpoint}"
+    if teacher.sample_shape != student.sample_shape:
+        raise InputError(f"{named}: its samples have shape {teacher.sample_shape}, those of "
+                         f"config.model {student.sample_shape}")
+    if teacher.num_classes != student.num_classes:
+        raise InputError(f"{named}: it has {teacher.num_classes} classes; model.num_classes="
+                         f"{student.num_classes} must be the same")
+
+
+def _check_same_data(config: ConfigDict, theirs: ConfigDict) -> None:
+    """Raises InputError where a teacher was trained on another path, or on other latents."""
+    fields = {"objective.interpolant": [c.objective.get("interpolant") for c in (config, theirs)]}
+    fields |= {f"latents.{name}": [getattr(scaling(c), name) for c in (config, theirs)]
+               for name in ("scale", "shift", "mean", "std")}
+    for field, (ours, other) in fields.items():
+        if ours != other:
+            raise InputError(f"{field}={ours}: teacher.checkpoint={config.teacher.checkpoint} was "
+                             f"trained with {other}, and must be of the same path and latents")
 
 
 def _patch_features(config: ConfigDict, encoder: DinoV2) -> PatchFeatures:
@@ -252,13 +278,14 @@ def training(config: ConfigDict) -> Training:
     """
     on = mesh(config)
     teacher, encoder, fixed, beside = None, None, {}, ""
-    if config.teacher.checkpoint:
+    if config.teacher.checkpoint and distils(config):
         with about("teacher"):
-            teacher, _, params = load_network(config.teacher.checkpoint, config.teacher.ema, on=on)
+            teacher, theirs, params = load_network(
+                config.teacher.checkpoint, config.teacher.ema, on=on
+            )
+        _check_same_data(config, theirs)
         fixed = {"teacher": params}
     goal = objective(config, teacher)
-    if not goal.needs_teacher:
-        fixed = {}
     if goal.alignment:
         beside = "images" if config.alignment.encoder else "features"
     if beside == "images":
@@ -294,6 +321,9 @@ def check(config: ConfigDict, goal: Objective, on: Mesh) -> None:
                          ("checkpoint_every", 0), ("keep_every", 0)):
         if config.run[field] < least:
             raise InputError(f"run.{field}={config.run[field]}: give {least} or more")
+    if config.teacher.checkpoint and not distils(config):
+        raise InputError(f"teacher.checkpoint={config.teacher.checkpoint}: nothing is asked of a "
+                         "teacher; set objective.guidance.name=teacher, or leave it empty")
     size, parts = config.data.batch_size, batch_divisor(on)
     if config.accumulation < 1:
         raise InputError(f"accumulation={config.accumulation}: give 1 or more")
@@ -302,13 +332,18 @@ def check(config: ConfigDict, goal: Objective, on: Mesh) -> None:
                          f"data x fsdp) times accumulation={config.accumulation}")
     if goal.learned_variance and not config.model.get("learned_variance", True):
         raise InputError("model.learned_variance=False: the weighting "
-                         f"{config.objective.weighting.name} needs the log-variance head; set it "
+                         f"{type(goal.weighting).__name__} needs the log-variance head; set it "
                          "to True")
     drawn = goal.guidance.drawn if hasattr(goal, "guidance") else False
-    if drawn and not config.model.get("guidance_input", True):
-        raise InputError("model.guidance_input=False: objective.guidance.name=drawn gives the "
-                         "network its guidance as an input; set it to True")
-    if goal.alignment and not config.model.get("alignment_depth", True):
+    takes = config.model.get("guidance_input", False)
+    if drawn != takes:
+        raise InputError(f"model.guidance_input={takes}: a network takes its guidance as an input "
+                         "where it is drawn in training; set it to True and "
+                         "objective.guidance.name=drawn, or neither")
+    if hasattr(goal, "tangent") and config.model.get("conditioning") == "flow":
+        raise InputError("model.conditioning=flow: this network does not see r, which the "
+                         "objective teaches; choose meanflow or decoupled")
+    if goal.alignment and not config.model.get("alignment_depth", 0):
         raise InputError("model.alignment_depth=0: an alignment coefficient needs the block after "
                          "which tokens are projected (8 as published)")
     if config.sampling.ema and config.sampling.ema not in config.emas:

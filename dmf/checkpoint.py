@@ -9,6 +9,7 @@ read only if every array is what was saved.
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -66,27 +67,6 @@ def _trees(state: TrainState) -> dict[str, Any]:
     """The parts of a state that a checkpoint holds, by the name of their item."""
     averages = {_average_item(name): average for name, average in state.averages.items()}
     return {LIVE: state.params, "optimizer": state.optimizer, **averages}
-
-
-@contextmanager
-def _reading() -> Iterator[None]:
-    """Turns what a damaged file raises, in whatever library, into one line.
-
-    Raises:
-      Damaged: what was found cannot be what was written.
-      RunError: it cannot be read just now, or by this user.
-    """
-    try:
-        yield
-    except Damaged:
-        raise
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        unreadable = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
-                      "Permission denied", "RESOURCE_EXHAUSTED", "Input/output error")
-        if isinstance(error, MemoryError) or any(word in reason for word in unreadable):
-            raise RunError(f"the checkpoint cannot be read: {reason}") from error
-        raise Damaged(f"{type(error).__name__}: {reason}") from None
 
 
 def _by_itself() -> ocp.Checkpointer:
@@ -171,7 +151,7 @@ class Checkpoints:
         """
         folder, found = self._directory / str(step), {}
         try:
-            with _reading(), _by_itself() as checkpointer:
+            with intact.reading(), _by_itself() as checkpointer:
                 for name, tree in _trees(abstract).items():
                     found[name] = checkpointer.restore(
                         folder / name, args=ocp.args.StandardRestore(tree)
@@ -214,11 +194,20 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if not hosts.alone() and kind and (kind is Lost or not issubclass(kind, RunError)):
-            return  # What is still being written waits for a process that may not come.
         if kind is None:
             self.finish()
-        with suppress(Exception) if kind else disk_errors(self._directory):
+            with disk_errors(self._directory):
+                self._manager.close()
+        elif hosts.alone():
+            self._close_anyhow()
+        elif kind is not Lost:
+            # What is still being written waits for other processes, which may not come.
+            closing = threading.Thread(target=self._close_anyhow, daemon=True)
+            closing.start()
+            closing.join(hosts.LOST_SECONDS)
+
+    def _close_anyhow(self) -> None:
+        with suppress(Exception):
             self._manager.close()
 
 
@@ -309,7 +298,7 @@ def restore_params(
     directory = absolute(directory)
     with _intact(directory), _by_itself() as checkpointer:
         path = _stored(directory, average)
-        with _reading():
+        with intact.reading():
             metadata = checkpointer.metadata(path).item_metadata
             if metadata is None:
                 raise Damaged(f"the list of arrays of {path.name} cannot be read")
@@ -331,7 +320,7 @@ def restore_params(
             name: wanted.get(name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
             for name, leaf in stored.items()
         }
-        with _reading():
+        with intact.reading():
             saved = _saved_checksums(path)
             restored = checkpointer.restore(
                 path, args=ocp.args.StandardRestore(unflatten_dict(target, sep="/"))

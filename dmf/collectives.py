@@ -1,8 +1,8 @@
 """What a compiled program sends between devices, read from its text.
 
 XLA writes a program as computations that call each other. A loop's body runs as often as the loop
-says it is known to, or else up to the number that its condition compares with; a branch counts as
-taken.
+says it is known to, or else up to the number that its condition compares with; where there is no
+such number it counts once, and what it sends says so. A branch counts as taken.
 """
 
 import collections
@@ -18,8 +18,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, 
           "f32": 4, "s64": 8, "u64": 8, "f64": 8}  # fmt: skip
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (.+?) ([a-z][\w\-]*)\(")
-_CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations)="
-                     r"(?:\{([^}]*)\}|%?([\w.\-]+))")  # fmt: skip
+_CALLED = re.compile(r"(calls|to_apply|body|condition|branch_computations|true_computation|"
+                     r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")  # fmt: skip
 _CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 _LIMIT = re.compile(r"= [su](?:32|64)\[\]\S* constant\((\d+)\)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
@@ -42,6 +42,8 @@ class Collective(NamedTuple):
       count: how often in a step.
       size: bytes that a device holds of it, whole: of the sum, of what was gathered, or of what is
         scattered.
+      known: whether that is all; False where some of it lies in a loop that does not say how often
+        it runs, and counts once.
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Collective(NamedTuple):
     between_slices: bool
     count: int
     size: int
+    known: bool = True
 
     @property
     def sent(self) -> float:
@@ -59,10 +62,18 @@ class Collective(NamedTuple):
 
 
 class Result(NamedTuple):
-    """One array that a collective gives."""
+    """One array that a collective gives, and [groups, members] of the devices that take part."""
 
     dtype: str
     shape: tuple[int, ...]
+    groups: np.ndarray
+
+
+class _Runs(NamedTuple):
+    """How often a computation runs, at least; and whether no loop around it leaves that open."""
+
+    times: int = 0
+    known: bool = True
 
 
 def _parsed(text: str) -> tuple[dict[str, list[str]], str]:
@@ -79,38 +90,43 @@ def _parsed(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, int]:
+def _trips(line: str, computations: dict[str, list[str]]) -> int | None:
+    """How often a loop runs; None where neither it nor its condition says."""
+    told = _TRIPS.search(line)
+    if told:
+        return int(told[1])
+    condition = _CONDITION.search(line)
+    lines = computations.get(condition[1], ()) if condition else ()
+    limits = [_LIMIT.search(other) for other in lines]
+    return max((int(limit[1]) for limit in limits if limit), default=None)
+
+
+def _runs(computations: dict[str, list[str]], entry: str) -> dict[str, _Runs]:
     """How often each computation runs."""
-    runs: dict[str, int] = collections.defaultdict(int)
+    runs: dict[str, _Runs] = collections.defaultdict(_Runs)
 
-    def repeats(line: str) -> int:
-        told, condition = _TRIPS.search(line), _CONDITION.search(line)
-        if told or not condition:
-            return int(told[1]) if told else 1
-        limits = [_LIMIT.search(other) for other in computations.get(condition[1], ())]
-        return max((int(limit[1]) for limit in limits if limit), default=1)
-
-    def visit(name: str, times: int) -> None:
-        runs[name] += times
+    def visit(name: str, times: int, known: bool) -> None:
+        runs[name] = _Runs(runs[name].times + times, runs[name].known and known)
         for line in computations.get(name, ()):
             for how, several, one in _CALLED.findall(line):
-                more = repeats(line) if how in ("body", "condition") else 1
+                more = _trips(line, computations) if how in ("body", "condition") else 1
                 for called in re.findall(r"[\w.\-]+", several or one):
                     if called in computations:
-                        visit(called, times * more)
+                        often = times * (1 if more is None else more)
+                        visit(called, often, known and more is not None)
 
-    visit(entry, 1)
+    visit(entry, 1, True)
     return runs
 
 
-def _instructions(text: str) -> Iterator[tuple[str, str, str, int]]:
+def _instructions(text: str) -> Iterator[tuple[str, str, str, _Runs]]:
     """(kind, type of the result, line, runs) of each collective."""
     computations, entry = _parsed(text)
     runs = _runs(computations, entry)
     for name, lines in computations.items():
         for line in lines:
             made = _INSTRUCTION.match(line)
-            if not made or not runs[name]:
+            if not made or not runs[name].times:
                 continue
             between = _BETWEEN_SLICES.search(line) if made[2] == "send" else None
             kind = between[1].lower().replace("_", "-") if between else made[2]
@@ -164,9 +180,9 @@ def collectives(text: str, devices: int, slices: int = 1) -> list[Collective]:
     Args:
       text: of the compiled program (`compiled.as_text()`).
       devices: how many it is compiled for, numbered slice by slice.
-      slices: how many slices they lie in.
+      slices: how many slices they lie in, which a mesh may cut further.
     """
-    total: dict[tuple[str, int, bool], list[int]] = collections.defaultdict(lambda: [0, 0])
+    total: dict[tuple[str, int, bool], list] = collections.defaultdict(lambda: [0, 0, True])
     for opcode, result, line, runs in _instructions(text):
         groups, kind = _groups(line, devices, slices), opcode.removesuffix("-start")
         places = groups // (devices // slices)
@@ -176,16 +192,17 @@ def collectives(text: str, devices: int, slices: int = 1) -> list[Collective]:
         if kind != "collective-permute" and groups.shape[1] == 1:
             continue
         entry = total[kind, groups.shape[1], bool((places != places[:, :1]).any())]
-        entry[0] += runs
-        entry[1] += size * runs
+        entry[0] += runs.times
+        entry[1] += size * runs.times
+        entry[2] &= runs.known
     found = [Collective(*key, *entry) for key, entry in total.items()]
     return sorted(found, key=lambda c: -c.sent)
 
 
-def gathered(text: str) -> list[Result]:
-    """Every array that an all-gather of a program gives."""
+def gathered(text: str, devices: int) -> list[Result]:
+    """Every array that an all-gather of a program for so many devices of a slice gives."""
     return [
-        Result(dtype, shape)
-        for opcode, result, _, _ in _instructions(text)
+        Result(dtype, shape, _groups(line, devices, 1))
+        for opcode, result, line, _ in _instructions(text)
         for dtype, shape in _arrays(opcode, result) if opcode.startswith("all-gather")
     ]

@@ -20,7 +20,8 @@ from dmf.chips import CHIPS, GIB
 from dmf.collectives import Collective, collectives
 from dmf.components import network
 from dmf.encoders.dinov2 import DINOV2_SIZES, DinoV2
-from dmf.sharding import make_mesh
+from dmf.models.dit import DiT
+from dmf.sharding import count_slices, make_mesh
 from dmf.state import TrainState
 from dmf.step import abstract_inputs, training_step
 from dmf.typing import Batch, InputError, Network, Params
@@ -41,15 +42,16 @@ class CompiledStep(NamedTuple):
     Attributes:
       device: kind of device, as JAX calls it.
       devices: how many.
+      slices: in how many they lie; the axis of the mesh may cut them further.
       mesh: sizes of its axes by name.
       batch_size: samples a step, over all devices.
       parameters, optimizer, averages, frozen: bytes of what stays from step to step.
       batch: bytes of a device's share of it.
-      temporaries: bytes of what a step needs beside them; where it does not fit, what the
-        compiler could not bring them below.
+      temporaries: bytes of what a step needs beside them; where the compiler refuses it, what it
+        could not bring them below.
       donated: bytes of what the step gives in the place of what it took: the state.
       total: bytes of all that a device holds at most, its program among them.
-      memory: bytes that the device has; None where that is not known.
+      memory: bytes that a program may take; None where that is not known.
       step_flops: of a step over all devices, with nothing computed twice or recomputed, and
         without an encoder that images are aligned with.
       collectives: what devices send each other in a step; none where it does not fit.
@@ -58,6 +60,7 @@ class CompiledStep(NamedTuple):
 
     device: str
     devices: int
+    slices: int
     mesh: dict[str, int]
     batch_size: int
     parameters: int
@@ -104,13 +107,16 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
 
 def _teacher(config: ConfigDict) -> Network | None:
     """The network of a teacher, or one of the same size where its checkpoint is not there."""
-    if not config.teacher.checkpoint:
+    if not (config.teacher.checkpoint and build.distils(config)):
         return None
     try:
         return network(loading.read_config(config.teacher.checkpoint))
     except InputError:
+        made = network(config)
+        if not isinstance(made, DiT):
+            return made
         return dataclasses.replace(
-            network(config), conditioning="flow", split_depth=None, learned_variance=False
+            made, conditioning="flow", split_depth=None, pattern="split", learned_variance=False
         )
 
 
@@ -139,30 +145,41 @@ def _bytes(tree: Any) -> int:
 
 
 class _Program(NamedTuple):
-    """Bytes of temporaries, of all else that a device holds while the program runs, of what is
-    donated; and the program's text. All but the first are not known of what does not fit."""
+    """Bytes of temporaries, of all that a device holds while the program runs, of what is donated;
+    and the program's text. The last two are not known of what is refused."""
 
     temporaries: int
-    others: int | None
+    total: int
     donated: int
     text: str
 
 
-def _compiled(lowered: jax.stages.Lowered) -> _Program:
-    """Compiles; a program that takes more than the device has is refused by its compiler, which
-    says how much."""
+def _wanted(message: str) -> int | None:
+    """Bytes that a program would take, of libtpu's message that refuses it. It calls them
+    temporaries, and counts arguments and results among them."""
+    told = re.search(r"RESOURCE_EXHAUSTED.* temporaries \(([\d.]+)([KMGT])\)", message, re.S)
+    if not told:
+        return None
+    # The number is rounded, and may look like what there is, than which it is more.
+    return round(float(told[1]) * 2 ** (10 * (1 + "KMGT".index(told[2])))) + 1
+
+
+def _compiled(lowered: jax.stages.Lowered, arguments: int) -> _Program:
+    """Compiles a program of so many bytes of arguments; one that takes more than the device has
+    is refused by its compiler, which says how much."""
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted = re.search(r"RESOURCE_EXHAUSTED.* temporaries \(([\d.]+)G\)", str(error), re.S)
-        if not wanted:
+        wanted = _wanted(str(error))
+        if wanted is None:
             raise
-        return _Program(round(float(wanted[1]) * GIB), None, 0, "")
+        return _Program(max(0, wanted - arguments), wanted, 0, "")
     memory = compiled.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.generated_code_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    total += memory.argument_size_in_bytes + memory.output_size_in_bytes
+    total -= memory.alias_size_in_bytes
     return _Program(
-        memory.temp_size_in_bytes, held, memory.alias_size_in_bytes, compiled.as_text()
+        memory.temp_size_in_bytes, total, memory.alias_size_in_bytes, compiled.as_text()
     )
 
 
@@ -170,7 +187,7 @@ class Lowered(NamedTuple):
     """A training step as XLA takes it: of what, for what inputs."""
 
     recipe: build.Recipe
-    inputs: tuple[TrainState, Batch, dict[str, Params]]
+    inputs: tuple[TrainState, Batch, dict[str, Params], jax.ShapeDtypeStruct]
     program: jax.stages.Lowered
 
 
@@ -184,8 +201,7 @@ def lowered_step(config: ConfigDict, devices: list[jax.Device]) -> Lowered:
     recipe = build.recipe(config, on, _teacher(config), _encoder(config))
     inputs = abstract_inputs(recipe)
     where = jax.tree.map(lambda leaf: leaf.sharding, inputs[0])
-    step = training_step(recipe, jax.random.key(config.seed), where)
-    return Lowered(recipe, inputs, step.lower(*inputs))
+    return Lowered(recipe, inputs, training_step(recipe, where).lower(*inputs))
 
 
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
@@ -201,24 +217,25 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
     start = time.perf_counter()
     recipe, inputs, lowered = lowered_step(config, devices)
     lowered_at = time.perf_counter()
-    program = _compiled(lowered)
+    program = _compiled(lowered, _bytes(inputs))
     took = time.perf_counter() - lowered_at
-    kind, mesh = devices[0].device_kind, recipe.mesh
-    state, batch, frozen = inputs
+    kind, slices = devices[0].device_kind, count_slices(devices)
+    state, batch, frozen, _ = inputs
     held = {"parameters": state.params, "optimizer": state.optimizer, "averages": state.averages,
             "frozen": frozen, "batch": batch}
     return CompiledStep(
         device=kind,
         devices=len(devices),
-        mesh=dict(mesh.shape),
+        slices=slices,
+        mesh=dict(recipe.mesh.shape),
         batch_size=recipe.batch_size,
         **{name: _bytes(tree) for name, tree in held.items()},
         temporaries=program.temporaries,
         donated=program.donated,
-        total=program.temporaries + (_bytes(inputs) if program.others is None else program.others),
+        total=program.total,
         memory=CHIPS[kind].memory if kind in CHIPS else None,
         step_flops=recipe.objective.flops(recipe.network) * recipe.batch_size,
-        collectives=collectives(program.text, len(devices), mesh.shape["slices"]),
+        collectives=collectives(program.text, len(devices), slices),
         seconds_to_lower=lowered_at - start,
         seconds_to_compile=took,
     )
@@ -266,6 +283,21 @@ def estimate(found: CompiledStep, share_of_peak: float, network: float) -> Estim
                     sent[True] / network)
 
 
+def _messages(found: list[Collective]) -> list[str]:
+    """A table of what is sent; of what a loop leaves open, at least how much."""
+    if not found:
+        return []
+    lines = ["", "| sent in a step | among | times | GiB a device |", "|---|---|---|---|"]
+    for c in found:
+        least = "" if c.known else "at least "
+        lines.append(f"| {c.kind} | {c.group}{' between slices' * c.between_slices} | "
+                     f"{least}{c.count:,} | {least}{c.sent / GIB:.3f} |")
+    if not all(c.known for c in found):
+        lines += ["", "at least: part of it lies in a loop that does not say how often it runs, "
+                  "and counts once"]
+    return lines
+
+
 def table(found: CompiledStep, share_of_peak: float = 0.4, network: float = 3e9) -> str:
     """What compiling found out, in markdown."""
     axes = " x ".join(f"{name} {size}" for name, size in found.mesh.items())
@@ -276,11 +308,8 @@ def table(found: CompiledStep, share_of_peak: float = 0.4, network: float = 3e9)
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in rows if size]
     if found.memory is not None:
         verdict = "fits" if found.fits else "does NOT fit"
-        lines.append(f"| memory | {found.memory / GIB:.0f}: it {verdict} |")
-    if found.collectives:
-        lines += ["", "| sent in a step | among | times | GiB a device |", "|---|---|---|---|"]
-        lines += [f"| {c.kind} | {c.group}{' between slices' * c.between_slices} | {c.count:,} | "
-                  f"{c.sent / GIB:.3f} |" for c in found.collectives]
+        lines.append(f"| memory | {found.memory / GIB:.2f}: it {verdict} |")
+    lines += _messages(found.collectives)
     share = found.step_flops / found.devices
     lines += ["", f"{found.step_flops / 1e12:.4g} TFLOP a step, {share / 1e12:.4g} a device; "
               f"{found.donated / GIB:.2f} GiB of state updated in place; traced in "
@@ -288,7 +317,7 @@ def table(found: CompiledStep, share_of_peak: float = 0.4, network: float = 3e9)
     guess = estimate(found, share_of_peak, network) if found.fits else None
     if guess:
         chip = CHIPS[found.device]
-        across = f", {network / 1e9:g} GB/s between slices" if found.mesh["slices"] > 1 else ""
+        across = f", {network / 1e9:g} GB/s between slices" if found.slices > 1 else ""
         lines.append(
             f"estimated, not measured: {1e3 * guess.least:.0f} to {1e3 * guess.most:.0f} ms a step "
             f"(products {1e3 * guess.products:.0f} ms at {share_of_peak:.0%} of peak, links "

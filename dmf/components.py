@@ -1,12 +1,18 @@
 """From a config to components, by one table of names.
 
 A component of a config is a dictionary with a `name` and the fields of the class that the name
-stands for in `COMPONENTS`; where there is but one class, the name may be left out. A field that the
-class does not have, or a name that the table does not hold, is an error that says so. A config file
-may add components of its own with `register`; docs/extending.md shows each kind.
+stands for in `COMPONENTS`; where there is but one class, the name may be left out, and where no
+field is given, the name alone may stand for both. A field that the class does not have, or a name
+that the table does not hold, is an error that says so. A config file may add components of its own
+with `register`; docs/extending.md shows each kind.
+
+What a component refuses, it calls by its own field, "std=-1.0: ...", and here it is told where that
+stands, "objective.time.std=-1.0: ...". Only what has one place at the top of a config (a model, an
+objective, an optimizer) gives the whole name itself.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +76,8 @@ def register(kind: str, name: str, component: Any) -> None:
     Args:
       kind: which table.
       name: what configs call it.
-      component: a dataclass, whose fields configs may give; of "data", a function.
+      component: a dataclass, whose fields configs may give, or an object of one, which has none
+        to give; of "data", a function.
 
     Raises:
       InputError: there is no such kind.
@@ -103,17 +110,50 @@ def component(kind: str, config: Mapping[str, Any] | ConfigDict, field: str, **m
     """
     values, table = dict(config), COMPONENTS[kind]
     name = values.pop("name", next(iter(table)) if len(table) == 1 else None)
-    try:
-        made = lookup(table, name, f"{field}.name")
-    except InputError as error:
-        raise InputError(f"{error}; or give the file that registers it, --plugins=FILE") from None
-    known = {f.name for f in dataclasses.fields(made)}
+    found = _registered(kind, name, f"{field}.name")
+    known = _fields(found)
     for key, value in values.items():
         if key not in known:
             raise InputError(f"{field}.{key}={value}: {name} has no such field; it has "
                              f"{', '.join(sorted(known)) or 'none'}")
         values[key] = field_value(key, value, f"{field}.{key}")
-    return made(**values, **more)
+    return _made(found, name, field, values | more)
+
+
+def _registered(kind: str, name: Any, field: str) -> Any:
+    """What a name stands for: a dataclass, or an object of one."""
+    try:
+        found = lookup(COMPONENTS[kind], name, field)
+    except InputError as error:
+        raise InputError(f"{error}; or give the file that registers it, --plugins=FILE") from None
+    if not dataclasses.is_dataclass(found):
+        raise InputError(f"{field}={name}: {found!r} is no dataclass, whose fields a config could "
+                         "give; make it one, frozen and keyword-only")
+    return found
+
+
+def _fields(found: Any) -> dict[str, bool]:
+    """The fields that a config may give, and whether it must; an object has them all already."""
+    if not isinstance(found, type):
+        return {}
+    return {field.name: field.default is field.default_factory is dataclasses.MISSING
+            for field in dataclasses.fields(found) if field.init}
+
+
+def _made(found: Any, name: str, field: str, values: Mapping[str, Any]) -> Any:
+    """The component of these values, and what it refuses by the whole name of the field."""
+    if not isinstance(found, type):
+        return found
+    known = _fields(found)
+    lacking = [key for key, needed in known.items() if needed and key not in values]
+    if lacking:
+        raise InputError(f"{field}.{lacking[0]}: {name} has no default for it; give one")
+    try:
+        return found(**values)
+    except InputError as error:
+        own = re.match(r"(\w+)[.=]", str(error))
+        where = f"{field}." if own and own[1] in known else ""
+        raise InputError(f"{where}{error}") from None
 
 
 def field_value(name: str, value: Any, field: str) -> Any:
@@ -122,7 +162,7 @@ def field_value(name: str, value: Any, field: str) -> Any:
     if isinstance(value, Mapping | ConfigDict):
         return component(kind, value, field)
     if kind in COMPONENTS:
-        return lookup(COMPONENTS[kind], value, field)
+        return _made(_registered(kind, value, field), value, field, {})
     return tuple(value) if isinstance(value, list | tuple) else value
 
 

@@ -16,7 +16,7 @@ from etils import epath
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from dmf import build, features, loading, logs, metrics
+from dmf import build, features, hosts, loading, metrics
 from dmf.checkpoint import FORMAT
 from dmf.components import COMPONENTS, lookup
 from dmf.data.image_sets import DatasetImages, ImageSet, open_image_set
@@ -263,7 +263,7 @@ class Evaluator:
                 write_npz(self._features_folder / f"{folder.name}.npz", held)
             write_json(finished, row)
         told = "  ".join(f"{metric} {row[metric]:.5g}" for metric in self.protocol.metrics)
-        logs.say(f"{subject.name}: {told}")
+        hosts.say(f"{subject.name}: {told}")
         return row
 
     def _scores(self, statistics: Statistics, subject: Subject) -> dict[str, float]:

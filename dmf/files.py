@@ -27,16 +27,24 @@ def disk_errors(path: epath.Path) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (InputError, RunError, jax.errors.JaxRuntimeError)):
             raise
-        text = str(error)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or any(
-            word in text for word in ("No space left", "RESOURCE_EXHAUSTED", "File too large")
-        ):
+        if _is_full(error):
             raise RunError(f"no space left to write {path}: what was finished before is whole; "
                            "free some space and run the same command again") from error
         if isinstance(error, OSError):
-            raise RunError(f"cannot write {path}: {text}") from error
+            named = os.fspath(error.filename or path)
+            if named.startswith(os.fspath(path)):
+                raise RunError(f"cannot write {path}: {error}") from error
+            raise RunError(f"{named}: {error.strerror}") from error
         raise
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a disk has no room; memory, of which libraries speak alike, is another matter."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("No space left", "RESOURCE_EXHAUSTED", "File too large")
+    return "memory" not in text.lower() and any(word in text for word in words)
 
 
 def write_text(path: epath.Path, text: str) -> None:

@@ -6,6 +6,7 @@ Time runs from t = 0 (data) to t = 1 (standard normal noise), here and everywher
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,10 +77,15 @@ COSINE = Interpolant(
 )
 
 
-def check_interval(field: str, interval: tuple[float, float]) -> None:
+def check_interval(field: str, interval: Any) -> None:
     """Raises InputError unless interval = (low, high) with 0 <= low <= high <= 1."""
-    if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-        raise InputError(f"{field}={tuple(interval)}: give (low, high) with 0 <= low <= high <= 1")
+    try:
+        low, high = interval
+        good = 0 <= low <= high <= 1
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(f"{field}={interval}: give (low, high) with 0 <= low <= high <= 1")
 
 
 def inside(t: Times, interval: tuple[float, float]) -> jax.Array:

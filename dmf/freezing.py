@@ -34,10 +34,12 @@ class Frozen:
       mask: for each leaf a bool, [] or, for those stacked by depth, [depth], true where it is
         frozen; empty if nothing is.
       encoder: whether all that the encoder depends on is, by that name.
+      patterns: that choose it, for messages.
     """
 
     mask: Params = dataclasses.field(default_factory=dict)
     encoder: bool = False
+    patterns: tuple[str, ...] = ()
 
     def kept(self, old: Params, new: Params) -> Params:
         """`new`, with the frozen numbers of `old`."""
@@ -50,6 +52,19 @@ class Frozen:
     def seen(self, network: Network) -> Network:
         """The same network, without the backward pass of an encoder that is frozen."""
         return _HeldEncoder(network) if self.encoder else network
+
+    def check_given(self, given: Params) -> None:
+        """Raises InputError where something frozen would stay as it is drawn at random.
+
+        Args:
+          given: the parameters that training starts from, a tree of which leaves may be missing.
+        """
+        known = flatten_dict(given, sep="/")
+        for name, mask in flatten_dict(self.mask, sep="/").items():
+            if mask.any() and name not in known:
+                path = _paths(name, mask.shape)[mask][0]
+                raise InputError(f"freeze={self.patterns}: {path} is frozen, but init.checkpoint "
+                                 "does not have it; give one that does, or freeze fewer")
 
     def trained(self, params: Params) -> int:
         """How many numbers are not frozen."""
@@ -66,20 +81,20 @@ def _kept(mask: np.ndarray, old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(mask.reshape(-1, *(1,) * (new.ndim - 1)), old, new)
 
 
+@Network.register
 @dataclasses.dataclass(frozen=True)
 class _HeldEncoder:
-    """A network whose encoder passes no gradient to its parameters."""
+    """A network whose encoder passes no gradient to its parameters.
+
+    It is registered as a `Network`, as `isinstance` may not see what `__getattr__` gives.
+    """
 
     network: Network
-    num_classes = property(lambda self: self.network.num_classes)
-    sample_shape = property(lambda self: self.network.sample_shape)
-    encoder_depth = property(lambda self: self.network.encoder_depth)
-    flops = property(lambda self: self.network.flops)
-    init = property(lambda self: self.network.init)
-    decode = property(lambda self: self.network.decode)
-    log_variance = property(lambda self: self.network.log_variance)
-    # What it gives are tokens of a block that may lie before the end of the encoder.
-    apply_with_features = property(lambda self: self.network.apply_with_features)
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is as the network has it, also its features: the block that they leave after may
+        come before the end of the encoder."""
+        return getattr(object.__getattribute__(self, "network"), name)
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Condition) -> Any:
         return self.network.encode(jax.lax.stop_gradient(params), x_t, t, y)
@@ -97,9 +112,11 @@ def frozen(patterns: Sequence[Any], network: Network) -> Frozen:
       network: of the parameters.
 
     Raises:
-      InputError: one is no regular expression, or matches nothing, or all together everything; or
-        the network has no encoder.
+      InputError: they are one text and no sequence; one is no regular expression, or matches
+        nothing, or all together everything; or the network has no encoder.
     """
+    if isinstance(patterns, str):
+        raise InputError(f"freeze={patterns}: a tuple of patterns is wanted; give ('{patterns}',)")
     if not patterns:
         return Frozen()
     leaves = flatten_dict(jax.eval_shape(network.init, jax.random.key(0)), sep="/")
@@ -110,7 +127,9 @@ def frozen(patterns: Sequence[Any], network: Network) -> Frozen:
         raise InputError(f"freeze={tuple(patterns)}: all of the parameters, so that none would be "
                          "trained; freeze fewer")
     mask = {name: np.isin(each, list(chosen)) for name, each in paths.items()}
-    return Frozen(mask=unflatten_dict(mask, sep="/"), encoder=ENCODER in patterns)
+    return Frozen(
+        mask=unflatten_dict(mask, sep="/"), encoder=ENCODER in patterns, patterns=tuple(patterns)
+    )
 
 
 def _paths(name: str, shape: tuple[int, ...]) -> np.ndarray:

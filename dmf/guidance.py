@@ -33,6 +33,17 @@ from dmf.typing import (
 Coefficients = tuple[PerSample, PerSample]
 
 
+def _check_finite(field: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise InputError(f"{field}={value}: give a finite number")
+
+
+def _check_kappa(kappa: float) -> None:
+    if not -math.inf < kappa < 1:
+        raise InputError(f"kappa={kappa}: the effective scale is omega / (1 - kappa), so give a "
+                         "finite kappa below 1")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoGuidance:
     """v_g = v_t."""
@@ -61,10 +72,9 @@ class SelfGuidance:
     teacher = drawn = False
 
     def __post_init__(self):
-        check_interval("guidance.interval", self.interval)
-        if not self.kappa < 1:
-            raise InputError(f"guidance.kappa={self.kappa}: the effective scale is "
-                             "omega / (1 - kappa), so kappa must be below 1")
+        check_interval("interval", self.interval)
+        _check_finite("omega", self.omega)
+        _check_kappa(self.kappa)
 
     @property
     def needs_label(self) -> bool:
@@ -93,7 +103,8 @@ class TeacherGuidance:
     needs_label = True
 
     def __post_init__(self):
-        check_interval("guidance.interval", self.interval)
+        check_interval("interval", self.interval)
+        _check_finite("scale", self.scale)
 
     @property
     def needs_null(self) -> bool:
@@ -127,17 +138,15 @@ class DrawnGuidance:
     drawn = needs_null = True
 
     def __post_init__(self):
-        check_interval("guidance.low", self.low)
-        check_interval("guidance.high", self.high)
-        if not self.kappa < 1:
-            raise InputError(f"guidance.kappa={self.kappa}: the effective scale is "
-                             "omega / (1 - kappa), so kappa must be below 1")
-        if not self.largest > 1:
-            raise InputError(f"guidance.largest={self.largest}: scales are drawn from 1 up to it; "
-                             "give more than 1")
+        check_interval("low", self.low)
+        check_interval("high", self.high)
+        _check_kappa(self.kappa)
+        _check_finite("power", self.power)
+        if not 1 < self.largest < math.inf:
+            raise InputError(f"largest={self.largest}: scales are drawn from 1 up to it; give more "
+                             "than 1")
         if self.low[1] > self.high[0]:
-            raise InputError(f"guidance.low={self.low}: it must end before guidance.high="
-                             f"{self.high} begins")
+            raise InputError(f"low={self.low}: it must end before high={self.high} begins")
 
     @property
     def needs_label(self) -> bool:
@@ -236,11 +245,24 @@ class ClassifierFree:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        check_interval("interval", self.interval)
+        check_interval("sampling.guidance.interval", self.interval)
+        _check_finite("sampling.guidance.scale", self.scale)
 
     def __call__(self, flow_map: FlowMap, null_label: int) -> FlowMap:
+        """The guided flow map.
+
+        Args:
+          flow_map: of a network of `null_label` labels.
+          null_label: which stands for none.
+
+        Raises:
+          InputError: there is something to guide, and no label to guide it by.
+        """
         if self.scale == 1:
             return flow_map
+        if null_label == 0:
+            raise InputError(f"sampling.guidance.scale={self.scale}: this network has no labels "
+                             "(model.num_classes=0) to guide it by; set it to 1")
 
         def guided(x_t: Images, t: Times, r: Times, y: Labels) -> Images:
             def both() -> tuple[Images, Images]:
@@ -272,8 +294,8 @@ class AskedOf:
     interval: tuple[float, float] = (0.0, 1.0)
 
     def __post_init__(self):
-        check_interval("interval", self.interval)
-        if not self.scale > 0:
+        check_interval("sampling.guidance.interval", self.interval)
+        if not 0 < self.scale < math.inf:
             raise InputError(f"sampling.guidance.scale={self.scale}: a network that takes its "
                              "guidance as an input wants a positive scale; 1 is none")
 

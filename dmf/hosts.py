@@ -37,10 +37,18 @@ _SIGNS = "dmf/signs"
 ABORT_SECONDS = 55
 # So long processes wait for each other at the start.
 START_SECONDS = 300
-# A process that fails waits so long for the others to fail of the same, and leaves.
+# A process that fails waits so long for the others to fail of the same, and leaves; one that was
+# told to stop waits longer, for what the others are saving.
 LEAVE_SECONDS = 5
+SAVE_SECONDS = 60
 _LOST = ("another process of the run was lost: ended; start all of them again, and the run goes on "
          "from its last checkpoint")
+# The mark of a process that failed, and is about to leave, beside its signs of life.
+_FAILED = " failed"
+_leaving = threading.Event()
+# How many processes there are by those who may have started them, where JAX knows the way they find
+# each other by other variables alone.
+_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # How a message of the runtime begins.
 _STATUS = re.compile("[A-Z_]+: ")
 # What collectives and the coordination service say then.
@@ -60,8 +68,9 @@ def join(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
       process: which of them this one is, from 0.
 
     Raises:
-      InputError: flags that do not go together.
-      RunError: the others do not come, or the port is taken.
+      InputError: flags that do not go together, a port that is taken, or an environment of several
+        processes that does not say how they find each other.
+      RunError: the others do not come.
     """
     if jax.distributed.is_initialized():
         return
@@ -90,24 +99,38 @@ def join(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
         if not any(given) and "before" in str(error):
             return  # A program that has used JAX already is alone unless it joined by itself.
         reason = " ".join(str(error).split())
-        raise RunError(f"process {max(process, 0)} of {processes} could not meet the others at "
+        who = f"process {process} of {processes}" if any(given) else "this process"
+        raise RunError(f"{who} could not meet the others at "
                        f"{coordinator or 'the coordinator'}: is its port free, and does every "
                        f"host reach it? ({reason[:200]})") from None
     if jax.distributed.is_initialized():
         mine = jax.process_index()
-        _show(mine, 0)
+        _show(mine, "0")
         threading.Thread(target=_watch, args=(mine,), daemon=True).start()
+    else:
+        _check_alone()
 
 
-def _show(mine: int, beat: int) -> Any:
-    """Shows a sign of life of this process; returns the service that keeps those of all."""
+def _check_alone() -> None:
+    """Raises InputError where the environment says that this is one of several processes."""
+    for name in _COUNTS:
+        count = os.environ.get(name, "1")
+        if count.isdigit() and int(count) > 1:
+            raise InputError(f"{name}={count}: there are several processes, and JAX does not know "
+                             "how they find each other here; give --coordinator, --processes and "
+                             f"--process, or unset {name} for runs that are each alone")
+
+
+def _show(mine: int, sign: str, mark: str = "") -> Any:
+    """Shows a sign of this process to all; returns the service that keeps those of all."""
     client = ocp.multihost.get_jax_distributed_client()
-    client.key_value_set(f"{_SIGNS}/process {mine}", str(beat), allow_overwrite=True)
+    client.key_value_set(f"{_SIGNS}/process {mine}{mark}", sign, allow_overwrite=True)
     return client
 
 
 def _watch(mine: int) -> None:
-    """Ends this process once another one is lost, whatever this one is waiting for by then.
+    """Ends this process once another one is lost or has failed, whatever this one is waiting for
+    by then.
 
     A collective fails at once where a process is gone; a barrier, in which a checkpoint is saved,
     waits until the runtime aborts.
@@ -115,7 +138,7 @@ def _watch(mine: int) -> None:
     heard: dict[str, tuple[str, float]] = {}
     for beat in itertools.count(1):
         try:
-            signs = _show(mine, beat).key_value_dir_get(_SIGNS)
+            signs = _show(mine, str(beat)).key_value_dir_get(_SIGNS)
         except jax.errors.JaxRuntimeError:
             return  # The run has ended, or the first process is gone, which the runtime says.
         now = time.monotonic()
@@ -123,21 +146,32 @@ def _watch(mine: int) -> None:
             process = name.rpartition("/")[2]
             if process not in heard or heard[process][0] != sign:
                 heard[process] = sign, now
+        failed = [process for process in heard if process.endswith(_FAILED)]
         lost = [process for process, (_, when) in heard.items() if now - when > LOST_SECONDS]
-        if lost:
-            reason = f"no sign of life of {', '.join(lost)} for {LOST_SECONDS} s"
-            print(f"dmf: {_LOST} ({reason})", file=sys.stderr, flush=True)
-            if mine == 0:
-                time.sleep(BEAT_SECONDS + 1)  # The others speak before their coordinator is gone.
-            os._exit(1)
+        if failed and not _leaving.wait(LEAVE_SECONDS):  # of the same, perhaps, and says more of it
+            _end(mine, f"{failed[0]}, and says why")
+        elif lost and not failed:
+            _end(mine, f"no sign of life of {', '.join(lost)} for {LOST_SECONDS} s")
         time.sleep(BEAT_SECONDS)
+
+
+def _end(mine: int, reason: str) -> None:
+    """Says why this process ends, which waits for what will not come, and ends it."""
+    print(f"dmf: {_LOST} ({reason})", file=sys.stderr, flush=True)
+    if mine == 0:
+        time.sleep(BEAT_SECONDS + 1)  # The others speak before their coordinator is gone.
+    os._exit(1)
 
 
 def _check_free(coordinator: str) -> None:
     """Checks that the port of the coordinator, which is this process, is free; the runtime would
     crash on it."""
     port = int(coordinator.rpartition(":")[2])
-    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as listener:
+    try:
+        opened = socket.socket(socket.AF_INET6)
+    except OSError:  # a kernel without it
+        opened = socket.socket(socket.AF_INET)
+    with opened as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(("", port))
@@ -197,19 +231,26 @@ def check_shared(directory: epath.Path) -> None:
     """Checks that every process sees the directory that the first one sees.
 
     Raises:
-      InputError: on every process; it names those that do not.
+      InputError: on every process; it names those that do not, or says why the first cannot write.
     """
     if alone():
         return
     (name, *_) = gathered(f".seen-by-all-{uuid.uuid4().hex}")
-    mark = directory / name
+    mark, made, trouble = directory / name, not directory.exists(), ""
     if first():
-        directory.mkdir(parents=True, exist_ok=True)
-        mark.touch()
-    gathered(True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+        except OSError as error:
+            trouble = error.strerror or str(error)
+    (trouble, *_) = gathered(trouble)
+    if trouble:
+        raise InputError(f"workdir={directory}: it cannot be written ({trouble})")
     seen = gathered(mark.exists())
     if first():
         mark.unlink()
+        if made and not all(seen):
+            directory.rmdir()
     blind = [str(process) for process, sees in enumerate(seen) if not sees]
     if blind:
         raise InputError(f"workdir={directory}: not every host sees it (process {', '.join(blind)} "
@@ -228,7 +269,7 @@ class StopSignal:
         self._before: Any = None
 
     def __enter__(self) -> "StopSignal":
-        if alone():
+        if not jax.distributed.is_initialized():
             # In another thread than the main one, whoever started it sees to signals.
             with suppress(ValueError):
                 self._before = signal.signal(signal.SIGTERM, self._tell)
@@ -243,7 +284,7 @@ class StopSignal:
 
     def after(self, step: int) -> bool:
         """Whether to stop after this step; every process must ask after every step."""
-        if alone():
+        if not jax.distributed.is_initialized():
             return self._told
         return multihost_utils.reached_preemption_sync_point(step)
 
@@ -271,12 +312,23 @@ def runtime_errors() -> Iterator[None]:
         raise Lost(f"{_LOST} ({reason[:200]})") from None
 
 
-def leave(code: int) -> None:
-    """Ends a process that failed, at once; the others do not wait for it."""
+def leave(code: int, *, stopped: bool = False) -> None:
+    """Ends a process of several that failed; the others hear of it, and end too.
+
+    Args:
+      code: to exit with.
+      stopped: whether it was told to stop, as all of them were.
+    """
     if not jax.distributed.is_initialized():
         return
-    with suppress(Exception):  # They go on, or are lost.
-        ocp.multihost.sync_global_processes("leave", timeout=LEAVE_SECONDS)
+    _leaving.set()
+    mine, seconds = jax.process_index(), SAVE_SECONDS if stopped else LEAVE_SECONDS
+    try:
+        client = _show(mine, "stopped") if stopped else _show(mine, str(code), _FAILED)
+        client.wait_at_barrier("dmf/leave", 1000 * seconds)
+    except jax.errors.JaxRuntimeError:  # They are waiting for something else, or gone.
+        if mine == 0:
+            time.sleep(BEAT_SECONDS + LEAVE_SECONDS + 1)  # Without their coordinator they crash.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -5,16 +5,18 @@ array is made of it before it is saved and after it was read. It is a sum of int
 however the array is split, and made where the array lies: an array is never brought to one host.
 """
 
+import errno
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.typing import Damaged
+from dmf.typing import Damaged, RunError
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
 
@@ -66,6 +68,31 @@ def check(found: Mapping[str, int], saved: Mapping[str, int]) -> None:
             raise Damaged(f"{name} is {'missing' if name in saved else 'not of what was saved'}")
         if found[name] != saved[name]:
             raise Damaged(f"{name} is not what was saved")
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turns what a damaged file raises, in whatever library, into one line.
+
+    Raises:
+      Damaged: what was found cannot be what was written.
+      RunError: it cannot be read just now, or by this user.
+    """
+    try:
+        yield
+    except Damaged:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        unreadable = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED",
+                      "Permission denied", "RESOURCE_EXHAUSTED", "Input/output error")
+        # What is missing, or is no file, was damaged; all else that the system says may pass.
+        passing = isinstance(error, OSError) and error.errno not in (
+            None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR
+        )
+        if passing or isinstance(error, MemoryError) or any(w in reason for w in unreadable):
+            raise RunError(f"the checkpoint cannot be read: {reason}") from error
+        raise Damaged(f"{type(error).__name__}: {reason}") from None
 
 
 def fingerprint(params: Any) -> str:

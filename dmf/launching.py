@@ -8,6 +8,7 @@ process that started them.
 import collections
 import dataclasses
 import fcntl
+import glob
 import os
 import pathlib
 import signal
@@ -26,6 +27,16 @@ LOCK_FILE = ".sweep.lock"
 FAILED = "dmf sweep: failed with exit code"
 # What a run that was told to stop, and has saved, exits with.
 SAVED = 75
+# What TPU chips are to Linux, before and since v5.
+TPUS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
+# By these `jax.distributed` takes a process for one of several: under SLURM, Open MPI, Kubernetes,
+# or as JAX itself is told. What says which chips a TPU host has is not among them.
+OF_SEVERAL = frozenset({
+    "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID",
+    "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_LOCAL_RANK", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR_ADDRESS",
+    "SLURM_STEP_NUM_TASKS", "PMI_SIZE",
+})  # fmt: skip
 POLL_SECONDS = 0.1
 SAY_SECONDS = 60.0
 
@@ -69,6 +80,13 @@ def gpus() -> list[str]:
     with suppress(OSError):
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
     return []
+
+
+def on_cpu() -> bool:
+    """Whether JAX would use the CPU here: it is told to, or there is neither a GPU nor a TPU."""
+    if os.environ.get("JAX_PLATFORMS", "") == "cpu":
+        return True
+    return not (gpus() or any(map(glob.glob, TPUS)))
 
 
 def shares(parallel: int, found: Sequence[str]) -> list[Share]:
@@ -193,7 +211,7 @@ class Pool:
             # In a session of its own, a run hears of an interruption from this process alone.
             process = subprocess.Popen(
                 job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env={**os.environ, **share.variables}, start_new_session=True,
+                env=_alone() | share.variables, start_new_session=True,
                 pass_fds=(self._lock,),
             )  # fmt: skip
         self._running.append((job, share, process))
@@ -224,6 +242,11 @@ class Pool:
             self._said = time.monotonic()
             for job, _, _ in self._running:
                 logs.say(f"{job.name}: {last_line(job.log)}")
+
+
+def _alone() -> dict[str, str]:
+    """The environment of a run, which is alone whatever this process is one of."""
+    return {name: value for name, value in os.environ.items() if name not in OF_SEVERAL}
 
 
 def note_failure(log: pathlib.Path, code: int) -> None:

@@ -1,6 +1,7 @@
 """What a run says while it goes: metrics as JSON lines and TensorBoard events, and progress."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -23,19 +24,20 @@ class MetricsWriter:
     """Scalars by step in `metrics.jsonl` and in TensorBoard's event files.
 
     A run that resumes at a step drops what an earlier process wrote from there on, so that every
-    step stands once.
+    step stands once. In a bucket, where nothing can be added to a file, rows are kept back for a
+    minute at most.
     """
 
     def __init__(self, workdir: epath.Path, start_step: int):
         from tensorboardX import SummaryWriter
 
-        self._path = workdir / METRICS_FILE
-        kept = [row for row in read_metrics(workdir) if row["step"] <= start_step]
-        # Beside it, and then in its place: whoever is killed here loses nothing.
-        partial = self._path.parent / f".{METRICS_FILE}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        partial.replace(self._path)
-        self._file = self._path.open("a")
+        path = workdir / METRICS_FILE
+        rows, bad = parsed_metrics(workdir)
+        for number in bad:
+            say(f"{path}, line {number}: it cannot be read, and is left out")
+        kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step)
+        _replace(path, kept)
+        self._file = _Rewritten(path, kept) if _remote(path) else path.open("a")
         self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -46,10 +48,52 @@ class MetricsWriter:
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Writes what is kept back, for a checkpoint to be saved after its metrics."""
+        if isinstance(self._file, _Rewritten):
+            self._file.close()
+
     def close(self) -> None:
         """Flushes both files."""
         self._file.close()
         self._events.close()
+
+
+def _remote(path: epath.Path) -> bool:
+    """Whether a path is one of a bucket, gs://..."""
+    return "://" in os.fspath(path)
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file beside itself, and then in its place: whoever is killed here loses nothing."""
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class _Rewritten:
+    """A text file to which lines are added where files are written as a whole alone: they are kept
+    here, and written every so often."""
+
+    SECONDS = 60.0
+
+    def __init__(self, path: epath.Path, text: str):
+        """Begins with the text that the file has."""
+        self._path, self._parts, self._written = path, [text], time.monotonic()
+
+    def write(self, text: str) -> None:
+        """Adds some text."""
+        self._parts.append(text)
+
+    def flush(self) -> None:
+        """Writes the file unless that was done a short while ago."""
+        if time.monotonic() - self._written >= self.SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        """Writes the file."""
+        _replace(self._path, "".join(self._parts))
+        self._written = time.monotonic()
 
 
 class NoMetrics:
@@ -58,20 +102,40 @@ class NoMetrics:
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Does nothing."""
 
+    def flush(self) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Does nothing."""
 
 
 def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
-    """The rows of a run's metrics; a last line that a kill cut short is left out."""
+    """The rows of a run's metrics; lines that cannot be read are left out."""
+    return parsed_metrics(workdir)[0]
+
+
+def parsed_metrics(workdir: epath.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+    """The rows of a run's metrics, and which lines, counted from 1, cannot be read.
+
+    A last line that a kill cut short is neither.
+    """
     path = epath.Path(workdir) / METRICS_FILE
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = [_row(line) for line in lines]
+    bad = [number for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1)
+           if row is None and line.strip() and number < len(lines)]
+    return [row for row in rows if row is not None], bad
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics, a step and numbers by name; None if it is no such thing."""
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if all(isinstance(value, int | float) for value in row.values()) else None
 
 
 def say(line: str) -> None:

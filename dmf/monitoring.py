@@ -75,19 +75,15 @@ class Examiner:
         self._evaluator.check(self._generator.image_shape, settings.count, labelled=labelled)
 
     def has(self, step: int) -> bool:
-        """Whether the state after a step was evaluated."""
-        return self._path(step).exists()
+        """Whether the state after a step was evaluated, as the first process sees it."""
+        return hosts.gathered(self._path(step).exists())[0]
 
     def __call__(self, step: int, state: TrainState) -> dict[str, float]:
         """Evaluates the state after a step; returns the scores by metric, average and steps.
 
-        The first process does it, and has them; the others hand it their parts of the parameters.
+        All processes must call this, and share the work.
         """
         settings = self._config.evaluation
-        if not hosts.first():
-            for name in settings.emas:
-                on_this_host(average(state, name), self._evaluator.on)
-            return {}
         rows = evaluation.evaluate(
             self._evaluator,
             self._generator,

@@ -40,11 +40,17 @@ from dmf.work import Work
 
 @runtime_checkable
 class Objective(Protocol):
-    """Draws, then losses. `learned_variance` tells whether the network needs its head."""
+    """Draws, then losses. One that is derived from this needs `draw`, `loss` and `flops` alone.
 
-    learned_variance: bool
-    alignment: bool
-    needs_teacher: bool
+    Attributes:
+      learned_variance: whether the network needs its log-variance head.
+      alignment: whether batches need features to align with.
+      needs_teacher: whether `frozen` must hold a teacher, of the network `teacher`.
+    """
+
+    learned_variance: bool = False
+    alignment: bool = False
+    needs_teacher: bool = False
 
     def draw(
         self, key: PRNGKey, batch: Batch, step: jax.Array | None = None
@@ -140,7 +146,8 @@ class FlowMatching:
         error = squared_error(u, v_t)
         metrics = {"flow_matching_error": error / _size(batch.x)}
         metrics |= bins.binned("flow_matching_error", error / _size(batch.x), self.bins, t)
-        loss = self.weighting(error, _size(batch.x), _phi(self, network, params, t, t, metrics))
+        phi = _phi(self, "flow_matching", network, params, t, t, metrics)
+        loss = self.weighting(error, _size(batch.x), phi)
         if self.alignment:
             distance = cosine_distance(tokens, batch.features)
             metrics["alignment_distance"] = distance
@@ -295,7 +302,7 @@ class DecoupledMeanFlow:
         error = squared_error(u, guides[0].at(conditional))
         metrics = {"flow_matching_error": error / _size(batch.x)}
         metrics |= bins.binned("flow_matching_error", error / _size(batch.x), self.bins, t)
-        phi = _phi(self, network, params, t, t, metrics)
+        phi = _phi(self, "flow_matching", network, params, t, t, metrics)
         flow_matching = self.weighting(error, _size(batch.x), phi)
 
         mean_flow, more = _mean_flow_loss(self, network, params, looks[1], guides[1])
@@ -330,16 +337,18 @@ def _guidance_flops(guidance: Guidance, source: Network, own: float) -> float:
 
 def _phi(
     objective: Objective,
+    half: str,
     network: Network,
     params: Params,
     t: jax.Array,
     r: jax.Array,
     metrics: Metrics,
 ) -> PerSample | None:
+    """The learned log-variance, which is added to the metrics by the name of the half it is of."""
     if not objective.learned_variance:
         return None
     phi = network.log_variance(params, t, r)
-    metrics["log_variance"] = phi
+    metrics[f"{half}_log_variance"] = phi
     return phi
 
 
@@ -358,5 +367,5 @@ def _mean_flow_loss(
         "du_dt_norm": root_mean_square(du_dt),
     }
     metrics |= bins.binned("mean_flow_error", error / size, objective.bins, point.t, point.r)
-    phi = _phi(objective, network, params, point.t, point.r, metrics)
+    phi = _phi(objective, "mean_flow", network, params, point.t, point.r, metrics)
     return objective.weighting(error, size, phi), metrics

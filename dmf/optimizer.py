@@ -46,11 +46,20 @@ class AdamW:
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise InputError(f"optimizer.decay_steps={self.decay_steps}: a {self.schedule} decay "
                              f"ends after optimizer.warmup_steps={self.warmup_steps}")
-        if self.learning_rate <= 0:
-            raise InputError(f"optimizer.learning_rate={self.learning_rate}: it is positive")
-        if self.skip_nonfinite < 0:
-            raise InputError(f"optimizer.skip_nonfinite={self.skip_nonfinite}: give 0, for none, "
-                             "or how many steps in a row may be skipped")
+        decay, none = "a decay lies in [0, 1)", "give 0, for none, or more"
+        for name, good, remedy in (
+            ("learning_rate", self.learning_rate > 0, "it is positive"),
+            ("b1", 0 <= self.b1 < 1, decay),
+            ("b2", 0 <= self.b2 < 1, decay),
+            ("eps", self.eps > 0, "it is positive"),
+            ("weight_decay", self.weight_decay >= 0, none),
+            ("clip_norm", self.clip_norm >= 0, none),
+            ("warmup_steps", self.warmup_steps >= 0, none),
+            ("skip_nonfinite", self.skip_nonfinite >= 0,
+             "give 0, for none, or how many steps in a row may be skipped"),
+        ):  # fmt: skip
+            if not good:
+                raise InputError(f"optimizer.{name}={getattr(self, name)}: {remedy}")
 
     def rate(self, step: jax.Array) -> jax.Array:
         """The learning rate of a step."""
@@ -81,7 +90,7 @@ class ConstantEma:
 
     def __post_init__(self):
         if not 0 <= self.decay < 1:
-            raise InputError(f"emas.*.decay={self.decay}: a decay lies in [0, 1)")
+            raise InputError(f"decay={self.decay}: a decay lies in [0, 1)")
 
     def rate(self, step: jax.Array, batch_size: int) -> jax.Array:
         """The decay after `step` (counted from 0)."""
@@ -103,9 +112,10 @@ class HalfLifeEma:
     ramp: float = 0.05
 
     def __post_init__(self):
-        if self.images <= 0 or self.ramp < 0:
-            raise InputError(f"emas.*.images={self.images}, emas.*.ramp={self.ramp}: the half-life "
-                             "is positive and the ramp not negative")
+        if not self.images > 0:
+            raise InputError(f"images={self.images}: a half-life is positive")
+        if not self.ramp >= 0:
+            raise InputError(f"ramp={self.ramp}: give 0, for no warm-up, or more")
 
     def rate(self, step: jax.Array, batch_size: int) -> jax.Array:
         """The decay after `step` (counted from 0)."""

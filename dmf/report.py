@@ -24,21 +24,39 @@ def read(path: epath.PathLike) -> Evaluation:
       InputError: the file is not one, or has no numbers of steps.
     """
     try:
-        evaluation = json.loads(epath.Path(path).read_text())
-    except json.JSONDecodeError:
-        evaluation = {}
-    if not isinstance(evaluation, dict) or not {"results", "protocol"} <= evaluation.keys():
-        raise InputError(f"{path}: not a file that dmf evaluate wrote")
-    if any("steps" not in row for row in evaluation["results"]):
+        evaluation = json.loads(epath.Path(path).read_bytes().decode())
+    except ValueError:
+        evaluation = None
+    rows = evaluation["results"] if is_evaluation(evaluation) else []
+    if rows and not any("steps" in row for row in rows):
         raise InputError(f"{path}: it measures a set of images, which has no numbers of steps")
+    if not rows or not all(map(_is_of_steps, rows)):
+        raise InputError(f"{path}: not a file that dmf evaluate wrote")
     return evaluation
+
+
+def is_evaluation(value: Any) -> bool:
+    """Whether JSON has what every evaluation has: a protocol, a reference, and rows of numbers."""
+    parts = value if isinstance(value, dict) else {}
+    protocol, reference, rows = (parts.get(f) for f in ("protocol", "reference", "results"))
+    if not all(isinstance(part, dict) and "name" in part for part in (protocol, reference)):
+        return False
+    metrics = protocol.get("metrics")
+    named = isinstance(metrics, list) and metrics and all(isinstance(m, str) for m in metrics)
+    return bool(named) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_of_steps(row: Mapping[str, Any]) -> bool:
+    """Whether a row says of which average, in how many steps, from how many samples it is."""
+    numbers = all(isinstance(row.get(field), int) for field in ("steps", "count"))
+    return numbers and isinstance(row.get("ema"), str)
 
 
 def check(evaluations: Mapping[str, Evaluation], metric: str) -> None:
     """Raises InputError where evaluations cannot stand side by side."""
     first, *others = evaluations
     for name, evaluation in evaluations.items():
-        if any(metric not in row for row in evaluation["results"]):
+        if not all(isinstance(row.get(metric), int | float) for row in evaluation["results"]):
             raise InputError(f"metric={metric}: {name} has "
                              f"{', '.join(evaluation['protocol']['metrics'])}")
     for field in ("protocol", "reference"):

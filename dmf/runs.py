@@ -15,9 +15,9 @@ from typing import Any
 from etils import epath
 from flax.traverse_util import flatten_dict
 
-from dmf import checkpoint, launching
+from dmf import checkpoint, launching, report
 from dmf.files import absolute
-from dmf.logs import EVALUATIONS, METRICS_FILE, SAMPLES, evaluation_file
+from dmf.logs import EVALUATIONS, METRICS_FILE, SAMPLES, evaluation_file, parsed_metrics
 from dmf.typing import InputError, RunError
 
 # What `dmf evaluate` writes into a run by default; taken where training evaluated nothing.
@@ -147,15 +147,8 @@ def _config(directory: epath.Path, damages: list[str]) -> dict[str, Any]:
 
 def _metrics(directory: epath.Path, damages: list[str]) -> tuple[dict[str, Any], ...]:
     """All rows that can be read; a last line that a kill cut short is no damage."""
-    path = directory / METRICS_FILE
-    lines = _text(path).split("\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parsed(line)
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-        elif line.strip() and number < len(lines):
-            damages.append(f"{METRICS_FILE}, line {number}: it cannot be read")
+    rows, bad = parsed_metrics(directory)
+    damages += [f"{METRICS_FILE}, line {number}: it cannot be read" for number in bad]
     return tuple(rows)
 
 
@@ -185,12 +178,7 @@ def _evaluations(directory: epath.Path, damages: list[str]) -> dict[int, dict[st
 
 
 def _is_evaluation(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    named = all(
-        isinstance(value.get(f), dict) and "name" in value[f] for f in ("protocol", "reference")
-    )
-    rows = value.get("results")
-    return named and isinstance(rows, list) and all(
-        isinstance(row, dict) and {"steps", "ema"} <= row.keys() for row in rows
+    """Whether it is of a flow map, and can be reported."""
+    return report.is_evaluation(value) and all(
+        {"steps", "ema"} <= row.keys() for row in value["results"]
     )

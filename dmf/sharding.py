@@ -60,7 +60,7 @@ def make_mesh(
       InputError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    found = len(set(map(_slice_of, devices)))
+    found = count_slices(devices)
     if slices < 0 or (slices and (slices % found or len(devices) % slices)):
         raise InputError(f"mesh.slices={slices}: the {len(devices)} devices lie in {found}; give 0 "
                          "for that, or a multiple of it that divides them")
@@ -88,6 +88,11 @@ def make_mesh(
     return Mesh(np.stack(groups), ("slices", *sizes), axis_types=(AxisType.Auto,) * 4)
 
 
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """In how many slices of TPUs, or nodes of GPUs, devices lie, whatever a mesh says."""
+    return len(set(map(_slice_of, devices)))
+
+
 def _slice_of(device: jax.Device) -> int:
     """Which slice of TPUs, or node of GPUs, a device is on; 0 where the platform does not say."""
     return getattr(device, "slice_index", None) or 0
@@ -104,7 +109,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The leading axis split over data and fsdp."""
+    """The leading axis split over slices, data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 

@@ -22,6 +22,8 @@ from dmf.typing import InputError, RunError
 # Below the workdir of a sweep: what submitit writes, and which job has which run.
 FOLDER = "slurm"
 JOBS_FILE = "jobs.json"
+# What stands for the number of a job while the cluster is asked to take it.
+ASKED = "asked for"
 # What a cluster needs as little as any to be given: more is given as --slurm=NAME=VALUE.
 TIMEOUTS = 100  # so often a run may go back into the queue
 DEFAULTS = {"name": "dmf-sweep", "timeout_min": 24 * 60, "nodes": 1, "tasks_per_node": 1}
@@ -107,6 +109,9 @@ def submit(
 ) -> dict[str, str]:
     """Submits an array of jobs, without those that an earlier submission has under way.
 
+    That a job is to be submitted is written down before, and its number after it: where this is
+    ended between the two, the job may wait or run, and is not submitted again.
+
     Args:
       jobs: that are not complete.
       folder: for what submitit writes.
@@ -124,18 +129,25 @@ def submit(
     path = epath.Path(folder / JOBS_FILE)
     numbers = read_json(path) if path.exists() else {}
     due = [job for job in jobs if not _under_way(folder, numbers.get(job.name))]
+    write_json(path, numbers | {job.name: ASKED for job in due})
     try:
         with executor.batch(allow_implicit_submissions=True):
             submitted = [executor.submit(Task(job)) for job in due]
     except RuntimeError as error:
+        write_json(path, numbers)
         raise RunError(f"the cluster refuses the jobs: {_line(error)}") from None
     new = {job.name: mine.job_id for job, mine in zip(due, submitted, strict=True)}
     write_json(path, numbers | new)
-    return {
-        job.name: f"job {new[job.name]}, submitted" if job.name in new
-        else f"job {numbers[job.name]}, still under way (as {path} and sacct have it)"
-        for job in jobs
-    }
+    return {job.name: _told(path, numbers.get(job.name), new.get(job.name)) for job in jobs}
+
+
+def _told(path: epath.Path, before: str | None, new: str | None) -> str:
+    if new is not None:
+        return f"job {new}, submitted"
+    if before == ASKED:
+        return ("an earlier command was ended while it submitted this one: see squeue; if it is "
+                f"not there, remove it from {path}")
+    return f"job {before}, still under way (as {path} and sacct have it)"
 
 
 def _executor(folder: pathlib.Path, given: Mapping[str, Any], cluster: str) -> Any:
@@ -159,4 +171,6 @@ def _under_way(folder: pathlib.Path, number: str | None) -> bool:
     """Whether a job of an earlier submission waits or runs; one of which nothing is known may."""
     from submitit import SlurmJob
 
+    if number == ASKED:
+        return True
     return number is not None and not SlurmJob(folder, number).done(force_check=True)

@@ -25,10 +25,11 @@ from dmf.typing import Batch, Metrics, Network, Params, PRNGKey
 
 # Folded into the key of a step for what its rows become; its draws split that key.
 _ROWS = 2**31 - 1
-# Along each side of an image, those that a latent of the published autoencoders stands for.
+# Of an image, along each side of what one latent of the published autoencoders stands for.
 PIXELS = 8
 
-Step = Callable[[TrainState, Batch, Mapping[str, Params]], tuple[TrainState, Metrics]]
+FrozenParams = Mapping[str, Params]
+Step = Callable[[TrainState, Batch, FrozenParams, PRNGKey], tuple[TrainState, Metrics]]
 
 
 def initial_state(recipe: Recipe, key: PRNGKey, pretrained: Params) -> TrainState:
@@ -75,12 +76,14 @@ def _mean_gradient(recipe: Recipe) -> Callable[..., Any]:
     return accumulated
 
 
-def training_step(recipe: Recipe, key: PRNGKey, where: TrainState) -> Step:
-    """One compiled update: (state, rows, frozen) -> state, metrics. The state is donated.
+def training_step(recipe: Recipe, where: TrainState) -> Step:
+    """One compiled update: (state, rows, frozen, key) -> state, metrics. The state is donated.
+
+    The key is that of all draws of a run; a step folds in its number, so that a step is a pure
+    function of it. It is no part of the program, which runs of other seeds find compiled.
 
     Args:
       recipe: what the step computes, and on which mesh.
-      key: of all draws; a step folds in its number, so that a step is a pure function of it.
       where: the state's shardings.
 
     Returns:
@@ -92,7 +95,9 @@ def training_step(recipe: Recipe, key: PRNGKey, where: TrainState) -> Step:
     optimizer = optax.with_extra_args_support(recipe.optimizer.transform())
     mean_gradient = _mean_gradient(recipe)
 
-    def update(state: TrainState, rows: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, rows: Batch, frozen: FrozenParams, key: PRNGKey
+    ) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
         batch = recipe.to_samples.batch(jax.random.fold_in(step_key, _ROWS), rows)
         draws = recipe.objective.draw(step_key, batch, state.step)
@@ -121,20 +126,24 @@ def training_step(recipe: Recipe, key: PRNGKey, where: TrainState) -> Step:
         metrics["learning_rate"] = jnp.asarray(recipe.optimizer.rate(state.step), jnp.float32)
         return TrainState(state.step + 1, params, moments, averages), metrics
 
-    def step(state: TrainState, rows: Batch, frozen: Any) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, rows: Batch, frozen: FrozenParams, key: PRNGKey
+    ) -> tuple[TrainState, Metrics]:
         # What the partitioner cannot tell by itself asks for the mesh.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return update(state, rows, frozen)
+            return update(state, rows, frozen, key)
 
     return jax.jit(
         step,
-        in_shardings=(where, batch_sharding(mesh), None),
+        in_shardings=(where, batch_sharding(mesh), None, replicated(mesh)),
         out_shardings=(where, replicated(mesh)),
         donate_argnums=0,
     )
 
 
-def abstract_inputs(recipe: Recipe) -> tuple[TrainState, Batch, dict[str, Params]]:
+def abstract_inputs(
+    recipe: Recipe,
+) -> tuple[TrainState, Batch, dict[str, Params], jax.ShapeDtypeStruct]:
     """What a step of a recipe takes, as shapes that know where they will live.
 
     Rows are uint8 images where samples have 1 or 3 channels, and the moments of latents, in half
@@ -148,7 +157,9 @@ def abstract_inputs(recipe: Recipe) -> tuple[TrainState, Batch, dict[str, Params
     if recipe.alignment is not None:
         frozen["alignment"] = recipe.alignment.encoder
     params = {name: _abstract_params(recipe.mesh, made) for name, made in frozen.items()}
-    return state, _abstract_rows(recipe, state.params), params
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = states.with_shardings(key, replicated(recipe.mesh))
+    return state, _abstract_rows(recipe, state.params), params, key
 
 
 def _abstract_params(mesh: Mesh, network: Network | DinoV2) -> Params:

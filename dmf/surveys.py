@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from dmf import logs
+from dmf import hosts, logs
 from dmf.features import Extractor
 from dmf.files import write_json
 from dmf.generation import Generated, chunks
@@ -181,7 +181,7 @@ def claimed(folder: epath.Path, identity: Any) -> epath.Path:
     theirs = json.loads(note.read_text()) if note.exists() else None
     if folder.exists() and theirs != mine:
         # Without a note, it is what is left of a folder that was being taken away.
-        logs.say(f"{folder}: what lies there is of other settings; begun anew")
+        hosts.say(f"{folder}: what lies there is of other settings; begun anew")
         wait_for_all(f"{folder} seen")
         if jax.process_index() == 0:
             folder.rmtree()

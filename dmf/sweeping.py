@@ -2,7 +2,7 @@
 
 A sweep file has a function `get_sweep()` that gives a dictionary of overrides for each run, by
 dotted names: `{"model.split_depth": 3, "seed": 0}`. A run is called after its own overrides alone,
-`split_depth=3,seed=0`, so that its directory stays its own when the sweep grows or is put in
+`model.split_depth=3,seed=0`, so that its directory stays its own when the sweep grows or is put in
 another order.
 """
 
@@ -13,12 +13,15 @@ import pathlib
 import re
 import runpy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from dmf.typing import InputError
 
 # Of a name; file systems take 255 bytes, and there are files below it.
-LONGEST = 100
+LONGEST = 200
+# The run that overrides nothing.
+BASE = "base"
 _FIELD = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_=,.+-]+")
 _PLAIN = (bool, int, float, str)
@@ -84,11 +87,16 @@ def read(path: str) -> list[Mapping[str, Any]]:
 
 
 def _ordered(overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """In the order of the names, lists as tuples."""
-    return {
-        field: tuple(value) if isinstance(value, list) else value
-        for field, value in sorted(overrides.items(), key=lambda item: str(item[0]))
-    }
+    """In the order of the names, with values of Python's own types, lists as tuples."""
+    ordered = sorted(overrides.items(), key=lambda item: str(item[0]))
+    return {field: _own(value) for field, value in ordered}
+
+
+def _own(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return tuple(map(_own, value))
+    # Those of NumPy are of their own types too.
+    return next((kind(value) for kind in (float, str) if isinstance(value, kind)), value)
 
 
 def variants(sweep: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
@@ -97,15 +105,9 @@ def variants(sweep: Sequence[Mapping[str, Any]]) -> tuple[Variant, ...]:
     Raises:
       InputError: a field or a value that cannot be, or two runs with the same overrides.
     """
-    titles = _titles({str(field) for overrides in sweep for field in overrides})
-    made = [Variant(overrides=o, name=_name(o, titles)) for o in map(_ordered, sweep)]
-    same([(variant, repr(variant.overrides)) for variant in made])
-    names = [variant.name for variant in made]
-    return tuple(
-        variant if names.count(variant.name) == 1
-        else dataclasses.replace(variant, name=f"{variant.name}-{_digest(variant.overrides)}")
-        for variant in made
-    )
+    made = tuple(Variant(overrides=o, name=_name(o)) for o in map(_ordered, sweep))
+    same([(variant, variant.name) for variant in made])
+    return made
 
 
 def same(keyed: Iterable[tuple[Variant, str]]) -> None:
@@ -123,24 +125,12 @@ def _shown(variant: Variant) -> str:
     return ", ".join(pairs) or "{} (nothing set)"
 
 
-def _titles(fields: Iterable[str]) -> dict[str, str]:
-    """The shortest ends of dotted names that tell them apart, of whole words."""
-    fields = sorted(fields)
-    ends = {f: [f.split(".", skip)[-1] for skip in range(f.count("."), -1, -1)] for f in fields}
-    return {
-        field: next(end for end in ends[field]
-                    if not any(end in ends[other] for other in fields if other != field)
-                    or end == field)
-        for field in fields
-    }
-
-
-def _name(overrides: Mapping[str, Any], titles: Mapping[str, str]) -> str:
-    """What a file system takes; where that says less than the overrides, they are told by a digest,
-    which does not depend on the other runs."""
-    told = ",".join(f"{titles[str(f)]}={_text(value)}" for f, value in overrides.items()) or "base"
+def _name(overrides: Mapping[str, Any]) -> str:
+    """All of the overrides, as a file system takes it; with a digest where they are not to be read
+    from it again."""
+    told = ",".join(f"{field}={_text(value)}" for field, value in overrides.items()) or BASE
     safe = _UNSAFE.sub("-", told)
-    if safe == told and len(safe) <= LONGEST:
+    if len(safe) <= LONGEST and repr(_told(safe)) == repr(dict(overrides)):
         return safe
     digest = _digest(overrides)
     return f"{safe[: LONGEST - len(digest) - 1]}-{digest}"
@@ -150,6 +140,20 @@ def _text(value: Any) -> str:
     return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _told(name: str) -> dict[str, Any]:
+    """The overrides that a name tells at first sight."""
+    pairs = [part.partition("=") for part in name.split(",") if name != BASE]
+    return {field: _value(text) for field, _, text in pairs}
+
+
+def _value(text: str) -> Any:
+    for number in (int, float):
+        with suppress(ValueError):
+            return number(text)
+    if text in ("True", "False"):
+        return text == "True"
+    return tuple(map(_value, text.split("+"))) if "+" in text else text
+
+
 def _digest(overrides: Mapping[str, Any]) -> str:
     return hashlib.sha256(repr(dict(overrides)).encode()).hexdigest()[:8]
-

@@ -47,16 +47,14 @@ class Tangent:
     warmup_steps: int = 0
 
     def __post_init__(self):
-        field = "objective.tangent"
         if self.direction not in DIRECTIONS:
-            raise InputError(f"{field}.direction={self.direction}: choose one of "
-                             f"{', '.join(DIRECTIONS)}")
+            raise InputError(f"direction={self.direction}: choose one of {', '.join(DIRECTIONS)}")
         for name in ("difference", "largest", "normalized", "warmup_steps"):
             if not getattr(self, name) >= 0:
-                raise InputError(f"{field}.{name}={getattr(self, name)}: give 0 (none) or more")
+                raise InputError(f"{name}={getattr(self, name)}: give 0 (none) or more")
         if self.largest and self.normalized:
-            raise InputError(f"{field}.largest={self.largest} and {field}.normalized="
-                             f"{self.normalized}: choose one, set the other to 0")
+            raise InputError(f"largest={self.largest} and normalized={self.normalized}: choose "
+                             "one, set the other to 0")
 
     @property
     def own(self) -> bool:

@@ -22,7 +22,7 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self):
-        if self.std <= 0:
+        if not self.std > 0:
             raise InputError(f"std={self.std}: a logit-normal time sampler needs std > 0")
 
     def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> Times:
@@ -76,6 +76,6 @@ def schedule(steps: int, shift: float = 1.0) -> Float[Array, "n"]:
     """
     if steps < 1:
         raise InputError(f"steps={steps}: sampling needs at least 1 step")
-    if shift <= 0:
+    if not shift > 0:
         raise InputError(f"shift={shift}: the time shift is positive, and 1 leaves time as it is")
     return shifted(jnp.linspace(1.0, 0.0, steps + 1), shift)

@@ -3,6 +3,7 @@
 import functools
 import math
 import platform
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,8 +20,8 @@ from dmf.files import disk_errors, read_json, write_json
 from dmf.monitoring import Examiner, Profile, preview
 from dmf.sharding import batch_sharding
 from dmf.state import TrainState
-from dmf.step import Step, initial_state, training_step
-from dmf.typing import InputError, Params, Stopped
+from dmf.step import abstract_inputs, initial_state, training_step
+from dmf.typing import Batch, InputError, Metrics, Params, Stopped
 from dmf.watch import Report, Watch
 
 # What may differ when a run is taken up again: what it shows of itself, and how it is computed.
@@ -84,7 +85,11 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       RunError: the loss is not finite, the disk is full, or another process was lost.
       Stopped: SIGTERM came; everything is saved.
     """
-    workdir = epath.Path(workdir)
+    with hosts.runtime_errors():
+        return _train(config, epath.Path(workdir))
+
+
+def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     hosts.check_same({"workdir": str(workdir), "config": loading.plain(config)})
     hosts.check_shared(workdir)
     built = build.training(config)
@@ -93,13 +98,19 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     make = functools.partial(initial_state, recipe, init_key)
     start = latest_step(workdir)
     pretrained = {} if start else build.pretrained(config, recipe.network, recipe.mesh)
+    if not start:
+        recipe.freeze.check_given(pretrained)
     examine = Examiner(config, built, workdir) if config.evaluation.every else None
-    claim(workdir, config)
+    profile = Profile(config.profile, workdir)
     abstract = jax.eval_shape(make, {})
     where = states.shardings(recipe.mesh, abstract)
+    step = training_step(recipe, where)
+    # What parts of a step refuse of each other is found when it is traced: here, for the last time
+    # before anything is written. The trace is kept for the first step.
+    jax.eval_shape(step, *abstract_inputs(recipe))
+    claim(workdir, config)
     run = config.run
     with (
-        hosts.runtime_errors(),
         disk_errors(workdir),
         hosts.StopSignal() as stop,
         Checkpoints(
@@ -116,8 +127,10 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             done = "nothing left to do" if start >= run.steps else "going on"
             hosts.say(f"{workdir} is at step {start} of {run.steps}: {done}")
         hosts.say(_holds(built, state), each=True)
-        step = training_step(recipe, draw_key, where)
-        return _loop(config, workdir, built, checkpoints, examine, stop, step, state, start)
+        take = lambda state, rows: step(state, rows, built.frozen, draw_key)  # noqa: E731
+        return _loop(
+            config, workdir, built, checkpoints, examine, profile, stop, take, state, start
+        )
 
 
 def _describe(workdir: epath.Path, params: Params, built: build.Training) -> None:
@@ -158,15 +171,15 @@ def _loop(
     built: build.Training,
     checkpoints: Checkpoints,
     examine: Examiner | None,
+    profile: Profile,
     stop: hosts.StopSignal,
-    step: Step,
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
     start: int,
 ) -> TrainState:
     run, total = config.run, config.run.steps
     batch_size = built.pipeline.batch_size
     writer = logs.MetricsWriter(workdir, start) if hosts.first() else logs.NoMetrics()
-    profile = Profile(config.profile, workdir)
     watch = Watch(
         lambda at: _due(at, run.log_every, total), lambda: checkpoints.latest_step,
         built.recipe.optimizer.skip_nonfinite,
@@ -183,7 +196,7 @@ def _loop(
             examined(start, state)
         for count, batch in zip(range(start + 1, total + 1), batches, strict=False):
             profile.before(count)
-            state, metrics = step(state, batch, built.frozen)
+            state, metrics = step(state, batch)
             profile.after(count, metrics)
             watch.add(count, metrics)
             stopping = stop.after(count) and count < total
@@ -197,6 +210,7 @@ def _loop(
                     found.means["epoch"] = found.step * batch_size / len(built.pipeline.source)
                     report(found)
             if saving:
+                writer.flush()
                 checkpoints.save(count, state, built.pipeline.position(count))
             if stopping:
                 checkpoints.finish()

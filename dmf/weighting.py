@@ -5,12 +5,13 @@ log-variance phi [b] (None unless `learned`), and returns losses [b]. Nothing co
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from dmf.typing import PerSample
+from dmf.typing import InputError, PerSample
 
 Weighting = Callable[[PerSample, int, PerSample | None], PerSample]
 
@@ -33,6 +34,12 @@ class Adaptive:
     power: float = 1.0
     offset: float = 0.01
     learned = False
+
+    def __post_init__(self):
+        if not 0 <= self.power < math.inf:
+            raise InputError(f"power={self.power}: give 0, for the error itself, or more")
+        if not 0 < self.offset < math.inf:
+            raise InputError(f"offset={self.offset}: it is positive, so that no error divides by 0")
 
     def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
         return error / jax.lax.stop_gradient((error + self.offset) ** self.power)

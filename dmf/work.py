@@ -38,8 +38,8 @@ class Work:
 
     def __post_init__(self):
         if self.null_parts < 0:
-            raise InputError(f"objective.work.null_parts={self.null_parts}: give 0, for a pass in "
-                             "each half, or the number of parts")
+            raise InputError(f"null_parts={self.null_parts}: give 0, for a pass in each half, or "
+                             "the number of parts")
 
     def identity(
         self,

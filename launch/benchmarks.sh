@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What this machine's accelerator does with XL/2 at 256: attention, training step, sampling, as tables
-# in a folder (benchmarks/results/NAME by default). Less than ten minutes on one H200.
-# SIZE=S SIDE=8 BATCH=2 ROUNDS=1 tries the whole of it on a machine without one.
+# in a folder (benchmarks/results/NAME by default). PYTHON names an interpreter with dmf and JAX for
+# the accelerator. Meant to take less than ten minutes on one GPU, which was not measured.
+# SIZE=S SIDE=8 BATCH=2 ROUNDS=1 tries the whole of it without one (SIDE is of the sampled latents).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -5,9 +5,10 @@
 # A single process uses all GPUs of its machine already, and needs none of this: `dmf train ...`.
 #
 # Copy i of the command gets --coordinator=localhost:PORT --processes=N --process=i and, where there
-# are NVIDIA GPUs, CUDA_VISIBLE_DEVICES=i (the i-th of those in it, if it is set). N is their number
-# unless given. SIGTERM goes to every copy: they save and end with 75. When a copy fails, the others
-# get SIGTERM and a minute; the exit code is the first that is not 0. Needs bash 5.1.
+# are NVIDIA GPUs, CUDA_VISIBLE_DEVICES=i (the i-th of those in it, if it is set; empty or -1 means
+# none). N is their number unless given. SIGTERM goes to every copy: they save and end with 75. When
+# a copy fails, the others get SIGTERM and a minute; the exit code is the first that is not 0. Needs
+# bash 5.1.
 set -euo pipefail
 dry='' processes='' port=12321
 while [ $# -gt 0 ]; do
@@ -24,7 +25,7 @@ done
 
 gpus=()
 if found=$(nvidia-smi --query-gpu=index --format=csv,noheader 2> /dev/null); then
-  mapfile -t gpus < <(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES:-$found}")
+  mapfile -t gpus < <(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES-$found}" | grep -vxE ' *(-1)? *')
 fi
 processes=${processes:-${#gpus[@]}}
 [[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "local.sh: give --processes=N" >&2; exit 2; }

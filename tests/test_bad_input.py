@@ -13,6 +13,7 @@ from dmf.checkpoint import latest_step
 from dmf.objectives import FlowMatching
 from dmf.sharding import batch_sharding
 from dmf.training import train
+from dmf.typing import InputError
 
 
 def one_line(capsys) -> str:
@@ -44,7 +45,11 @@ REFUSED = {
     "mesh too large": (["mesh.data=4", "mesh.fsdp=4"], ["mesh=4x4x1", "all 8 devices"]),
     "mesh with two rests": (["mesh.fsdp=-1"], ["mesh=-1x-1x1", "at most one may be -1"]),
     "no such start": (["init.checkpoint=/nowhere"], ["checkpoint=/nowhere"]),
-    "no such teacher": (["teacher.checkpoint=/nowhere"], ["checkpoint=/nowhere", "config.json"]),
+    "nothing asked of a teacher": (
+        ["teacher.checkpoint=/nowhere"],
+        ["teacher.checkpoint=/nowhere", "objective.guidance.name=teacher"],
+    ),
+    "no such steps to trace": (["profile=5"], ["profile=5", "FIRST:LAST"]),
     "no such data": (["data.name=nothing_here"], ["data.name=nothing_here", "prepare"]),
     "no such split": (["data.split=test"], ["data.split=test", "has the splits train"]),
     "label count": (["model.num_classes=7"], ["model.num_classes=7", "digits has 10"]),
@@ -164,6 +169,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), resumed.params, whole.params
     )
+
+
+def test_what_parts_of_a_step_refuse_of_each_other_is_told_before_anything_is_written(tmp_path):
+    config = tiny.flow_map({"objective.work.null_parts": 3, "objective.guidance.kappa": 0.5})
+    with pytest.raises(InputError, match=r"^objective.work.null_parts=3: it must divide the 32"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_is_heard_of_threads_after_a_run_failed():
+    """Neither what a thread raises, nor of the work that it left undone, also at the very end."""
+    code = (
+        "import gc, sys, threading; from dmf import cli; from dmf.cli import train\n"
+        "async def undone(): pass\n"
+        "def fails(*_):\n"
+        "    global kept; kept = [undone()]; kept.append(kept)\n"
+        "    thread = threading.Thread(target=lambda: 1 / 0); thread.start(); thread.join()\n"
+        "    raise OSError(28, 'No space left')\n"
+        "train.main = fails\n"
+        "from dmf.__main__ import main; sys.argv[:] = ['dmf', 'train']\n"
+        "try: main()\n"
+        "finally: threading.Thread(target=lambda: 1 / 0).start()\n"
+    )
+    done = tiny.process(code=code)
+    assert (done.returncode, done.stderr) == (1, "dmf train: file: No space left\n")
 
 
 def test_a_learning_rate_far_too_high_is_told(tmp_path, capsys):

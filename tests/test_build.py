@@ -1,6 +1,7 @@
 """From a config to components: every name of the table is made, and what cannot be is named."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,91 @@ def test_what_cannot_be_built_is_named(change, named):
     with pytest.raises(InputError, match=named.replace(".", r"\.")):
         build.training(config)
         build.sampler(config)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("time.std", -1.0, "objective.time.std=-1.0: a logit-normal"),
+        ("times.first.std", 0.0, "objective.times.first.std=0.0: a logit-normal"),
+        ("times.equal_share", 1.5, "objective.times.equal_share=1.5: a share"),
+        ("guidance.kappa", 1.0, "objective.guidance.kappa=1.0: the effective"),
+        ("guidance.interval", (0.7, 0.5), "objective.guidance.interval=(0.7, 0.5): give"),
+        ("tangent.largest", -1.0, "objective.tangent.largest=-1.0: give 0"),
+        ("work.null_parts", -1, "objective.work.null_parts=-1: give 0"),
+        ("label_dropout", 2.0, "objective.label_dropout=2.0: a probability"),
+        ("bins", -1, "objective.bins=-1: give 0"),
+        ("weighting", {"name": "adaptive", "offset": 0.0},
+         "objective.weighting.offset=0.0: it is positive"),
+        ("time", "late", "objective.time=late: choose one of logit_normal, uniform; or give the"),
+        ("times", "ordered_pair",
+         "objective.times.first: ordered_pair has no default for it; give one"),
+        ("interpolant", {"name": "linear", "alpha": 1.0},
+         "objective.interpolant.alpha=1.0: linear has no such field; it has none"),
+    ],
+)
+def test_what_a_component_refuses_is_named_by_where_it_stands(field, value, named):
+    fields = tiny.flow_map().objective.to_dict()
+    *parents, last = field.split(".")
+    functools.reduce(dict.__getitem__, parents, fields)[last] = value
+    config = tiny.config(objective=ConfigDict(fields))
+    with pytest.raises(InputError) as error:
+        build.objective(config)
+    assert str(error.value).startswith(named)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda c: c.emas.main.update(decay=1.0), "emas.main.decay=1.0: a decay"),
+        (lambda c: c.sampling.update(sampler={"name": "ctm", "gamma": 2.0}),
+         "sampling.sampler.gamma=2.0: the share"),
+        (lambda c: c.optimizer.update(eps=0.0), "optimizer.eps=0.0: it is positive"),
+        (lambda c: c.model.update(heads=3), "model.heads=3: it must divide model.width=32"),
+    ],
+)
+def test_what_stands_elsewhere_is_named_once_and_whole(change, named):
+    config = tiny.config().unlock()
+    change(config)
+    with pytest.raises(InputError) as error:
+        build.recipe(config, build.mesh(config))
+        build.sampler(config)
+    assert str(error.value).startswith(named)
+
+
+@pytest.mark.parametrize(
+    ("field", "name", "expected"),
+    [("weighting", "uniform", weighting.Uniform()), ("weighting", "cauchy", weighting.Cauchy()),
+     ("time", "uniform", times.Uniform()), ("time", "logit_normal", times.LogitNormal()),
+     ("interpolant", "cosine", COSINE)],
+)  # fmt: skip
+def test_a_component_by_its_name_is_one_without_fields(field, name, expected):
+    for value in (name, {"name": name}):
+        fields = default.flow_matching().to_dict() | {field: value}
+        made = build.objective(tiny.config(objective=ConfigDict(fields)))
+        assert getattr(made, field) == expected
+
+
+def test_a_guidance_and_the_times_of_a_pair_may_be_given_by_name():
+    fields = default.decoupled_mean_flow().to_dict() | {"guidance": "none"}
+    fields["times"] = {"name": "ordered_pair", "first": "uniform", "second": "logit_normal"}
+    made = build.objective(tiny.config(objective=ConfigDict(fields)))
+    assert made.guidance == guidance.NoGuidance()
+    assert made.times == times.OrderedPair(first=times.Uniform(), second=times.LogitNormal())
+
+
+def test_what_is_no_dataclass_is_no_component(monkeypatch):
+    class Plain:
+        pass
+
+    monkeypatch.setitem(components.COMPONENTS, "time", dict(components.COMPONENTS["time"]))
+    for name, found in (("plain", Plain), ("function", lambda key, count, path: None)):
+        components.register("time", name, found)
+        for value, field in ((name, "time"), ({"name": name}, "time.name")):
+            fields = default.flow_matching().to_dict() | {"time": value}
+            with pytest.raises(InputError, match=f"^objective.{field}={name}: .*is no dataclass"):
+                build.objective(tiny.config(objective=ConfigDict(fields)))
 
 
 def test_a_config_may_bring_a_component_of_its_own(monkeypatch):

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from configs import default
-from dmf import chips, compiling
+from dmf import chips, compiling, sharding
+from dmf.collectives import Collective
 from dmf.typing import InputError
 
 NOWHERE = {"data.name": "digits", "data.directory": "/nowhere", "init.checkpoint": "/nowhere"}
@@ -83,12 +84,73 @@ def test_the_command_tells_and_writes_what_was_found(tmp_path, capsys, monkeypat
     [
         ({"data.batch_size": 15}, r"data.batch_size=15: it must be a multiple of 8"),
         ({"mesh.tensor": 3}, r"mesh=-1x1x3 .*must hold all 8 devices"),
-        ({"model.learned_variance": False}, r"model.learned_variance=False: the weighting cauchy"),
+        ({"model.learned_variance": False}, r"model.learned_variance=False: the weighting"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(overrides, message):
     with pytest.raises(InputError, match=message):
         compiling.compile_step(tiny.flow_map(overrides), jax.devices())
+
+
+@pytest.mark.parametrize("there", [1, 2])
+def test_only_slices_that_are_there_are_priced_as_slices(monkeypatch, there):
+    """A mesh may cut one slice in two, whose own links still join its devices."""
+    monkeypatch.setattr(sharding, "_slice_of", lambda device: device.id * there // 8)
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setitem(chips.CHIPS, kind, chips.Chip(1e12, 2**40, 1e9))
+    found = compiling.compile_step(tiny.config({"mesh.slices": 2}), jax.devices())
+    assert (found.mesh["slices"], found.slices) == (2, there)
+    assert any(c.between_slices for c in found.collectives) == (there == 2)
+    assert (compiling.estimate(found, 0.4, 3e9).network > 0) == (there == 2)
+    assert ("3 GB/s between slices" in compiling.table(found)) == (there == 2)
+
+
+def test_what_a_loop_leaves_open_is_told():
+    found = compiling.CompiledStep(
+        "TPU v5 lite", 8, 1, {"slices": 1, "data": 8, "fsdp": 1, "tensor": 1}, 8, 0, 0, 0, 0, 0, 0,
+        0, 0, 2**40, 1e12, [Collective("all-reduce", 8, False, 3, 2**30)], 0.0, 0.0,
+    )  # fmt: skip
+    assert "| all-reduce | 8 | 3 | 1.750 |" in compiling.table(found)
+    assert "a loop" not in compiling.table(found)
+    open_ended = found._replace(collectives=[found.collectives[0]._replace(known=False)])
+    assert "| all-reduce | 8 | at least 3 | at least 1.750 |" in compiling.table(open_ended)
+    assert "a loop that does not say how often it runs" in compiling.table(open_ended)
+
+
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--slices=2", "--slices=2: give --topology too"),
+        ("--slices=0", "--slices=0: give --topology too"),
+        ("--share_of_peak=0", "--share_of_peak=0.0: give more than 0, and at most 1"),
+        ("--share_of_peak=1.5", "--share_of_peak=1.5: give more than 0, and at most 1"),
+        ("--share_of_peak=nan", "--share_of_peak=nan: give more than 0, and at most 1"),
+        ("--network=0", "--network=0.0: give more than 0, in GB/s"),
+        ("--network=-3", "--network=-3.0: give more than 0, in GB/s"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(capsys, flag, told):
+    assert tiny.dmf("compile", f"--config={tiny.CONFIG}", flag) == 2
+    assert capsys.readouterr().err.startswith(f"dmf compile: {told}")
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [("15.75G", 15.75 * 2**30), ("512.50M", 512.5 * 2**20), ("7K", 7 * 2**10)]
+)
+def test_the_size_of_what_is_refused_is_read(monkeypatch, size, expected):
+    message = ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+               f"temporaries ({size}) exceeds available HBM (15.75G).")  # fmt: skip
+
+    def refuse(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(message)
+
+    lowered = jax.jit(lambda x: x).lower(1.0)
+    monkeypatch.setattr(type(lowered), "compile", refuse)
+    program = compiling._compiled(lowered, 2**10)
+    # More than what there is, also where both are rounded to the same.
+    assert expected < program.total < expected + 2
+    assert program.temporaries == program.total - 2**10
+    assert compiling._compiled(lowered, 2**40).temporaries == 0
 
 
 def on_topology(topology: str, *overrides: str) -> subprocess.CompletedProcess:
@@ -103,7 +165,7 @@ def test_for_a_tpu_that_is_not_there():
     ended = on_topology("v5e:2x4", "--config.mesh.fsdp=2", "--config.model.dtype=bfloat16")
     assert ended.returncode == 0, ended.stderr
     assert "8 x TPU v5 lite, slices 1 x data 4 x fsdp 2 x tensor 1, batch 16" in ended.stdout
-    assert "| memory | 16: it fits |" in ended.stdout
+    assert "| memory | 15.75: it fits |" in ended.stdout
 
 
 @needs_libtpu
@@ -113,8 +175,46 @@ def test_what_does_not_fit_is_told_by_how_much():
     ended = on_topology("v5e:2x2", "--config.data.batch_size=1024",
                         *(f"--config.model.{field}" for field in large))  # fmt: skip
     assert ended.returncode == 1, ended.stderr
-    assert "| memory | 16: it does NOT fit |" in ended.stdout
+    assert "| memory | 15.75: it does NOT fit |" in ended.stdout
     assert "dmf compile: the step does not fit into TPU v5 lite; try" in ended.stderr
+
+
+REFUSED = """
+import json
+import jax
+import jax.numpy as jnp
+from dmf import chips, compiling
+
+found = {}
+for name in ("v3:2x2", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
+    (device, *_) = compiling.topology_devices(name)
+    on = jax.sharding.SingleDeviceSharding(device)
+
+    def sort(kept, rows, count=round(chips.CHIPS[device.device_kind].memory / 2**12 / 2)):
+        return kept + 1, jnp.sort(jnp.broadcast_to(rows, (count, 1024)), axis=0).sum(0)
+
+    shapes = [jax.ShapeDtypeStruct(shape, "f4", sharding=on) for shape in ((2**18, 1024), (1024,))]
+    lowered = jax.jit(sort, donate_argnums=0).lower(*shapes)
+    try:
+        lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        found[device.device_kind] = str(error)
+print(json.dumps(found))
+"""
+
+
+@needs_libtpu
+def test_the_memory_of_tpus_is_what_libtpu_leaves_and_arguments_are_in_what_it_refuses():
+    """Of a program that sorts as much as there is, into as much again, beside 1 GiB of what it
+    updates in place."""
+    ended = tiny.process(code=REFUSED)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert set(found) == {"TPU v3", "TPU v5 lite", "TPU v5", "TPU v6 lite"}
+    for kind, message in found.items():
+        memory = chips.CHIPS[kind].memory / 2**30
+        assert f"exceeds available HBM ({memory:.2f}G)" in message
+        assert compiling._wanted(message) / 2**30 == pytest.approx(memory + 1, abs=0.02)
 
 
 @needs_libtpu
@@ -123,6 +223,34 @@ def test_a_topology_that_cannot_be_is_refused_in_one_line():
     assert ended.returncode == 2
     assert "dmf compile: topology=v9:2x2: give one as v5e:4x4" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+TABLE = """
+import json
+from benchmarks import scaling
+
+known = json.load(open("benchmarks/results/scaling.json"))
+cases = list(scaling.planned(known))
+print(json.dumps({
+    "known": sorted(known),
+    "planned": sorted(case.key for case in cases),
+    "lines": [scaling.line(case, known[case.key]) for case in cases],
+    "error": scaling.line(cases[0], {"error": "why"}),
+}))
+"""
+
+
+def test_the_script_makes_the_table_of_what_fits():
+    """Every line, and no other, here and in the documentation, of what it kept."""
+    ended = tiny.process(code=TABLE)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["planned"] == found["known"]
+    lines = "\n".join(found["lines"])
+    for page in ("benchmarks/results/scaling.md", "docs/scaling.md"):
+        assert f"\n|{'---|' * 14}\n{lines}\n\n" in (tiny.ROOT / page).read_text()
+    assert found["error"].endswith("| why | | | | | | | |")
+    assert found["error"].count("|") == lines.partition("\n")[0].count("|")
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):

@@ -319,7 +319,8 @@ def test_labels_and_the_null_label_differ():
     ("field", "value", "others"),
     [
         *[(name, 0, {}) for name in ("input_size", "channels", "patch_size", "depth")],
-        *[(name, 0, {}) for name in ("width", "heads")],
+        *[(name, 0, {}) for name in ("width", "heads", "alignment_width", "alignment_hidden")],
+        *[("mlp_ratio", value, {}) for value in (0.0, -1.0, float("nan"))],
         ("patch_size", 3, {}),
         ("heads", 5, {}),
         ("width", 30, {}),
@@ -334,16 +335,17 @@ def test_labels_and_the_null_label_differ():
         ("pattern", "ttr", {}),
         ("split_depth", 2, {"conditioning": "decoupled", "pattern": "ttr"}),
         ("split_depth", None, {"conditioning": "decoupled", "pattern": "both"}),
-        ("embedded_times", ("t", "s"), {}),
-        ("embedded_times", ("t", "t"), {}),
-        ("embedded_times", (), {}),
+        *[("embedded_times", times, {"conditioning": "meanflow"})
+          for times in (("t", "s"), ("t", "t"), ())],
+        ("embedded_times", ("t", "r"), {}),
+        ("embedded_times", ("t-r",), {"conditioning": "decoupled", "split_depth": 2}),
         ("alignment_depth", 4, {}),
         ("alignment_depth", -1, {}),
         ("remat", "some", {}),
         ("dtype", "float16", {}),
         ("attention", "fast", {}),
     ],
-)
+)  # fmt: skip
 def test_bad_fields_are_named(field, value, others):
     with pytest.raises(InputError) as error:
         DiT(**TINY | others | {field: value})

@@ -1,5 +1,6 @@
 """The example of components of one's own runs from training to export, and the page shows it."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
-from dmf import components, loading, objectives
+from dmf import build, components, loading, logs, objectives, training
+from dmf.flow import LINEAR
 from dmf.guidance import SelfGuidance
 from dmf.typing import Batch, InputError
 from dmf.weighting import Adaptive
@@ -112,6 +115,41 @@ def test_an_undivided_network_trains_as_flow_map_by_every_way_of_computing(own):
     assert jnp.any(losses[0][1]["in"] != 0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Absolute(objectives.Objective):
+    """Flow matching by the mean absolute error, and nothing that is not asked for."""
+
+    weight: float = 1.0
+
+    def draw(self, key, batch, step=None):
+        noise_key, time_key = jax.random.split(key)
+        noise = jax.random.normal(noise_key, batch.x.shape)
+        return noise, jax.random.uniform(time_key, (len(noise),))
+
+    def loss(self, network, params, batch, draws, frozen):
+        noise, t = draws
+        x_t, v_t = LINEAR.mix(batch.x, noise, t), LINEAR.velocity(batch.x, noise, t)
+        u = network.apply(params, x_t, t, t, batch.y)
+        return self.weight * jnp.mean(jnp.abs(u - v_t), axis=(1, 2, 3)), {}
+
+    def flops(self, network):
+        return 3 * network.flops.forward
+
+
+def test_an_objective_needs_only_draw_loss_and_flops(tmp_path):
+    components.register("objective", "absolute", Absolute)
+    made = ConfigDict({"name": "absolute", "weight": 2.0})
+    config = tiny.config({"run.steps": 2, "run.log_every": 1}, objective=made)
+    objective = build.objective(config)
+    assert objective == Absolute(weight=2.0)
+    assert isinstance(objective, objectives.Objective)
+    assert not (objective.learned_variance or objective.alignment or objective.needs_teacher)
+    training.train(config, tmp_path)
+    first, second = logs.read_metrics(tmp_path)
+    assert first["gradient_norm"] > 0
+    assert second["loss"] != first["loss"]
+
+
 def test_an_undivided_network_counts_its_products(own):
     # 64 pixels, 2 times and 11 labels to 16 to 64, 2 for each multiply-add, and little more.
     products = 2 * (77 * 16 + 16 * 64)
@@ -128,8 +166,6 @@ def test_what_an_undivided_network_lacks_is_told(own):
 
 
 def test_a_registered_dataset_is_opened_by_its_name(own):
-    from dmf import build
-
     config = tiny.config({"data.name": "negatives", "data.classes": (3, 4)})
     rows, labels = build.source(config).read(range(20))
     digits, same = build.source(tiny.config({"data.classes": (3, 4)})).read(range(20))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.flow import per_sample
+from dmf.flow import check_interval, per_sample
 from dmf.guidance import (
     AskedOf,
     ClassifierFree,
@@ -19,6 +19,7 @@ from dmf.guidance import (
 from dmf.samplers import sample
 from dmf.typing import GuidedLabels, InputError
 
+NAN, INFINITY = float("nan"), float("inf")
 NULL = 3
 INTERVAL = (0.25, 0.75)
 # Inside, at both ends, below, above; then inside with the label dropped.
@@ -225,15 +226,33 @@ def test_guidance_changes_the_samples_it_covers():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SelfGuidance(kappa=1.0), r"^guidance\.kappa=1\.0: "),
-        (lambda: SelfGuidance(interval=(0.6, 0.4)), r"^guidance\.interval=\(0\.6, 0\.4\): "),
-        (lambda: TeacherGuidance(interval=(0.0, 2.0)), r"^guidance\.interval=\(0\.0, 2\.0\): "),
-        (lambda: ClassifierFree(interval=(-1.0, 1.0)), r"interval=\(-1\.0, 1\.0\): "),
+        (lambda: SelfGuidance(kappa=1.0), r"^kappa=1\.0: "),
+        (lambda: SelfGuidance(kappa=NAN), "^kappa=nan: "),
+        (lambda: SelfGuidance(kappa=-INFINITY), "^kappa=-inf: "),
+        (lambda: SelfGuidance(omega=NAN), "^omega=nan: "),
+        (lambda: SelfGuidance(omega=INFINITY), "^omega=inf: "),
+        (lambda: SelfGuidance(interval=(0.6, 0.4)), r"^interval=\(0\.6, 0\.4\): "),
+        # What is no pair at all, where nothing else looks at types.
+        (lambda: check_interval("interval", 0.5), r"^interval=0\.5: give \(low, high\)"),
+        (lambda: check_interval("interval", (0.5,)), r"^interval=\(0\.5,\): give \(low, high\)"),
+        (lambda: check_interval("interval", "ab"), "^interval=ab: give "),
+        (lambda: SelfGuidance(interval=(0.0, NAN)), r"^interval=\(0\.0, nan\): "),
+        (lambda: TeacherGuidance(interval=(0.0, 2.0)), r"^interval=\(0\.0, 2\.0\): "),
+        (lambda: TeacherGuidance(scale=NAN), "^scale=nan: "),
+        (lambda: ClassifierFree(interval=(-1.0, 1.0)), r"^sampling\.guidance\.interval=\(-1\.0, "),
+        (lambda: ClassifierFree(scale=NAN), r"^sampling\.guidance\.scale=nan: "),
+        (lambda: AskedOf(scale=NAN), r"^sampling\.guidance\.scale=nan: "),
+        (lambda: ClassifierFree(scale=2.0)(flow_map, 0),
+         r"^sampling\.guidance\.scale=2\.0: .* no labels .*; set it to 1$"),
     ],
-)
+)  # fmt: skip
 def test_bad_values_are_named(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def test_a_network_without_labels_is_sampled_without_guidance():
+    assert ClassifierFree(scale=1.0)(flow_map, 0) is flow_map
 
 
 def test_drawn_guidance_is_that_of_each_sample():
@@ -262,10 +281,12 @@ def test_scales_are_drawn_from_their_density(power):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"kappa": 1.0}, "guidance.kappa=1.0"),
-    ({"largest": 1.0}, "guidance.largest=1.0: .* more than 1"),
-    ({"low": (0.0, 0.7)}, "guidance.low=.*must end before"),
-    ({"high": (0.8, 0.5)}, "guidance.high="),
+    ({"kappa": 1.0}, "^kappa=1.0"),
+    ({"largest": 1.0}, "^largest=1.0: .* more than 1"),
+    ({"largest": INFINITY}, "^largest=inf: "),
+    ({"power": NAN}, "^power=nan: "),
+    ({"low": (0.0, 0.7)}, "^low=.*must end before high=.* begins"),
+    ({"high": (0.8, 0.5)}, "^high="),
 ])  # fmt: skip
 def test_what_cannot_be_drawn(fields, message):
     with pytest.raises(InputError, match=message):

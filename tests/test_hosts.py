@@ -102,6 +102,29 @@ def test_two_processes_train_as_one_and_one_goes_on(tmp_path, alone):
     trains_as_one(tmp_path, alone, 2, 2, {"data": 1, "fsdp": 2, "tensor": 2})
 
 
+def test_processes_share_what_is_measured_while_they_train(tmp_path):
+    """Parts of 24 images of 72, so that each process has some; then each step goes on."""
+    fields = {"run.steps": 4, "mesh.fsdp": 2, "mesh.data": 1, "evaluation.every": 2,
+              "evaluation.steps": "(1,)"}  # fmt: skip
+    run = Run(tmp_path, processes=2, devices=1, fields=fields)
+    assert run.wait() == [0, 0], run.told(0)
+    for step in (2, 4):
+        found = files.read_json(logs.evaluation_file(epath.Path(run.workdir), step))
+        assert (found["step"], found["count"]) == (step, 72)
+        told = [row for row in logs.read_metrics(epath.Path(run.workdir))
+                if row["step"] == step and "evaluation/fd_pixels/main/1" in row]
+        np.testing.assert_allclose(
+            told[0]["evaluation/fd_pixels/main/1"], found["results"][0]["fd_pixels"], rtol=1e-6
+        )
+    # As one process measures the same checkpoint.
+    assert tiny.dmf("evaluate", f"--checkpoint={run.workdir}", "--steps=1",
+                    f"--output={tmp_path}/alone.json") == 0
+    again = files.read_json(epath.Path(tmp_path / "alone.json"))
+    np.testing.assert_allclose(again["results"][0]["fd_pixels"],
+                               found["results"][0]["fd_pixels"], rtol=1e-6)
+    assert [run.told(i).count("main, 1 step: fd_pixels") for i in range(2)] == [2, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "mesh"), [
     (2, {"data": 4}), (2, {"data": 1, "fsdp": 4}), (2, {"data": 2, "tensor": 2}),
@@ -144,18 +167,18 @@ def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
 WAITING = """
 import sys, time
 from dmf import hosts
-hosts.BEAT_SECONDS, hosts.LOST_SECONDS = 0.5, 3
+hosts.BEAT_SECONDS, hosts.LOST_SECONDS = 0.5, 8
 hosts.join(sys.argv[1], 2, int(sys.argv[2]))
 print("here", flush=True)
 time.sleep(float(sys.argv[3]))
 """
 
 
-def waiting(seconds: Sequence[float]) -> list[subprocess.Popen]:
+def waiting(seconds: Sequence[float], code: str = WAITING) -> list[subprocess.Popen]:
     """Two processes of a run that wait, so long, for something that is no collective."""
     address = f"localhost:{tiny.free_port()}"
     processes = [subprocess.Popen(
-        [sys.executable, "-c", WAITING, address, str(i), str(wait)], env=environment(1),
+        [sys.executable, "-c", code, address, str(i), str(wait)], env=environment(1),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     ) for i, wait in enumerate(seconds)]  # fmt: skip
     for process in processes:
@@ -169,12 +192,38 @@ def test_losing_one_ends_those_that_wait_for_it_by_no_collective():
     _, told = ours.communicate(timeout=60)
     assert ours.returncode == 1
     assert re.fullmatch(r"dmf: another process of the run was lost: ended; start all of them "
-                        r"again, .* \(no sign of life of process 1 for 3 s\)\n", told)  # fmt: skip
+                        r"again, .* \(no sign of life of process 1 for 8 s\)\n", told)  # fmt: skip
+
+
+FAILING = """
+import sys, time
+from dmf import hosts
+hosts.BEAT_SECONDS, hosts.LEAVE_SECONDS = 0.5, 2
+hosts.join(sys.argv[1], 2, int(sys.argv[2]))
+print("here", flush=True)
+if sys.argv[2] == sys.argv[3]:
+    print("dmf train: no such file", file=sys.stderr)
+    hosts.leave(2)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_that_fails_alone_ends_the_others(failing):
+    """Whatever they are waiting for, and whichever it is."""
+    processes = waiting([failing, failing], FAILING)
+    ends = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [
+        2 if i == failing else 1 for i in range(2)
+    ]
+    assert ends[failing] == "dmf train: no such file\n"
+    assert re.fullmatch(rf"dmf: another process of the run was lost: ended; .* \(process {failing} "
+                        r"failed, and says why\)\n", ends[1 - failing])  # fmt: skip
 
 
 def test_one_that_has_ended_is_not_lost_to_those_that_go_on():
     """It waits for them, and shows signs of life until they have ended too."""
-    for process in waiting([0, 8]):
+    for process in waiting([0, 12]):
         _, told = process.communicate(timeout=60)
         assert (process.returncode, told) == (0, "")
 
@@ -236,6 +285,9 @@ FROM_RUNTIME = jax.errors.JaxRuntimeError
 @pytest.mark.parametrize(("processes", "raised", "kind", "message"), [
     (2, FROM_RUNTIME("UNKNOWN: Gloo AllGather failed"), Lost, "another process .* was lost"),
     (2, ValueError("UNKNOWN: Gloo AllGather failed"), Lost, "another process .* was lost"),
+    (1, ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), RunError,
+     "not the memory"),
+    (1, OSError(116, "Stale file handle", "/data/rows"), RunError, "^/data/rows: Stale file"),
     (1, FROM_RUNTIME("RESOURCE_EXHAUSTED: out of memory"), RunError, "not the memory .*accumul"),
     (2, FROM_RUNTIME("RESOURCE_EXHAUSTED: out of memory"), RunError, "not the memory .*accumul"),
     (1, FROM_RUNTIME("INTERNAL: Gloo"), FROM_RUNTIME, "^INTERNAL: Gloo$"),
@@ -248,6 +300,18 @@ def test_what_the_runtime_raises(processes, raised, kind, message, tmp_path, mon
         with hosts.runtime_errors(), files.disk_errors(epath.Path(tmp_path)):
             raise raised
     assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_that_do_not_find_each_other_are_no_runs_of_their_own(
+    name, monkeypatch
+):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **flags: None)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(InputError, match=f"^{name}=4: .* --coordinator, --processes and"):
+        hosts.join()
+    monkeypatch.setenv(name, "1")
+    hosts.join()
 
 
 def test_without_flags_a_process_is_alone():

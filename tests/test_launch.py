@@ -88,9 +88,11 @@ def test_local_prints_a_command_for_each_process(tmp_path):
     assert lines == [f"dmf train {QUOTED}{end}" for end in ends]
 
 
-@pytest.mark.parametrize(("visible", "gpus"), [("", "01"), ("4,6", "46")])
+@pytest.mark.parametrize(("visible", "gpus"), [(None, "01"), ("4,6", "46"), ("4,-1, ,6", "46")])
 def test_local_gives_each_process_a_gpu(tmp_path, visible, gpus):
-    two = {"GPUS": r"0\n1\n", "CUDA_VISIBLE_DEVICES": visible}
+    two = {"GPUS": r"0\n1\n"}
+    if visible is not None:
+        two["CUDA_VISIBLE_DEVICES"] = visible
     done = launch(tmp_path, "local.sh", "--", "dmf", *TRAIN, **two)
     assert done.returncode == 0, done.stderr
     for i, gpu in enumerate(gpus):
@@ -98,6 +100,15 @@ def test_local_gives_each_process_a_gpu(tmp_path, visible, gpus):
         assert told(tmp_path, f"dmf.{i}") == [*TRAIN, *flags, f"gpu={gpu}"]
     done = launch(tmp_path, "local.sh", "--processes=3", "--", "dmf", **two)
     assert done.returncode == 2 and "there are 2 GPUs" in done.stderr
+
+
+@pytest.mark.parametrize("none", ["", "-1", " "])
+def test_local_takes_no_gpu_where_none_is_visible(tmp_path, none):
+    two = {"GPUS": r"0\n1\n", "CUDA_VISIBLE_DEVICES": none}
+    assert launch(tmp_path, "local.sh", "--processes=3", "--", "dmf", **two).returncode == 0
+    assert told(tmp_path, "dmf.2")[-1] == f"gpu={none}"
+    done = launch(tmp_path, "local.sh", "--", "dmf", **two)
+    assert done.returncode == 2 and "give --processes=N" in done.stderr
 
 
 def test_local_ends_the_others_when_one_fails(tmp_path):

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import tiny
 
 from dmf import launching
 from dmf.typing import InputError, RunError, Stopped
@@ -69,9 +70,11 @@ def test_no_more_run_at_a_time_than_there_are_shares_each_with_its_own(tmp_path)
     assert {gpu for gpu, _, _ in logs} == {"4", "6"}
 
 
-def test_a_process_keeps_to_its_cores(tmp_path):
-    core = min(os.sched_getaffinity(0))
-    code = "import os, time; time.sleep(0.3); print(os.sched_getaffinity(0))"
+def test_a_process_keeps_to_its_cores(tmp_path, monkeypatch):
+    core, given = min(os.sched_getaffinity(0)), tmp_path / "given"
+    monkeypatch.setattr(launching.logs, "say", lambda line: given.touch())
+    code = (f"import os, time\nwhile not os.path.exists({str(given)!r}): time.sleep(0.01)\n"
+            "print(os.sched_getaffinity(0))")
     with launching.claimed(tmp_path) as lock:
         share = launching.Share(cores=frozenset({core}))
         launching.Pool([job(tmp_path, "one", code)], [share], lock).run()
@@ -82,6 +85,31 @@ def test_what_interrupts_this_process_group_does_not_reach_the_runs(tmp_path):
     code = "import os; print(os.getsid(0) == os.getpgid(0) == os.getpid())"
     pool(tmp_path, [job(tmp_path, "one", code)])
     assert (tmp_path / "one/train.log").read_text() == "True\n"
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1",
+         "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "28672.0;tcp://127.0.0.1:34911", "OMPI_COMM_WORLD_SIZE": "1",
+            "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}  # fmt: skip
+JOINS = "from dmf import hosts; hosts.join(); import jax; print(jax.distributed.is_initialized())"
+
+
+@pytest.mark.parametrize("around", [SLURM, OPEN_MPI], ids=["slurm", "open_mpi"])
+def test_a_run_is_alone_though_the_sweep_is_one_of_several_processes(tmp_path, monkeypatch, around):
+    for name, value in (tiny.environment() | around).items():
+        monkeypatch.setenv(name, value)
+    pool(tmp_path, [job(tmp_path, "one", JOINS)])
+    assert (tmp_path / "one/train.log").read_text().split() == ["False"]
+
+
+def test_of_what_is_around_a_run_only_that_is_taken_away(tmp_path, monkeypatch):
+    kept = {"TPU_WORKER_ID": "0", "TPU_WORKER_HOSTNAMES": "localhost", "SLURM_JOB_ID": "7"}
+    for name, value in (dict.fromkeys(launching.OF_SEVERAL, "0") | kept).items():
+        monkeypatch.setenv(name, value)
+    pool(tmp_path, [job(tmp_path, "one", "import os; print(*os.environ)")], 1, ["3"])
+    names = set((tmp_path / "one/train.log").read_text().split())
+    assert not launching.OF_SEVERAL & names
+    assert {*kept, "CUDA_VISIBLE_DEVICES", "PATH"} <= names
 
 
 def test_shares_are_equal():
@@ -117,6 +145,29 @@ def test_gpus_are_those_that_jax_would_use(tmp_path, monkeypatch, variables, fou
     if found == ["0", "1"]:
         monkeypatch.setenv("PATH", "/nowhere")
         assert launching.gpus() == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "device", "found"),
+    [
+        ({}, "", True),
+        ({}, "accel0", False),
+        ({}, "vfio/3", False),
+        ({}, "vfio/vfio", True),
+        ({"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "0"}, "accel0", True),
+        ({"CUDA_VISIBLE_DEVICES": "0"}, "", False),
+    ],
+)
+def test_runs_are_on_the_cpu_without_gpu_and_tpu(tmp_path, monkeypatch, variables, device, found):
+    for name in ("CUDA_VISIBLE_DEVICES", "JAX_PLATFORMS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ({"PATH": str(tmp_path)} | variables).items():
+        monkeypatch.setenv(name, value)
+    patterns = [pattern.replace("/dev", str(tmp_path)) for pattern in launching.TPUS]
+    monkeypatch.setattr(launching, "TPUS", patterns)
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / (device or "null")).touch()
+    assert launching.on_cpu() is found
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from dmf.objectives import (
 )
 from dmf.sharding import batch_sharding, make_mesh
 from dmf.typing import Batch, Flops, InputError
-from dmf.weighting import Adaptive, Uniform
+from dmf.weighting import Adaptive, Cauchy, Uniform
 
 OBJECTIVES = {
     "flow_matching": FlowMatching(),
@@ -271,6 +271,24 @@ def test_loss_is_half_the_sum_of_both_halves(weighting):
     scale = 1 if weighting == Uniform() else 12
     halves = metrics["flow_matching_error"] + metrics["mean_flow_error"]
     np.testing.assert_allclose(loss, scale * halves / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "halves"),
+    [(FlowMatching, ("flow_matching",)), (MeanFlow, ("mean_flow",)),
+     (DecoupledMeanFlow, ("flow_matching", "mean_flow"))],
+)  # fmt: skip
+def test_each_half_tells_its_log_variance(kind, halves):
+    """That of the linear network is t - r."""
+    objective, batch = kind(weighting=Cauchy()), batch_of(5)
+    draws = drawn(objective, 0, batch)
+    _, metrics = linear_loss(objective, batch, draws)
+    looks = draws if len(halves) == 2 else (draws,)
+    found = {name for name in metrics if name.endswith("log_variance")}
+    assert found == {f"{half}_log_variance" for half in halves}
+    for half, look in zip(halves, looks, strict=True):
+        np.testing.assert_allclose(metrics[f"{half}_log_variance"], look.t - look.r, atol=1e-6)
+    assert (halves == ("flow_matching",)) or jnp.any(looks[-1].t != looks[-1].r)
 
 
 @pytest.mark.parametrize(

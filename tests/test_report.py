@@ -70,11 +70,56 @@ def test_the_command_prints_the_table_and_draws_the_picture(tmp_path, capsys):
     assert len(picture.convert("RGB").getcolors(maxcolors=2**24)) > 10
 
 
-@pytest.mark.parametrize("text", ["{}", "not json", '{"results": []}', "[1, 2]"])
-def test_another_file_is_refused(tmp_path, text):
-    (tmp_path / "other.json").write_text(text)
+@pytest.mark.parametrize("before", [True, False], ids=["flags first", "flags last"])
+def test_flags_are_taken_as_two_words_too(tmp_path, capsys, before):
+    (tmp_path / "flow.json").write_text(json.dumps(FLOW))
+    named = f"flow={tmp_path}/flow.json"
+    flags = ["--output", f"{tmp_path}/out", "--metric", "fd_pixels"]
+    arguments = [*flags, named] if before else [named, *flags]
+    assert tiny.dmf("report", *arguments) == 0, capsys.readouterr().err
+    assert "| flow | 5.85 | 0.70 |" in capsys.readouterr().out
+
+
+def test_help_is_printed_and_a_flag_that_is_none_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        tiny.dmf("report", "flow=nowhere.json", "--help")
+    assert not end.value.code and "--output" in capsys.readouterr().out
+    assert tiny.dmf("report", "--outptu=x", "flow=nowhere.json") == 2
+    assert "outptu" in capsys.readouterr().err
+
+
+OTHERS = {
+    "empty": {},
+    "list": [1, 2],
+    "results": {"results": 3},
+    "no rows": {**FLOW, "results": []},
+    "rows": {**FLOW, "results": [3]},
+    "steps": {**FLOW, "results": [{"ema": "main", "steps": [1], "count": 9, "fd_pixels": 1.0}]},
+    "count": {**FLOW, "results": [{"ema": "main", "steps": 1, "fd_pixels": 1.0}]},
+    "average": {**FLOW, "results": [{"ema": [], "steps": 1, "count": 9, "fd_pixels": 1.0}]},
+    "protocol": {**FLOW, "protocol": "pixels"},
+    "metrics": {**FLOW, "protocol": {"name": "pixels", "metrics": 3}},
+    "no metrics": {**FLOW, "protocol": {"name": "pixels", "metrics": []}},
+    "reference": {**FLOW, "reference": None},
+}
+
+
+@pytest.mark.parametrize("case", ["text", "picture", *OTHERS])
+def test_another_file_is_refused(tmp_path, case):
+    path = tmp_path / "other.json"
+    if case == "picture":
+        PIL.Image.new("RGB", (3, 3)).save(path, format="png")
+    else:
+        path.write_text(json.dumps(OTHERS[case]) if case in OTHERS else "not json")
     with pytest.raises(InputError, match="other.json: not a file that dmf evaluate wrote"):
-        report.read(tmp_path / "other.json")
+        report.read(path)
+
+
+def test_what_measures_images_is_refused(tmp_path):
+    images = {**FLOW, "results": [{"count": 5000, "fd_pixels": 2.0}]}
+    (tmp_path / "images.json").write_text(json.dumps(images))
+    with pytest.raises(InputError, match="images.json: it measures a set of images"):
+        report.read(tmp_path / "images.json")
 
 
 @pytest.mark.parametrize("arguments", [[], ["flow"], ["flow=nowhere.json"]])

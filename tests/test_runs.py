@@ -88,7 +88,7 @@ def test_a_last_line_that_was_cut_short_is_no_damage_and_another_is(tmp_path):
     assert only(run).status == "complete"
     assert [r["step"] for r in only(run).metrics] == [2, 4]
     lines = text.splitlines(keepends=True)
-    for bad in (b'{"st\xff\xfe\n', b"[1]\n", b'{"loss": 1}\n'):
+    for bad in (b'{"st\xff\xfe\n', b"[1]\n", b'{"loss": 1}\n', b'{"step": 3, "loss": "x"}\n'):
         (run / "metrics.jsonl").write_bytes(lines[0].encode() + bad + lines[2].encode())
         found = only(run)
         assert found.damages == ("metrics.jsonl, line 2: it cannot be read",)
@@ -103,6 +103,7 @@ def test_a_last_line_that_was_cut_short_is_no_damage_and_another_is(tmp_path):
         ("config.json", '{"format": 99}', "its format is 99"),
         ("evaluations/00000008.json", "{", "evaluations/00000008.json: it is no evaluation"),
         ("evaluations/00000008.json", '{"protocol": "pixels"}', "it is no evaluation"),
+        ("evaluations/00000008.json", '{"results": 3}', "it is no evaluation"),
     ],
 )
 def test_damaged_files_are_told_and_the_rest_is_taken(tmp_path, name, text, named):

@@ -185,6 +185,7 @@ def test_slices_are_the_outermost_axis_and_only_the_batch_is_split_over_them():
     places = np.vectorize(lambda device: device.id)(mesh.devices)
     assert set(places[0].flat) == {0, 1, 2, 3}
     assert batch_divisor(mesh) == 8
+    assert batch_sharding(mesh).spec == PartitionSpec(("slices", "data", "fsdp"))
     named = {
         axis
         for sharding in jax.tree.leaves(state_shardings(mesh, SHAPES))
@@ -196,6 +197,7 @@ def test_slices_are_the_outermost_axis_and_only_the_batch_is_split_over_them():
 def test_slices_are_those_that_the_devices_say(monkeypatch):
     # In the order of a runtime that mixes them.
     monkeypatch.setattr(sharding, "_slice_of", lambda device: device.id % 2)
+    assert sharding.count_slices(jax.devices()) == 2
     found = make_mesh(2, 1, -1)
     assert dict(found.shape) == {"slices": 2, "data": 2, "fsdp": 1, "tensor": 2}
     assert [{d.id % 2 for d in part.flat} for part in found.devices] == [{0}, {1}]

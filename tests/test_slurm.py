@@ -6,8 +6,11 @@ import os
 import signal
 import sys
 import time
+import types
+from contextlib import contextmanager
 
 import pytest
+import tiny
 
 from dmf import launching, slurm
 from dmf.typing import InputError, RunError
@@ -101,6 +104,64 @@ def test_jax_is_told_all_devices_of_the_node(tmp_path, monkeypatch):
     code = "import os; print(os.environ['JAX_LOCAL_DEVICE_IDS'])"
     slurm.Task(job(tmp_path, "one", code))()
     assert (tmp_path / "one/train.log").read_text() == "0,1,2,3\n"
+
+
+def test_a_job_has_the_process_that_slurm_made_for_it(tmp_path, monkeypatch):
+    step = {"SLURM_JOB_ID": "9", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1",
+            "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip
+    for name, value in (tiny.environment() | step).items():
+        monkeypatch.setenv(name, value)
+    code = ("from dmf import hosts; hosts.join(); import jax; "
+            "print(jax.distributed.is_initialized(), jax.process_count())")
+    slurm.Task(job(tmp_path, "one", code))()
+    assert (tmp_path / "one/train.log").read_text().split() == ["True", "1"]
+
+
+class Cluster:
+    """An executor whose cluster takes jobs, and may answer with an error."""
+
+    def __init__(self, answer=None):
+        self.taken, self._answer = [], answer
+
+    @contextmanager
+    def batch(self, allow_implicit_submissions):
+        yield
+        if self._answer and self.taken:
+            raise self._answer
+
+    def submit(self, task):
+        self.taken.append(task.job.name)
+        return types.SimpleNamespace(job_id=f"5_{len(self.taken)}")
+
+
+def ask(monkeypatch, folder, names, answer=None):
+    """What a cluster is asked for, and what is told."""
+    pytest.importorskip("submitit", reason="it comes with the extra `test`")
+    cluster = Cluster(answer)
+    monkeypatch.setattr(slurm, "_executor", lambda *arguments: cluster)
+    monkeypatch.setattr("submitit.SlurmJob.done", lambda *arguments, **more: False)
+    try:
+        return cluster.taken, slurm.submit([job(folder, n, "pass") for n in names], folder, {})
+    except KeyboardInterrupt:
+        return cluster.taken, None
+
+
+def test_what_was_being_submitted_at_a_kill_is_not_submitted_twice(tmp_path, monkeypatch):
+    assert ask(monkeypatch, tmp_path, "a", KeyboardInterrupt()) == (["a"], None)
+    taken, told = ask(monkeypatch, tmp_path, "ab")
+    assert taken == ["b"] and told["b"] == "job 5_1, submitted"
+    assert "was ended while it submitted this one: see squeue" in told["a"]
+    path = tmp_path / slurm.JOBS_FILE
+    assert json.loads(path.read_text()) == {"a": slurm.ASKED, "b": "5_1"}
+    path.write_text('{"b": "5_1"}')
+    taken, told = ask(monkeypatch, tmp_path, "ab")
+    assert taken == ["a"] and told["b"].startswith("job 5_1, still under way")
+
+
+def test_what_the_cluster_refuses_is_submitted_again(tmp_path, monkeypatch):
+    with pytest.raises(RunError, match="the cluster refuses the jobs: no such partition"):
+        ask(monkeypatch, tmp_path, "a", RuntimeError("no such partition"))
+    assert ask(monkeypatch, tmp_path, "a") == (["a"], {"a": "job 5_1, submitted"})
 
 
 def test_parameters_are_names_and_values():

@@ -93,7 +93,7 @@ def test_the_page_has_a_table_a_picture_and_a_verdict_for_each_study(tmp_path):
         assert f"## {study.title}\n" in text
         assert (tmp_path / "studies" / f"{name}.png").exists()
     # Seeds of 1 and 3 at one step, 0.5 and 1.5 at two.
-    assert "| Decoupled MeanFlow | 2.00 ± 1.00 (90%) | 1.00 ± 0.50 (90%) |" in text
+    assert "| Decoupled MeanFlow | 2.00 ± 1.41 (90%) | 1.00 ± 0.71 (90%) |" in text
     # Where all are equal nothing is closer.
     assert text.count("**does not hold**") == sum(len(s.claims) for s in STUDIES.values())
 

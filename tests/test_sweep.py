@@ -10,7 +10,7 @@ import time
 import pytest
 import tiny
 
-from dmf import launching, loading
+from dmf import components, launching, loading, slurm
 from dmf.checkpoint import FORMAT, latest_step
 from dmf.runs import complete
 
@@ -91,8 +91,47 @@ def test_the_commands_are_printed_as_a_shell_takes_them(tmp_path, capsys):
     assert [line[:4] for line in words] == [common, common]
     assert words[0][4] == "--config.data.name=two words"
     assert words[1][4:6] == ["--config.init.checkpoint=/none", "--config.sampling.steps=(1, 2)"]
-    assert words[1][-1].startswith(f"--workdir={tmp_path}/out/checkpoint=-none,steps=1+2-")
+    name = "init.checkpoint=-none,sampling.steps=1+2-"
+    assert words[1][-1].startswith(f"--workdir={tmp_path}/out/{name}")
     assert not (tmp_path / "out").exists()
+
+
+PLUGIN = """
+from dmf import components
+from dmf.weighting import Uniform
+
+assert "of_a_plugin" not in components.COMPONENTS["weighting"], "it is run once"
+components.register("weighting", "of_a_plugin", Uniform)
+"""
+
+
+@pytest.mark.parametrize("on", ["print", "local", "slurm"])
+@pytest.mark.parametrize("words", [False, True], ids=["one word", "two words"])
+def test_runs_are_given_the_plugins(tmp_path, capsys, monkeypatch, on, words):
+    given = []
+    monkeypatch.setitem(components.COMPONENTS, "weighting", {**components.COMPONENTS["weighting"]})
+    monkeypatch.setattr(launching.Pool, "run", lambda pool: given.extend(pool._waiting))
+    monkeypatch.setattr(slurm, "submit", lambda jobs, *rest: given.extend(jobs) or {})
+    file = tmp_path / "own.py"
+    file.write_text(PLUGIN)
+    overrides = [{"objective.weighting.name": "of_a_plugin", "seed": seed} for seed in (0, 1)]
+    flag = ["--plugins", file] if words else [f"--plugins={file}"]
+    assert sweep(tmp_path, f"--on={on}", *flag, overrides=overrides) == 0, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines() if on == "print" else [j.command for j in given]
+    assert len(lines) == 2 and all(f"--plugins={file}" in line for line in lines)
+
+
+@pytest.mark.parametrize("place", ["a TPU", "two GPUs"])
+def test_the_mesh_of_devices_that_are_not_this_process_s_is_left_to_runs(
+    tmp_path, monkeypatch, place
+):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1" if place == "two GPUs" else "")
+    monkeypatch.setattr(launching, "TPUS", [str(tmp_path / "sweep.py")] * (place == "a TPU"))
+    started = []
+    monkeypatch.setattr(launching.Pool, "run", lambda pool: started.extend(pool._waiting))
+    assert sweep(tmp_path, overrides=[{"mesh.data": 3}]) == 0
+    assert [job.name for job in started] == ["mesh.data=3"]
 
 
 REFUSED = {
@@ -107,6 +146,8 @@ REFUSED = {
     "batch": ([{"accumulation": 3}], [], "accumulation=3: data.batch_size=16: it must be"),
     "no data": ([{"data.name": "nothing_here"}], [], "name=nothing_here: data.name=nothing_here"),
     "no start": ([{"init.checkpoint": "/none"}], [], "init.checkpoint=/none: it holds no config"),
+    "no teacher": ([{"teacher.checkpoint": "/none"}], [],
+                   ": teacher.checkpoint=/none: nothing is asked of a teacher"),
     "mesh": ([{"mesh.data": 3}], [], "data=3: mesh=3x1x1"),
     "place": ([{}], ["--on=moon"], "--on=moon: choose one of local, slurm, print"),
     "parallel": ([{}], ["--parallel=-1"], "--parallel=-1: give a number"),
@@ -143,9 +184,8 @@ def test_a_workdir_of_another_sweep_is_refused(tmp_path, capsys, monkeypatch):
 def test_failed_runs_are_listed_and_the_exit_code_is_1(tmp_path, capsys):
     fields = {"optimizer.learning_rate": 1e30}, {"optimizer.learning_rate": 1e-3, "seed": 7}
     code = sweep(tmp_path, *SHORT[:2], "--parallel=2", overrides=fields)
-    said = capsys.readouterr().err.strip().splitlines()
+    said, name = capsys.readouterr().err.strip().splitlines(), "optimizer.learning_rate=1e+30"
     assert code == 1
-    assert said[-1] == ("dmf sweep: 1 of 2 runs failed: learning_rate=1e+30; the same command "
-                        "starts them again")
-    assert said[-2].startswith("learning_rate=1e+30: dmf train: the loss is not finite at step")
-    assert latest_step(tmp_path / "out/learning_rate=0.001,seed=7") == 4
+    assert said[-1] == f"dmf sweep: 1 of 2 runs failed: {name}; the same command starts them again"
+    assert said[-2].startswith(f"{name}: dmf train: the loss is not finite at step")
+    assert latest_step(tmp_path / "out/optimizer.learning_rate=0.001,seed=7") == 4

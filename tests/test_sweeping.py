@@ -1,5 +1,8 @@
 """A sweep file becomes runs under names that are readable, safe, unique, and their own."""
 
+import re
+
+import numpy as np
 import pytest
 
 from dmf import sweeping
@@ -17,28 +20,27 @@ def written(tmp_path, text):
 
 
 def test_a_run_is_called_after_its_overrides():
-    assert names({"model.split_depth": 3, "seed": 0}) == ["split_depth=3,seed=0"]
-    assert names({"objective.guidance.kappa": 0.6}) == ["kappa=0.6"]
+    assert names({"model.split_depth": 3, "seed": 0}) == ["model.split_depth=3,seed=0"]
+    assert names({"objective.guidance.kappa": 0.6}) == ["objective.guidance.kappa=0.6"]
     assert names({}) == ["base"]
-    assert names({"sampling.steps": (1, 2), "model.scan": True}) == ["scan=True,steps=1+2"]
+    assert names({"sampling.steps": (1, 2), "model.scan": True}) == [
+        "model.scan=True,sampling.steps=1+2"
+    ]
+    assert names({"optimizer.learning_rate": 1e30}) == ["optimizer.learning_rate=1e+30"]
 
 
 def test_a_name_depends_neither_on_the_order_nor_on_the_other_runs():
-    one, other = {"model.split_depth": 3, "seed": 0}, {"seed": 0, "model.split_depth": 4}
-    alone = {names(one)[0], names(other)[0]}
-    assert set(names(one, other)) == set(names(other, one)) == alone
-    assert names(dict(reversed(one.items()))) == names(one)
-    path = {"init.checkpoint": "runs/a b/c"}
-    assert names(path, one) == names(path) + names(one)
-
-
-def test_fields_that_end_alike_keep_what_tells_them_apart():
-    assert names({"init.ema": "a", "teacher.ema": "b", "sampling.ema": "c", "seed": 1}) == [
-        "init.ema=a,sampling.ema=c,seed=1,teacher.ema=b"
-    ]
-    assert names({"times.first.mean": 0.1, "times.second.mean": 0.2}) == [
-        "first.mean=0.1,second.mean=0.2"
-    ]
+    runs = [
+        {"model.split_depth": 3, "seed": 0}, {"seed": 0, "model.split_depth": 4},
+        {"init.ema": "a"}, {"teacher.ema": "a"}, {"init.ema": "a", "teacher.ema": "b"},
+        {"init.checkpoint": "runs/a b/c"}, {"seed": 1}, {"seed": "1"}, {},
+        {"sampling.steps": (1,)}, {"sampling.steps": 1}, {"sampling.steps": "1"},
+    ]  # fmt: skip
+    alone = [names(run)[0] for run in runs]
+    assert names(*runs) == alone and names(*reversed(runs)) == alone[::-1]
+    assert len(set(alone)) == len(runs)
+    assert names(dict(reversed(runs[0].items()))) == alone[:1]
+    assert alone[2:5] == ["init.ema=a", "teacher.ema=a", "init.ema=a,teacher.ema=b"]
 
 
 def test_a_name_is_safe_short_and_unique():
@@ -48,9 +50,28 @@ def test_a_name_is_safe_short_and_unique():
     for name in found:
         assert len(name) <= sweeping.LONGEST
         assert not set(name) - set("abcdefghijklmnopqrstuvwxyz0123456789_=,.+-")
-    # The text and the number look alike; their digests do not.
-    one, other = names({"a": "1+2"}, {"a": (1, 2)})
-    assert one != other and one.startswith("a=1+2-")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1+2", (1, 2)), ("1", 1), ("1.0", 1.0), ("True", True), ("1e+30", 1e30), ("nan", np.nan),
+     ("a+b", ("a", "b"))],
+)  # fmt: skip
+def test_text_that_looks_like_another_value_is_told_by_a_digest(text, value):
+    assert names({"a": value}) == [f"a={text}"]
+    (name,) = names({"a": text})
+    assert re.fullmatch(rf"a={re.escape(text)}-[0-9a-f]{{8}}", name)
+
+
+def test_text_cannot_pass_for_another_field():
+    (name,) = names({"a": "1,b=2"})
+    assert re.fullmatch("a=1,b=2-[0-9a-f]{8}", name) and names({"a": 1, "b": 2}) == ["a=1,b=2"]
+
+
+def test_numbers_of_numpy_are_numbers():
+    (variant,) = sweeping.variants([{"a": np.float64(0.1), "b": tuple(np.linspace(0, 1, 3))}])
+    assert variant.name == "a=0.1,b=0.0+0.5+1.0"
+    assert variant.flags == ["--config.a=0.1", "--config.b=(0.0, 0.5, 1.0)"]
 
 
 def test_overrides_are_flags_of_train():

@@ -101,7 +101,9 @@ def test_shift_multiplies_the_odds_of_noise(shift):
     [
         (lambda: schedule(0), r"^steps=0: "),
         (lambda: schedule(4, -1.0), r"^shift=-1\.0: "),
+        (lambda: schedule(4, float("nan")), "^shift=nan: "),
         (lambda: LogitNormal(std=0.0), r"^std=0\.0: "),
+        (lambda: LogitNormal(std=float("nan")), "^std=nan: "),
         (
             lambda: OrderedPair(first=Uniform(), second=Uniform(), equal_share=1.5),
             r"^equal_share=1\.5: ",

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmf.typing import InputError
 from dmf.weighting import Adaptive, Cauchy, Released, Uniform
 
 ERROR = jnp.asarray([0.02, 1.0, 30.0, 256.0])
@@ -68,3 +69,14 @@ def test_samples_are_not_coupled(weighting):
     assert jacobian.shape == (4, 4)
     assert (jacobian - jnp.diag(jnp.diag(jacobian)) == 0).all()
     assert (jnp.diag(jacobian) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [(field, value) for field, values in (("power", (-0.5, float("inf"), float("nan"))),
+                                          ("offset", (0.0, -1.0, float("inf"), float("nan"))))
+     for value in values],
+)  # fmt: skip
+def test_an_adaptive_weighting_that_cannot_be_is_refused(field, value):
+    with pytest.raises(InputError, match=f"^{field}={value}: "):
+        Adaptive(**{field: value})

@@ -9,12 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.guidance import NoGuidance, SelfGuidance, TeacherGuidance, guided_velocity
+from dmf.draws import DecoupledDraws
+from dmf.guidance import (
+    DrawnGuidance,
+    NoGuidance,
+    SelfGuidance,
+    TeacherGuidance,
+    guided_velocity,
+)
 from dmf.identity import Point, differentiated, linearized_once
 from dmf.models.dit import DiT
 from dmf.objectives import DecoupledMeanFlow, FlowMatching, MeanFlow
 from dmf.sharding import batch_sharding, make_mesh, parameter_shardings
-from dmf.typing import Batch, InputError
+from dmf.typing import Batch, GuidedLabels, InputError
+from dmf.weighting import Uniform
 from dmf.work import Work, where_needed
 
 PLAIN = Work(shared=False, null_parts=0)
@@ -26,17 +34,27 @@ WORKS = {
 }
 SELF = SelfGuidance(omega=1.2, kappa=0.5, interval=(0.0, 0.7))
 TEACHER = TeacherGuidance(scale=1.5, interval=(0.1, 0.8))
+DRAWN = DrawnGuidance(kappa=0.5, low=(0.1, 0.3), high=(0.6, 0.9))
 KINDS = {
     "decoupled": DecoupledMeanFlow(guidance=SELF, label_dropout=0.3),
     "decoupled-teacher": DecoupledMeanFlow(guidance=TEACHER, teacher=gv.decoupled("dmf_tiny")),
     "decoupled-unguided": DecoupledMeanFlow(),
+    "decoupled-drawn": DecoupledMeanFlow(guidance=DRAWN, label_dropout=0.3),
     "meanflow": MeanFlow(guidance=SELF, label_dropout=0.3),
 }
 COUNT = 8
 
 
 def network_of(kind: str, **changes):
-    """A network of random parameters, the log-variance and final layer among them."""
+    """A network of random parameters, the log-variance and final layer among them, and what
+    embeds a guidance where that is drawn."""
+    if kind == "decoupled-drawn":
+        model, params = network_of("decoupled", **changes)
+        model = dataclasses.replace(model, guidance_input=True)
+        shapes = jax.eval_shape(model.init, jax.random.key(0))["guidance_embedding"]
+        draw = np.random.default_rng(0).standard_normal
+        made = jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"), shapes)
+        return model, {**params, "guidance_embedding": made}
     if kind.startswith("decoupled"):
         return gv.decoupled("dmf_tiny", **changes), gv.decoupled_params("dmf_tiny")
     return gv.meanflow("meanflow_tiny", **changes), gv.meanflow_params("meanflow_tiny")
@@ -100,6 +118,8 @@ def assert_same(kind: str, ours) -> None:
         ("decoupled", "shared-parts"),
         ("decoupled", "plain-parts"),
         ("decoupled-teacher", "shared-parts"),
+        ("decoupled-drawn", "shared"),
+        ("decoupled-drawn", "shared-parts"),
         ("meanflow", "shared"),
         pytest.param("decoupled", "shared-two_passes", marks=pytest.mark.slow),
         pytest.param("decoupled-teacher", "shared", marks=pytest.mark.slow),
@@ -109,6 +129,46 @@ def assert_same(kind: str, ours) -> None:
 )
 def test_losses_and_gradients_are_those_of_the_formulas(kind, work):
     assert_same(kind, losses_and_gradients(kind, WORKS[work]))
+
+
+@pytest.mark.parametrize("work", [PLAIN, Work()], ids=["plain", "shared"])
+def test_drawn_guidance_is_its_formula(work):
+    """Both halves by hand: the network is given what was drawn, and guided by it where t lies in
+    the interval that was drawn and the label is kept; the null label asks for nothing."""
+    model, params = network_of("decoupled-drawn")
+    objective = dataclasses.replace(KINDS["decoupled-drawn"], weighting=Uniform(), work=work)
+    batch = batch_of(model.sample_shape)
+    t, dropped = jnp.linspace(0.05, 0.98, COUNT), jnp.arange(COUNT) == 4
+    draws = gv.jit(objective.draw)(jax.random.key(3), batch)
+    draws = DecoupledDraws(draws.flow_matching._replace(t=t, r=t, dropped=dropped),
+                           draws.mean_flow._replace(t=t, r=t / 2, dropped=dropped))
+    apply, column = gv.jit(model.apply), lambda values: values[:, None, None, None]
+    halves, outside = [], []
+    for look in draws:
+        t, r, asked = look.t, look.r, look.asked
+        outside.append([(~look.dropped & (t < asked.low)).any(),
+                        (~look.dropped & (t > asked.high)).any()])
+        y = jnp.where(look.dropped, model.num_classes, batch.y)
+        given = GuidedLabels(y, asked.scale, asked.low, asked.high)
+        x_t = (1 - column(t)) * batch.x + column(t) * look.noise
+        own = apply(params, x_t, t, t, given)
+        null = apply(params, x_t, t, t, jnp.full_like(y, model.num_classes))
+        active = (asked.low <= t) & (t <= asked.high) & ~look.dropped
+        assert 0 < active.sum() < COUNT
+        omega, kappa = (column(jnp.where(active, on, off))
+                        for on, off in ((0.5 * asked.scale, 1.0), (0.5, 0.0)))
+        v_g = omega * (look.noise - batch.x) + kappa * own + (1 - omega - kappa) * null
+        u, du_dt = gv.jit(lambda x, t, v, r=r, given=given: jax.jvp(
+            lambda x, t: model.apply(params, x, t, r, given), (x, t), (v, jnp.ones_like(t))
+        ))(x_t, t, v_g)
+        halves.append(jnp.mean((u - v_g - column(r - t) * du_dt) ** 2, axis=(1, 2, 3)))
+    ours = gv.jit(lambda *looks: objective.loss(model, params, *looks, {})[0])(batch, draws)
+    np.testing.assert_allclose(ours, (halves[0] + halves[1]) / 2, rtol=1e-4)
+    assert np.any(outside, axis=0).all(), "the test needs times on both sides of their intervals"
+    # Were it not given what was drawn, it would be another.
+    plain = jax.tree.map(jnp.zeros_like, params["guidance_embedding"])
+    other = apply(params | {"guidance_embedding": plain}, x_t, t, r, given)
+    assert jnp.abs(other - u).max() > 0.1
 
 
 @pytest.mark.slow
@@ -138,9 +198,9 @@ def test_parts_in_which_nothing_is_needed_are_not_computed():
 
 
 def test_parts_divide_the_rows():
-    with pytest.raises(InputError, match=r"null_parts=3: it must divide the 16 rows"):
+    with pytest.raises(InputError, match=r"^objective.work.null_parts=3: it must divide the 16 ro"):
         losses_and_gradients("decoupled", Work(null_parts=3))
-    with pytest.raises(InputError, match=r"null_parts=-1: give 0"):
+    with pytest.raises(InputError, match=r"^null_parts=-1: give 0"):
         Work(null_parts=-1)
 
 

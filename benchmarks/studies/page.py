@@ -15,14 +15,16 @@ Rows = list[dict[int, Mapping[str, float]]]
 _HEAD = """# Studies on the digits
 
 What the papers report of ImageNet, looked for on the 8 x 8 digits, where a run takes a minute.
-Tables show the Frechet distance to the data in pixel space, and in brackets the share to which a
-plain classifier gives the label that was asked for: mean and standard deviation over {seeds} seeds.
-Each seed has one flow model, from which all of its flow maps start. Whether a direction holds is
-computed: it does if it does in every seed, and it is open if it does in some. It says nothing of
-other data.
+Tables show the Fréchet distance to the data in pixel space, and in parentheses the share of
+samples that a plain classifier gives the label they were made for: mean and standard deviation over
+{seeds} seeds. Each seed has one flow model, from which all of its flow maps start. Whether a
+direction holds is computed: it holds if it does in every seed, and is open if it does in some. This
+says nothing of other data.
 
-Written by `{command}`: {count:,} samples a number, {minutes:.0f} minutes in all on {machine}. Two
-random halves of the data differ by {halves:.2f}.
+    {command}
+
+wrote this page: {minutes:.0f} minutes in all, {count:,} samples a number, on {machine}.
+Two random halves of the data differ by {halves:.2f}.
 """
 
 
@@ -52,12 +54,18 @@ def verdict(claim: Claim, results: Mapping[str, Rows]) -> str:
             f"({lower.mean():.2f} against {higher.mean():.2f})")
 
 
+def spread(values: np.ndarray) -> np.ndarray:
+    """Standard deviation over seeds [..., seeds], of the distribution they were drawn from; 0 for
+    one seed."""
+    return values.std(axis=-1, ddof=1) if values.shape[-1] > 1 else np.zeros(values.shape[:-1])
+
+
 def _cell(rows: Rows, steps: int) -> str:
     if steps not in rows[0]:
         return ""
     found = distances(rows, steps)
     agreement = np.mean([seed[steps]["label_agreement"] for seed in rows])
-    return f"{found.mean():.2f} ± {found.std():.2f} ({agreement:.0%})"
+    return f"{found.mean():.2f} ± {spread(found):.2f} ({agreement:.0%})"
 
 
 def table(study: Study, results: Mapping[str, Rows]) -> str:
@@ -78,12 +86,12 @@ def plot(path: pathlib.Path, study: Study, results: Mapping[str, Rows]) -> None:
     for name in study.measures:
         steps = MEASURES[name].steps
         found = np.array([distances(results[name], n) for n in steps])
-        axes.errorbar(steps, found.mean(1), found.std(1), marker="o", label=MEASURES[name].label)
+        axes.errorbar(steps, found.mean(1), spread(found), marker="o", label=MEASURES[name].label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("sampling steps")
-    axes.set_ylabel("Frechet distance")
+    axes.set_ylabel("Fréchet distance")
     axes.legend()
     figure.savefig(path, dpi=100)
 

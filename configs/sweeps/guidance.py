@@ -7,9 +7,12 @@ For every config whose objective has model guidance: digits_dmf, digits_meanflow
 meanflow.py:b4 and others. The effective scale is omega / (1 - kappa).
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from dmf.sweeping import grid
 
 
-def get_sweep():
+def get_sweep() -> Iterator[dict[str, Any]]:
     """Effective scales 1, 1.25, 1.67 and 2.5 where omega is 1."""
     return grid({"objective.guidance.kappa": (0.0, 0.2, 0.4, 0.6), "seed": range(3)})

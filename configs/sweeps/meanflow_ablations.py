@@ -9,10 +9,13 @@ For every config of MeanFlow; the paper's is meanflow.py:b4 for 80 epochs withou
 meanflow_b4_ablations.py too.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 TIMES = "objective.times"
 
 
-def get_sweep():
+def get_sweep() -> Iterator[dict[str, Any]]:
     """The config as it is, and each ablation of it; 11 runs."""
     yield {}
     for share in (0.0, 0.5, 1.0):

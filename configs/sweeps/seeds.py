@@ -5,9 +5,12 @@
 For every config.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from dmf.sweeping import grid
 
 
-def get_sweep():
+def get_sweep() -> Iterator[dict[str, Any]]:
     """Five of them."""
     return grid({"seed": range(5)})

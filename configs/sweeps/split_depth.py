@@ -4,9 +4,12 @@
       --workdir=runs/split_depth
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from dmf.sweeping import grid
 
 
-def get_sweep():
+def get_sweep() -> Iterator[dict[str, Any]]:
     """Every split of six blocks that leaves some on both sides."""
     return grid({"model.split_depth": range(1, 6)})

@@ -4,9 +4,12 @@
       --workdir=runs/split_depth_l2 --on=print
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 from dmf.sweeping import grid
 
 
-def get_sweep():
+def get_sweep() -> Iterator[dict[str, Any]]:
     """Around two thirds to three quarters of the network, which are published as best."""
     return grid({"model.split_depth": (12, 16, 18, 20, 22)})

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -46,14 +47,22 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
 @contextmanager
 def _quiet_threads() -> Iterator[None]:
     """What Orbax's threads run into is raised in ours too, and need not be told at length."""
+    hooks = threading.excepthook, sys.excepthook, sys.unraisablehook
+    with warnings.catch_warnings():
+        quiet()
+        try:
+            yield
+        finally:
+            threading.excepthook, sys.excepthook, sys.unraisablehook = hooks
+
+
+def quiet() -> None:
+    """Lets nothing be heard of what fails in threads of libraries, nor of work that such a failure
+    left undone."""
     logging.set_verbosity(logging.FATAL)
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
-    hooks = threading.excepthook, sys.excepthook, sys.unraisablehook
     threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *error: None
-    try:
-        yield
-    finally:
-        threading.excepthook, sys.excepthook, sys.unraisablehook = hooks
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _fail(verb: str, message: str, code: int) -> int:

@@ -7,11 +7,24 @@ there, as v5e:4x4, v6e:8x8 or v5p:2x2x2 (this takes libtpu: pip install 'dmf-jax
 data nor checkpoints are read. Exits with 1 if the step does not fit.
 """
 
+import math
 from collections.abc import Sequence
 
 from absl import flags
 
 from dmf import cli
+from dmf.typing import InputError, RunError
+
+
+def _check(values: flags.FlagValues) -> None:
+    """Raises InputError for a flag that is out of range, or that nothing would look at."""
+    if values.slices != 1 and not values.topology:
+        raise InputError(f"--slices={values.slices}: give --topology too, as v5e:4x4, of which it "
+                         "is so many; the devices of this machine say themselves how they lie")
+    if not 0 < values.share_of_peak <= 1:
+        raise InputError(f"--share_of_peak={values.share_of_peak}: give more than 0, and at most 1")
+    if not 0 < values.network < math.inf:
+        raise InputError(f"--network={values.network}: give more than 0, in GB/s")
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -29,11 +42,11 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     flags.DEFINE_string("output", "", "a .json file for the numbers", flag_values=values)
     cli.parse(verb, arguments, values, __doc__)
     cli.require(values, "config")
+    _check(values)
     import jax
     from etils import epath
 
     from dmf import compiling, files
-    from dmf.typing import RunError
 
     topology = values.topology
     devices = compiling.topology_devices(topology, values.slices) if topology else jax.devices()

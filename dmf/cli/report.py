@@ -23,8 +23,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     flags.DEFINE_string(
         "metric", "", "of evaluations, what is shown; the first by default", flag_values=values
     )
-    named = [a for a in arguments if not a.startswith("-")]
-    cli.parse(verb, [a for a in arguments if a not in named], values, __doc__)
+    named = _parsed(verb, arguments, values)
     cli.require(values, "output")
     directories = [a for a in named if epath.Path(a).is_dir()]
     if not directories:
@@ -38,6 +37,12 @@ def main(verb: str, arguments: Sequence[str]) -> None:
                          "out")
     else:
         _of_runs(values.output, directories)
+
+
+def _parsed(verb: str, arguments: Sequence[str], values: flags.FlagValues) -> list[str]:
+    """Reads the flags, before, between and after what is to be reported, which is returned."""
+    cli.parse(verb, [a for a in arguments if a in ("-h", "--help")], values, __doc__)
+    return values([f"dmf {verb}", *arguments])[1:]
 
 
 def _of_runs(output: str, directories: Sequence[str]) -> None:

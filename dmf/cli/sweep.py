@@ -1,5 +1,5 @@
 """dmf sweep --config=FILE --sweep=FILE --workdir=DIR [--on=local] [--parallel=N]
-          [--config.a.b=value ...]
+          [--plugins=FILE,...] [--config.a.b=value ...]
 
 Trains a run for each dictionary of overrides that get_sweep() of the sweep's file gives, in a
 directory below the workdir that is called after them; overrides given here hold for all. All
@@ -72,7 +72,8 @@ def _sweep(values: flags.FlagValues, common: Sequence[str]) -> None:
     sweeping.same([(v, configs[v.name].to_json_best_effort(sort_keys=True)) for v in variants])
     _check(variants, configs, on=values.on)
     workdir = values.workdir.rstrip("/")
-    trains = {v.name: ["train", *shared, *v.flags, f"--workdir={workdir}/{v.name}"]
+    plugins = [f"--plugins={','.join(values.plugins)}"] if values.plugins else []
+    trains = {v.name: ["train", *shared, *plugins, *v.flags, f"--workdir={workdir}/{v.name}"]
               for v in variants}
     if values.on == "print":
         for arguments in trains.values():
@@ -112,7 +113,7 @@ def _check(variants: Sequence[Variant], configs: dict[str, ConfigDict], *, on: s
 def _build(config: ConfigDict, *, on: str) -> None:
     """Builds the recipe of a config and, where it will run, opens its data and what it starts from.
 
-    The mesh is checked on the devices that runs will have, where those are the ones here.
+    The mesh is checked on the devices that runs will have, where those are this process's: CPUs.
     """
     import jax
 
@@ -120,10 +121,10 @@ def _build(config: ConfigDict, *, on: str) -> None:
     from dmf.sharding import make_mesh
 
     elsewhere, init, teacher = on == "print", config.init.checkpoint, config.teacher.checkpoint
-    here = on == "local" and not launching.gpus()
+    here = on == "local" and launching.on_cpu()
     mesh = build.mesh(config) if here else make_mesh(devices=jax.devices()[:1])
     distilled = None
-    if teacher:
+    if teacher and build.distils(config):
         with build.about("teacher"):
             distilled = build.network(config if elsewhere else loading.read_config(teacher))
     build.recipe(config, mesh, distilled)

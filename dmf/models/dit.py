@@ -115,47 +115,52 @@ class DiT:
     attention: str = "auto"
 
     def __post_init__(self):
-        check = _check_field
-        for name in ("input_size", "channels", "patch_size", "depth", "width", "heads"):
-            check(getattr(self, name) >= 1, self, name, "give a whole number >= 1")
-        check(self.input_size % self.patch_size == 0, self, "patch_size",
+        check = self._check
+        for name in ("input_size", "channels", "patch_size", "depth", "width", "heads",
+                     "alignment_width", "alignment_hidden"):
+            check(getattr(self, name) >= 1, name, "give a whole number >= 1")
+        check(self.input_size % self.patch_size == 0, "patch_size",
               f"it must divide model.input_size={self.input_size}")
-        check(self.width % self.heads == 0, self, "heads",
-              f"it must divide model.width={self.width}")
-        check(self.width % 4 == 0, self, "width", "the position table needs a multiple of 4")
-        check(self.num_classes >= 0, self, "num_classes", "give 0 (unconditional) or more")
-        check(self.conditioning in CONDITIONINGS, self, "conditioning",
-              f"choose one of {', '.join(CONDITIONINGS)}")
+        check(self.width % self.heads == 0, "heads", f"it must divide model.width={self.width}")
+        check(self.width % 4 == 0, "width", "the position table needs a multiple of 4")
+        check(self.mlp_ratio > 0, "mlp_ratio", "it is positive")
+        check(self.num_classes >= 0, "num_classes", "give 0 (unconditional) or more")
+        for name, choices in (("conditioning", CONDITIONINGS), ("remat", REMAT_POLICIES),
+                              ("attention", IMPLEMENTATIONS)):
+            check(getattr(self, name) in choices, name, f"choose one of {', '.join(choices)}")
         self._check_times()
-        check(0 <= self.alignment_depth <= self.depth, self, "alignment_depth",
+        check(0 <= self.alignment_depth <= self.depth, "alignment_depth",
               f"give a whole number from 0 (none) to model.depth={self.depth}")
-        check(self.remat in REMAT_POLICIES, self, "remat",
-              f"choose one of {', '.join(REMAT_POLICIES)}")
-        check(self.dtype in ("float32", "bfloat16"), self, "dtype", "choose float32 or bfloat16")
-        check(set(self.float32) <= set(layers.FLOAT32), self, "float32",
+        check(self.dtype in ("float32", "bfloat16"), "dtype", "choose float32 or bfloat16")
+        check(set(self.float32) <= set(layers.FLOAT32), "float32",
               f"choose some of {', '.join(layers.FLOAT32)}")
-        check(self.attention in IMPLEMENTATIONS, self, "attention",
-              f"choose one of {', '.join(IMPLEMENTATIONS)}")
 
     def _check_times(self) -> None:
-        check, decoupled = _check_field, self.conditioning == "decoupled"
+        check, conditioning = self._check, self.conditioning
+        decoupled = conditioning == "decoupled"
         splits = decoupled and self.pattern in ("split", "both")
-        check(splits or self.split_depth is None, self, "split_depth",
-              f"model.conditioning={self.conditioning} with model.pattern={self.pattern} has none; "
-              "set them to decoupled and split")
-        check(not splits or self.split_depth is not None, self, "split_depth",
+        check(splits or self.split_depth is None, "split_depth",
+              f"model.conditioning={conditioning} with model.pattern={self.pattern} has none; set "
+              "them to decoupled and split")
+        check(not splits or self.split_depth is not None, "split_depth",
               f"the decoupled conditioning needs one, from 0 to model.depth={self.depth}")
-        check(not splits or 0 <= self.split_depth <= self.depth, self, "split_depth",
+        check(not splits or 0 <= self.split_depth <= self.depth, "split_depth",
               f"give a whole number from 0 to model.depth={self.depth}")
         letters = len(self.pattern) == self.depth and set(self.pattern) <= set(SEEN)
-        check(self.pattern in PATTERNS or letters, self, "pattern",
+        check(self.pattern in PATTERNS or letters, "pattern",
               f"choose one of {', '.join(PATTERNS)}, or give model.depth={self.depth} letters of "
               "t, r and b")
-        check(decoupled or self.pattern == "split", self, "pattern",
-              f"model.conditioning={self.conditioning} has none; set it to decoupled")
+        check(decoupled or self.pattern == "split", "pattern",
+              f"model.conditioning={conditioning} has none; set it to decoupled")
         times = self.embedded_times
         check(bool(times) and set(times) <= set(EMBEDDINGS) and len(set(times)) == len(times),
-              self, "embedded_times", f"give some of {', '.join(EMBEDDINGS)}, each once")
+              "embedded_times", f"give some of {', '.join(EMBEDDINGS)}, each once")
+        check(conditioning == "meanflow" or tuple(times) == ("t", "t-r"), "embedded_times",
+              f"model.conditioning={conditioning} has no choice; set it to meanflow")
+
+    def _check(self, good: bool, field: str, remedy: str) -> None:
+        if not good:
+            raise InputError(f"model.{field}={getattr(self, field)}: {remedy}")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -247,11 +252,6 @@ class DiT:
         if x_t.shape[1:] != self.sample_shape:
             raise InputError(f"x_t has shape {x_t.shape}: this network takes [b, "
                              f"{', '.join(map(str, self.sample_shape))}]")
-
-
-def _check_field(good: bool, model: DiT, field: str, remedy: str) -> None:
-    if not good:
-        raise InputError(f"model.{field}={getattr(model, field)}: {remedy}")
 
 
 class _Transformer(nn.Module):
