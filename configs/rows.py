@@ -28,7 +28,7 @@ class Row:
       hardware: that it took, where it is published.
       note: what else is to be known.
       lacks: why there is no config of it; empty where there is one.
-      commands: how it is run, where that is not training.
+      commands: how it is run, where that is not training into a directory of its name.
     """
 
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)

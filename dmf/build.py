@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dmf import guidance
 from dmf.alignment import PatchFeatures, check_stored, check_width
-from dmf.components import COMPONENTS, component, field_value, lookup, network
+from dmf.components import COMPONENTS, component, field_value, network
 from dmf.data.pipeline import Pipeline
 from dmf.data.samples import ToSamples, sample_shape
 from dmf.data.sources import JoinedSource, Source, Unlabelled, open_source
@@ -42,7 +42,7 @@ def sampler(config: ConfigDict) -> Sampler:
     chosen = component("sampler", config.sampling.sampler, "sampling.sampler")
     if chosen.stochastic:
         named = config.objective.get("interpolant", "linear")
-        path = lookup(COMPONENTS["interpolant"], named, "objective.interpolant")
+        path = field_value("interpolant", named, "objective.interpolant")
         chosen = dataclasses.replace(chosen, interpolant=path)
     return chosen
 

@@ -116,8 +116,9 @@ def _teacher(config: ConfigDict) -> Network | None:
         if not isinstance(made, DiT):
             return made
         return dataclasses.replace(
-            made, conditioning="flow", split_depth=None, pattern="split", learned_variance=False
-        )
+            made, conditioning="flow", split_depth=None, pattern="split",
+            embedded_times=DiT.embedded_times, learned_variance=False,
+        )  # fmt: skip
 
 
 def _encoder(config: ConfigDict) -> DinoV2 | None:

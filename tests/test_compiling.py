@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 
 import jax
@@ -213,7 +214,9 @@ def test_the_memory_of_tpus_is_what_libtpu_leaves_and_arguments_are_in_what_it_r
     assert set(found) == {"TPU v3", "TPU v5 lite", "TPU v5", "TPU v6 lite"}
     for kind, message in found.items():
         memory = chips.CHIPS[kind].memory / 2**30
-        assert f"exceeds available HBM ({memory:.2f}G)" in message
+        # Versions of libtpu differ by a hundredth.
+        told = re.search(r"exceeds available HBM \(([\d.]+)G\)", message)
+        assert float(told[1]) == pytest.approx(memory, abs=0.015)
         assert compiling._wanted(message) / 2**30 == pytest.approx(memory + 1, abs=0.02)
 
 

@@ -99,7 +99,10 @@ def assert_losses(metrics: Mapping[str, jax.Array], expected: Mapping[str, np.nd
         ("flow_matching_loss", "fm_p_loss", 1),
         ("mean_flow_loss", "mf_p_loss", 1),
     ):
-        np.testing.assert_allclose(scale * metrics[ours], expected[theirs], 1e-5, err_msg=ours)
+        # A loss is a sum of terms of order one that cancel, each rounded to 1e-7.
+        np.testing.assert_allclose(
+            scale * metrics[ours], expected[theirs], 1e-5, 1e-6, err_msg=ours
+        )
 
 
 def assert_gradients(name: str, gradients: Params, golden: gv.Golden, prefix: str) -> None:
