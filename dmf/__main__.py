@@ -43,11 +43,11 @@ def main() -> None:
         sys.exit(2)
     keep_compiled()
     module = importlib.import_module(f"dmf.cli.{verb}")
-    from dmf.cli import STOPPED, quiet, run
+    from dmf.cli import quiet, run
 
     code = run(module.main, verb, rest)
     if code and "dmf.hosts" in sys.modules:
-        sys.modules["dmf.hosts"].leave(code, stopped=code == STOPPED)
+        sys.modules["dmf.hosts"].leave(code)
     # What background threads of a failed run still say while the process ends was said already.
     quiet()
     sys.exit(code)

@@ -178,7 +178,7 @@ class Checkpoints:
             aside.mkdir(parents=True, exist_ok=True)
             count = len(list(aside.glob(f"{step}*")))
             (self._directory / str(step)).rename(aside / f"{step}{f'.{count}' if count else ''}")
-        hosts.gathered(True)
+        hosts.wait_for_all(f"{step} set aside")
         self._manager.reload()
 
     def finish(self) -> None:

@@ -33,7 +33,7 @@ from dmf.references import (
 )
 from dmf.sharding import local_mesh
 from dmf.statistics import Statistics, write_npz
-from dmf.surveys import ImagesOf, Surveyor, claimed, wait_for_all
+from dmf.surveys import ImagesOf, Surveyor, claimed
 from dmf.typing import InputError
 
 _FROZEN = ("inception", "dinov2")

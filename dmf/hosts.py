@@ -27,7 +27,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from dmf import logs
-from dmf.typing import InputError, Lost, RunError
+from dmf.typing import InputError, Lost, RunError, Stopped
 
 # Each process shows a sign of life so often; after so long without one it counts as lost.
 BEAT_SECONDS = 5
@@ -48,7 +48,7 @@ _FAILED = " failed"
 _leaving = threading.Event()
 # How many processes there are by those who may have started them, where JAX knows the way they find
 # each other by other variables alone.
-_COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+COUNTS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
 # How a message of the runtime begins.
 _STATUS = re.compile("[A-Z_]+: ")
 # What collectives and the coordination service say then.
@@ -113,7 +113,7 @@ def join(coordinator: str = "", processes: int = 0, process: int = -1) -> None:
 
 def _check_alone() -> None:
     """Raises InputError where the environment says that this is one of several processes."""
-    for name in _COUNTS:
+    for name in COUNTS:
         count = os.environ.get(name, "1")
         if count.isdigit() and int(count) > 1:
             raise InputError(f"{name}={count}: there are several processes, and JAX does not know "
@@ -209,6 +209,12 @@ def gathered(value: Any) -> list[Any]:
     padded = np.full(longest, ord(" "), np.uint8)
     padded[: len(mine)] = mine
     return [json.loads(bytes(row)) for row in multihost_utils.process_allgather(padded)]
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when all processes of the run are here."""
+    if not alone():
+        multihost_utils.sync_global_devices(name)
 
 
 def check_same(given: Mapping[str, Any]) -> None:
@@ -312,16 +318,16 @@ def runtime_errors() -> Iterator[None]:
         raise Lost(f"{_LOST} ({reason[:200]})") from None
 
 
-def leave(code: int, *, stopped: bool = False) -> None:
+def leave(code: int) -> None:
     """Ends a process of several that failed; the others hear of it, and end too.
 
     Args:
-      code: to exit with.
-      stopped: whether it was told to stop, as all of them were.
+      code: to exit with; after that of `Stopped` the others, told as well, may still be saving.
     """
     if not jax.distributed.is_initialized():
         return
     _leaving.set()
+    stopped = code == Stopped.exit_code
     mine, seconds = jax.process_index(), SAVE_SECONDS if stopped else LEAVE_SECONDS
     try:
         client = _show(mine, "stopped") if stopped else _show(mine, str(code), _FAILED)

@@ -18,24 +18,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from dmf import logs
+from dmf import hosts, logs
 from dmf.typing import InputError, RunError, Stopped
 
 LOG_FILE = "train.log"
 LOCK_FILE = ".sweep.lock"
 # How the log of a run that failed ends.
 FAILED = "dmf sweep: failed with exit code"
-# What a run that was told to stop, and has saved, exits with.
-SAVED = 75
 # What TPU chips are to Linux, before and since v5.
 TPUS = ("/dev/accel[0-9]*", "/dev/vfio/[0-9]*")
 # By these `jax.distributed` takes a process for one of several: under SLURM, Open MPI, Kubernetes,
 # or as JAX itself is told. What says which chips a TPU host has is not among them.
 OF_SEVERAL = frozenset({
     "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID",
-    "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK",
-    "OMPI_COMM_WORLD_LOCAL_RANK", "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR_ADDRESS",
-    "SLURM_STEP_NUM_TASKS", "PMI_SIZE",
+    "OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "KUBERNETES_SERVICE_HOST", "JAX_COORDINATOR_ADDRESS", *hosts.COUNTS,
 })  # fmt: skip
 POLL_SECONDS = 0.1
 SAY_SECONDS = 60.0
@@ -230,7 +227,7 @@ class Pool:
         self._ended += code == 0
         if code and not stopping:
             self.failures[job.name] = last_line(job.log)
-        if code not in (0, SAVED) and not stopping:
+        if code not in (0, Stopped.exit_code) and not stopping:
             note_failure(job.log, code)
         how = "stopped" if stopping else f"failed with exit code {code}"
         left = len(self._waiting) + len(self._running)

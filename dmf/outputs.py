@@ -22,7 +22,8 @@ from dmf.data.image_files import LABELS_FILES
 from dmf.data.image_sets import ARRAY
 from dmf.files import disk_errors, new_directory
 from dmf.generation import Generate, chunks
-from dmf.surveys import claimed, wait_for_all
+from dmf.hosts import wait_for_all
+from dmf.surveys import claimed
 from dmf.typing import InputError, RunError
 
 Part = tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]

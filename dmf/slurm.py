@@ -16,8 +16,8 @@ from typing import Any
 from etils import epath
 
 from dmf.files import read_json, write_json
-from dmf.launching import SAVED, Job, note_failure
-from dmf.typing import InputError, RunError
+from dmf.launching import Job, note_failure
+from dmf.typing import InputError, RunError, Stopped
 
 # Below the workdir of a sweep: what submitit writes, and which job has which run.
 FOLDER = "slurm"
@@ -51,7 +51,7 @@ class Task:
             )  # fmt: skip
         self.started = process.pid
         code = process.wait()
-        if code not in (0, SAVED):
+        if code not in (0, Stopped.exit_code):
             note_failure(self.job.log, code)
         if code:
             raise RunError(f"{self.job.name}: exit code {code}, see {self.job.log}")

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
@@ -22,6 +21,7 @@ from dmf import hosts, logs
 from dmf.features import Extractor
 from dmf.files import write_json
 from dmf.generation import Generated, chunks
+from dmf.hosts import wait_for_all
 from dmf.sharding import by_device, on_this_host
 from dmf.statistics import Statistics, read_statistics
 from dmf.typing import InputError, RunError
@@ -190,9 +190,3 @@ def claimed(folder: epath.Path, identity: Any) -> epath.Path:
         write_json(note, mine)
     wait_for_all(f"{folder} claimed")
     return folder
-
-
-def wait_for_all(name: str) -> None:
-    """Returns when all processes of the run are here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)

@@ -61,7 +61,7 @@ def claim(workdir: epath.Path, config: ConfigDict) -> None:
       InputError: another run is there, or the directory cannot be made; nothing is changed.
     """
     check_claim(workdir, config)
-    hosts.gathered(True)
+    hosts.wait_for_all("workdir checked")
     if hosts.first():
         write_json(workdir / CONFIG_FILE, _written(config))
 

@@ -34,7 +34,13 @@ class RunError(RuntimeError):
 
 
 class Stopped(RunError):
-    """A run was told to stop, and has saved; the same command goes on."""
+    """A run was told to stop, and has saved; the same command goes on.
+
+    Attributes:
+      exit_code: of a process that ends so: what sysexits.h calls a temporary failure.
+    """
+
+    exit_code = 75
 
 
 class Lost(RunError):

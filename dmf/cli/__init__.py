@@ -17,9 +17,6 @@ from ml_collections import ConfigDict, config_flags
 
 from dmf.typing import InputError, RunError, Stopped
 
-# What sysexits.h calls a temporary failure: to be tried again.
-STOPPED = 75
-
 
 def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequence[str]) -> int:
     """Calls a verb; the exit code is 0, 1 for a failed run, 2 for input that cannot be used, 75
@@ -30,7 +27,7 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
         except (InputError, flags.Error) as error:
             return _fail(verb, str(error), 2)
         except Stopped as error:
-            return _fail(verb, str(error), STOPPED)
+            return _fail(verb, str(error), error.exit_code)
         except RunError as error:
             return _fail(verb, str(error), 1)
         except OSError as error:
