@@ -349,4 +349,4 @@ class Evaluator:
             write(path, *what)
             if self._folder.exists():
                 self._folder.rmtree()
-        wait_for_all(f"{path} written")
+        hosts.wait_for_all(f"{path} written")
