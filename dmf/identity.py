@@ -2,7 +2,7 @@
 
 `differentiated` is the formula as it stands: `jax.jvp` of the flow map, differentiated once more by
 whoever takes a gradient. `linearized_once` does no part of it twice: the encoder's output serves
-the conditional velocity of the guidance, u and du/dt, and one linearization of the network, in
+the conditional velocity of the guidance, u and du/dt, and one linearization of the encoder, in
 reverse, serves the gradient and, transposed, the tangent.
 """
 
@@ -134,9 +134,11 @@ def _linearize(
 ) -> tuple[tuple[Images, Images, Images], Any]:
     """(u, v_g, du/dt), and the pullbacks of encoder and decoder.
 
-    A pullback is a linear map; transposed it pushes tangents forward. Asking for the tangent in
-    any other way, by `jax.jvp` or `jax.linearize`, keeps a second set of what the backward pass
-    needs. The part of a pullback that goes to the parameters is left out, as they do not move.
+    The encoder runs before it is known which way the tangent goes. Its pullback is a linear map;
+    transposed it pushes tangents forward. Asking for the tangent in any other way, by `jax.jvp` or
+    `jax.linearize`, keeps a second set of what the backward pass needs. The part of the pullback
+    that goes to the parameters is left out, as they do not move. The decoder gives value and
+    tangent in one pass, so that remat recomputes nothing of it for the tangent.
     """
     encode = lambda params, x_t, t: network.encode(params, x_t, t, y)  # noqa: E731
     hidden, to_inputs = jax.vjp(encode, params, x_t, t)
@@ -146,9 +148,11 @@ def _linearize(
     transposed = jax.linear_transpose(lambda cotangent: to_inputs(cotangent)[1:], hidden)
     (along,) = transposed((own if along_own else v_g, jnp.ones_like(t)))
 
-    decode = lambda params, hidden, r: network.decode(params, hidden, r, y)  # noqa: E731
-    u, to_hidden = jax.vjp(decode, params, hidden, r)
-    (du_dt,) = jax.linear_transpose(lambda cotangent: to_hidden(cotangent)[1], u)(along)
+    def decode(params: Params, hidden: Any, r: Times) -> tuple[Images, Images]:
+        flow_map = lambda hidden, r: network.decode(params, hidden, r, y)  # noqa: E731
+        return jax.jvp(flow_map, (hidden, r), (along, jnp.zeros_like(r)))
+
+    u, to_hidden, du_dt = jax.vjp(decode, params, hidden, r, has_aux=True)
     return (u, v_g, du_dt), (to_inputs, to_hidden)
 
 

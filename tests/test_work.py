@@ -12,10 +12,9 @@ import pytest
 from dmf.draws import DecoupledDraws
 from dmf.guidance import (
     DrawnGuidance,
-    NoGuidance,
+    GuidedVelocity,
     SelfGuidance,
     TeacherGuidance,
-    guided_velocity,
 )
 from dmf.identity import Point, differentiated, linearized_once
 from dmf.models.dit import DiT
@@ -213,7 +212,7 @@ def test_a_gradient_of_the_shared_form_reaches_inputs_too():
 
     def total(form, x_t, t, r):
         point = Point(x_t, v, t, r, batch.y, jnp.zeros(COUNT, bool))
-        guided = guided_velocity(NoGuidance(), t, point.dropped, v, None)
+        guided = GuidedVelocity(v, jnp.full(COUNT, 0.5))
         return jnp.sum(form(model, params, point, guided).u ** 2)
 
     expected, ours = (
