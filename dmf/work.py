@@ -25,8 +25,8 @@ class Work:
 
     Attributes:
       shared: the guidance of the flow-matching half takes the prediction for the network's own
-        velocity, and the MeanFlow half is linearized once (`dmf.identity`). Off, each formula is
-        computed as it stands.
+        velocity, and the encoder of the MeanFlow half runs once (`dmf.identity`). Off, each
+        formula is computed as it stands.
       null_parts: into how many parts the unconditional passes of the guidance are cut, those of
         both halves of Decoupled MeanFlow together. Samples that need one come first, and parts
         without any are skipped (their label is dropped, or t lies outside the interval). 0 makes

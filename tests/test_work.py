@@ -203,7 +203,8 @@ def test_parts_divide_the_rows():
         Work(null_parts=-1)
 
 
-def test_a_gradient_of_the_shared_form_reaches_inputs_too():
+@pytest.mark.parametrize("kappa", [None, 0.5], ids=["unguided", "guided"])
+def test_a_gradient_of_the_shared_form_reaches_inputs_too(kappa):
     """x_t, t and r as well as the parameters; as `jax.jvp` differentiated does."""
     model, params = network_of("decoupled")
     batch = batch_of(model.sample_shape)
@@ -212,7 +213,7 @@ def test_a_gradient_of_the_shared_form_reaches_inputs_too():
 
     def total(form, x_t, t, r):
         point = Point(x_t, v, t, r, batch.y, jnp.zeros(COUNT, bool))
-        guided = GuidedVelocity(v, jnp.full(COUNT, 0.5))
+        guided = GuidedVelocity(v, kappa if kappa is None else jnp.full(COUNT, kappa))
         return jnp.sum(form(model, params, point, guided).u ** 2)
 
     expected, ours = (
