@@ -61,7 +61,7 @@ def tangent(direction: str = "guided") -> ConfigDict:
 
 def work() -> ConfigDict:
     """How losses are computed, at no change of their values: see dmf/work.py."""
-    return ConfigDict({"shared": True, "null_parts": 1})
+    return ConfigDict({"shared": True, "null_parts": 0})
 
 
 def flow_matching(

@@ -10,8 +10,8 @@ How a loss is computed is a choice of its own that changes no number: `dmf.work`
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from dmf.flow import LINEAR, Interpolant
 from dmf.guidance import DrawnGuidance, Guidance, GuidedVelocity, NoGuidance, SelfGuidance
 from dmf.identity import Point, no_gradient
 from dmf.tangents import Tangent, root_mean_square
+from dmf.terms import Objective, Summed, Term
 from dmf.times import LogitNormal, OrderedPair, TimeSampler
 from dmf.typing import (
     Batch,
@@ -36,41 +37,6 @@ from dmf.typing import (
 )
 from dmf.weighting import Adaptive, Cauchy, Uniform, Weighting
 from dmf.work import Work
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """Draws, then losses. One that is derived from this needs `draw`, `loss` and `flops` alone.
-
-    Attributes:
-      learned_variance: whether the network needs its log-variance head.
-      alignment: whether batches need features to align with.
-      needs_teacher: whether `frozen` must hold a teacher, of the network `teacher`.
-    """
-
-    learned_variance: bool = False
-    alignment: bool = False
-    needs_teacher: bool = False
-
-    def draw(
-        self, key: PRNGKey, batch: Batch, step: jax.Array | None = None
-    ) -> Draws | DecoupledDraws:
-        """What is random in a loss, and what depends on the step of training; without a step,
-        as after any warm-up."""
-        ...
-
-    def loss(
-        self,
-        network: Network,
-        params: Params,
-        batch: Batch,
-        draws: Draws | DecoupledDraws,
-        frozen: Mapping[str, Params],
-    ) -> tuple[PerSample, Metrics]: ...
-
-    def flops(self, network: Network) -> float:
-        """What a sample's loss and gradient take at least, with nothing computed twice."""
-        ...
 
 
 def squared_error(prediction: Images, target: Images) -> PerSample:
@@ -227,7 +193,7 @@ class MeanFlow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoupledMeanFlow:
+class DecoupledMeanFlow(Summed):
     """Half flow matching, half MeanFlow, each on the whole batch (arXiv:2510.24474).
 
     Attributes:
@@ -280,14 +246,14 @@ class DecoupledMeanFlow:
         return DecoupledDraws(Draws(noises[0], t, t, dropped, *more),
                               Draws(noises[1], *pair, dropped, *more))
 
-    def loss(
+    def terms(
         self,
         network: Network,
         params: Params,
         batch: Batch,
         draws: DecoupledDraws,
         frozen: Mapping[str, Params],
-    ) -> tuple[PerSample, Metrics]:
+    ) -> list[Term]:
         null = network.num_classes
         looks = [point_of(self.interpolant, batch, look, null) for look in draws]
         if self.guidance.teacher:
@@ -296,18 +262,17 @@ class DecoupledMeanFlow:
             source = no_gradient(network, params)
         guides = self.work.guides(self.guidance, source, looks, null)
 
-        x_t, _, t, _, y, *_ = looks[0]
-        u = network.apply(params, x_t, t, t, y)
-        conditional = u if self.work.shared or guides[0].kappa is None else source(x_t, t, t, y)
-        error = squared_error(u, guides[0].at(conditional))
-        metrics = {"flow_matching_error": error / _size(batch.x)}
-        metrics |= bins.binned("flow_matching_error", error / _size(batch.x), self.bins, t)
-        phi = _phi(self, "flow_matching", network, params, t, t, metrics)
-        flow_matching = self.weighting(error, _size(batch.x), phi)
+        def half(loss: Callable[..., tuple[PerSample, Metrics]], name: str) -> Callable[..., Any]:
+            def halved(params: Params, point: Point, guided: GuidedVelocity) -> Any:
+                losses, metrics = loss(self, network, params, point, guided)
+                return losses / 2, metrics | {name: losses}
 
-        mean_flow, more = _mean_flow_loss(self, network, params, looks[1], guides[1])
-        metrics |= more | {"flow_matching_loss": flow_matching, "mean_flow_loss": mean_flow}
-        return (flow_matching + mean_flow) / 2, metrics
+            return halved
+
+        return [
+            Term(half(_flow_matching_loss, "flow_matching_loss"), (looks[0], guides[0])),
+            Term(half(_mean_flow_loss, "mean_flow_loss"), (looks[1], guides[1])),
+        ]
 
     def flops(self, network: Network) -> float:
         """Forward and backward of both halves (6), the tangent, and the guidance of both."""
@@ -350,6 +315,25 @@ def _phi(
     phi = network.log_variance(params, t, r)
     metrics[f"{half}_log_variance"] = phi
     return phi
+
+
+def _flow_matching_loss(
+    objective: DecoupledMeanFlow,
+    network: Network,
+    params: Params,
+    point: Point,
+    guided: GuidedVelocity,
+) -> tuple[PerSample, Metrics]:
+    x_t, _, t, _, y, *_ = point
+    u = network.apply(params, x_t, t, t, y)
+    conditional = u
+    if guided.kappa is not None and not objective.work.shared:
+        conditional = no_gradient(network, params)(x_t, t, t, y)
+    error, size = squared_error(u, guided.at(conditional)), _size(u)
+    metrics = {"flow_matching_error": error / size}
+    metrics |= bins.binned("flow_matching_error", error / size, objective.bins, t)
+    phi = _phi(objective, "flow_matching", network, params, t, t, metrics)
+    return objective.weighting(error, size, phi), metrics
 
 
 def _mean_flow_loss(

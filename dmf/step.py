@@ -21,12 +21,17 @@ from dmf.sharding import (
 )
 from dmf.skipping import counts, unless
 from dmf.state import TrainState
+from dmf.terms import mean_gradient, terms_of
 from dmf.typing import Batch, Metrics, Network, Params, PRNGKey
 
 # Folded into the key of a step for what its rows become; its draws split that key.
 _ROWS = 2**31 - 1
 # Of an image, along each side of what one latent of the published autoencoders stands for.
 PIXELS = 8
+
+# XLA orders a program for a CPU so that small operations may run side by side. A step's are large,
+# and in that order two to three times the memory is taken.
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
 
 FrozenParams = Mapping[str, Params]
 Step = Callable[[TrainState, Batch, FrozenParams, PRNGKey], tuple[TrainState, Metrics]]
@@ -43,19 +48,15 @@ def initial_state(recipe: Recipe, key: PRNGKey, pretrained: Params) -> TrainStat
 
 
 def _mean_gradient(recipe: Recipe) -> Callable[..., Any]:
-    """(params, batch, draws, frozen) -> mean gradient and mean metrics, a part at a time."""
+    """(params, batch, draws, frozen) -> mean gradient and mean metrics, a part of the batch and a
+    term of the loss at a time."""
     parts, network = recipe.accumulation, recipe.freeze.seen(recipe.network)
-
-    def loss(params: Params, batch: Batch, draws: Any, frozen: Any) -> tuple[jax.Array, Metrics]:
-        params = recipe.freeze.held(params)
-        losses, metrics = recipe.objective.loss(network, params, batch, draws, frozen)
-        means = {name: jnp.mean(each, axis=0) for name, each in {**metrics, "loss": losses}.items()}
-        return jnp.mean(losses), means
 
     def gradient(params: Params, batch: Batch, draws: Any, frozen: Any) -> Any:
         if recipe.alignment is not None:
             batch = recipe.alignment.of_batch(frozen["alignment"], batch)
-        return jax.grad(loss, has_aux=True)(params, batch, draws, frozen)
+        terms = terms_of(recipe.objective, network, params, batch, draws, frozen)
+        return mean_gradient(terms, params, recipe.freeze.held)
 
     if parts == 1:
         return gradient
@@ -138,6 +139,7 @@ def training_step(recipe: Recipe, where: TrainState) -> Step:
         in_shardings=(where, batch_sharding(mesh), None, replicated(mesh)),
         out_shardings=(where, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=_COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
 
 

@@ -117,6 +117,11 @@ class Network(Protocol):
         ...
 
     @property
+    def recomputes(self) -> bool:
+        """Whether a backward pass computes all of the forward pass again, for want of memory."""
+        ...
+
+    @property
     def flops(self) -> Flops:
         """Of one sample, counting 2 for a multiply-add."""
         ...

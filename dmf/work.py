@@ -34,7 +34,7 @@ class Work:
     """
 
     shared: bool = True
-    null_parts: int = 1
+    null_parts: int = 0
 
     def __post_init__(self):
         if self.null_parts < 0:
@@ -49,8 +49,12 @@ class Work:
         guided: GuidedVelocity,
         tangent: Tangent,
     ) -> Identity:
-        """The MeanFlow identity along a guided velocity. A difference of values shares nothing."""
-        once = self.shared and not tangent.difference
+        """The MeanFlow identity along a guided velocity.
+
+        A difference of values shares nothing; and where a backward pass computes the encoder
+        again, its one linearization is no less than the two of the plain form.
+        """
+        once = self.shared and not (tangent.difference or network.recomputes)
         form = linearized_once if once else differentiated
         return form(network, params, point, guided, tangent)
 

@@ -15,7 +15,7 @@ LAYERS = (
         {"collectives"}, {"files"}, {"sweeping"}, {"figures"},
     ),
     (
-        {"objectives", "draws", "work", "identity", "tangents", "guidance", "weighting",
+        {"objectives", "terms", "draws", "work", "identity", "tangents", "guidance", "weighting",
          "samplers"},
         {"models", "encoders"},
     ),

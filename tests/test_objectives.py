@@ -40,6 +40,7 @@ class Linear:
     num_classes: int = 2
     sample_shape: tuple[int, int, int] = (2, 2, 3)
     encoder_depth: int = 1
+    recomputes: bool = False
 
     @property
     def flops(self):

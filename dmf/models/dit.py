@@ -193,6 +193,11 @@ class DiT:
         return 0 if self.conditioning == "meanflow" else len(list(blocks_of_t))
 
     @property
+    def recomputes(self) -> bool:
+        """Whether remat is full."""
+        return self.remat == "full"
+
+    @property
     def flops(self) -> Flops:
         """Of one sample: 2 for each multiply-add of the products of matrices.
 
@@ -200,12 +205,10 @@ class DiT:
         not belong to the flow map, are left out.
         """
         width, length = self.width, (self.input_size // self.patch_size) ** 2
-        linears = 2 * width**2 * (4 + 2 * self.mlp_ratio) * length
-        attention = 4 * width * length**2
-        block = linears + attention + 2 * 6 * width**2
+        linears, modulation = 2 * width**2 * (4 + 2 * self.mlp_ratio) * length, 12 * width**2
+        block = linears + 4 * width * length**2 + modulation
         patches = 2 * width * length * self.patch_size**2 * self.channels
-        times = 2 * (256 + width) * width
-        early = self.encoder_depth
+        early, times = self.encoder_depth, 2 * (256 + width) * width
         return Flops(
             encode=patches + early * block + (times if early else 0),
             decode=patches + (self.depth - early) * block + times + 2 * 2 * width**2,
@@ -213,16 +216,14 @@ class DiT:
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters in float32: a nested dictionary, block parameters stacked by depth."""
-        x = jnp.zeros((1, *self.sample_shape))
-        t = jnp.zeros((1,))
+        x, t = jnp.zeros((1, *self.sample_shape)), jnp.zeros((1,))
         y = jnp.zeros((1,), jnp.int32)
         return _Transformer(self).init(key, x, t, t, y, method="everything")["params"]
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Condition) -> Images:
         """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t."""
         self._check_input(x_t)
-        u = _Transformer(self).apply({"params": params}, x_t, t, r, y)
-        return u.astype(x_t.dtype)
+        return _Transformer(self).apply({"params": params}, x_t, t, r, y).astype(x_t.dtype)
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Condition) -> Hidden:
         """The part of the network that r plays no part in."""
@@ -239,9 +240,8 @@ class DiT:
     ) -> tuple[Images, Features]:
         """u, and the tokens after block `alignment_depth`, projected, in float32."""
         self._check_input(x_t)
-        u, projected = _Transformer(self).apply(
-            {"params": params}, x_t, t, r, y, method="with_features"
-        )
+        transformer, variables = _Transformer(self), {"params": params}
+        u, projected = transformer.apply(variables, x_t, t, r, y, method="with_features")
         return u.astype(x_t.dtype), projected.astype(jnp.float32)
 
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:

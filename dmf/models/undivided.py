@@ -16,6 +16,7 @@ class Undivided:
     `dmf.work` would have shared."""
 
     encoder_depth = 0
+    recomputes = False
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Condition) -> Whole:
         """x_t and t as they are."""
