@@ -30,7 +30,7 @@ _BATCH = flags.DEFINE_integer("batch", 16, "samples a device")
 _SCAN = flags.DEFINE_list("scan", ["1", "0"], "1 is scanned, 0 unrolled")
 _REMAT = flags.DEFINE_list("remat", ["dots"], "none, dots, full")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "implementations of attention")
-_WORK = flags.DEFINE_list("work", ["shared"], "plain, shared, and sharedN: null_parts=N")
+_WORK = flags.DEFINE_list("work", ["shared"], "plain, shared; sharedN: null_parts=N")
 _OUTPUT = flags.DEFINE_string("output", "", "a .json file; the table goes into a .md beside it")
 
 

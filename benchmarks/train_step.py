@@ -42,7 +42,7 @@ _OBJECTIVE = flags.DEFINE_enum("objective", "decoupled_mean_flow",
                                OBJECTIVES, "what is minimised")
 _BATCH = flags.DEFINE_list("batch", ["8"], "batch sizes")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "of the computation")
-_WORK = flags.DEFINE_list("work", ["plain", "shared"], "plain, shared, and sharedN: null_parts=N")
+_WORK = flags.DEFINE_list("work", ["plain", "shared"], "plain, shared; sharedN: null_parts=N")
 _SCAN = flags.DEFINE_list("scan", ["1", "0"], "1 is scanned, 0 unrolled")
 _REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "what is recomputed")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "implementations of attention")

@@ -18,7 +18,7 @@ class Variant(NamedTuple):
       scan: whether the blocks are scanned, or unrolled.
       remat: what the backward pass recomputes.
       attention: which implementation.
-      work: "plain", "shared", or "sharedN" for null_parts=N; "-" where there is no choice.
+      work: "plain" or "shared", with a number for null_parts; "-" where there is no choice.
     """
 
     batch: int
@@ -69,8 +69,8 @@ def config_of(
     model.update(dtype=dtype, scan=variant.scan, remat=variant.remat,
                  attention=variant.attention)
     if "work" in config.objective:
-        shared = variant.work != "plain"
-        parts = variant.work.removeprefix("shared") or "1"
-        config.objective.work.update(shared=shared, null_parts=int(parts) if shared else 0)
+        shared = variant.work.startswith("shared")
+        parts = variant.work.removeprefix("shared" if shared else "plain") or "0"
+        config.objective.work.update(shared=shared, null_parts=int(parts))
     config.data.batch_size = variant.batch
     return config

@@ -3,7 +3,8 @@
 `differentiated` is the formula as it stands: `jax.jvp` of the flow map, differentiated once more by
 whoever takes a gradient. `linearized_once` does no part of it twice: the encoder's output serves
 the conditional velocity of the guidance, u and du/dt, and one linearization of the encoder, in
-reverse, serves the gradient and, transposed, the tangent.
+reverse, serves the gradient and, transposed, the tangent. Where the backward pass keeps nothing of
+the encoder but computes it again, there is nothing to share, and the first form is no dearer.
 """
 
 import functools
@@ -138,7 +139,7 @@ def _linearize(
     transposed it pushes tangents forward. Asking for the tangent in any other way, by `jax.jvp` or
     `jax.linearize`, keeps a second set of what the backward pass needs. The part of the pullback
     that goes to the parameters is left out, as they do not move. The decoder gives value and
-    tangent in one pass, so that remat recomputes nothing of it for the tangent.
+    tangent in one pass.
     """
     encode = lambda params, x_t, t: network.encode(params, x_t, t, y)  # noqa: E731
     hidden, to_inputs = jax.vjp(encode, params, x_t, t)

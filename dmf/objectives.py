@@ -5,6 +5,7 @@ An objective draws its randomness in one place, `draw(key, batch)`, and computes
 metrics. A loss is therefore a pure function of its inputs, and no sample sees another.
 With bins there are metrics of arrays a sample too, see `dmf.bins`.
 `frozen` holds parameters that are not trained; {"teacher": ...} where the guidance asks for one.
+Decoupled MeanFlow gives `terms`, of which its loss is the sum, see `dmf.terms`.
 
 How a loss is computed is a choice of its own that changes no number: `dmf.work`.
 """

@@ -31,7 +31,7 @@ PIXELS = 8
 
 # XLA orders a program for a CPU so that small operations may run side by side. A step's are large,
 # and in that order two to three times the memory is taken.
-_COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_concurrency_optimized_scheduler": False}}
+_COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 FrozenParams = Mapping[str, Params]
 Step = Callable[[TrainState, Batch, FrozenParams, PRNGKey], tuple[TrainState, Metrics]]

@@ -27,10 +27,9 @@ class Work:
       shared: the guidance of the flow-matching half takes the prediction for the network's own
         velocity, and the encoder of the MeanFlow half runs once (`dmf.identity`). Off, each
         formula is computed as it stands.
-      null_parts: into how many parts the unconditional passes of the guidance are cut, those of
-        both halves of Decoupled MeanFlow together. Samples that need one come first, and parts
-        without any are skipped (their label is dropped, or t lies outside the interval). 0 makes
-        a pass for each half.
+      null_parts: 0 makes an unconditional pass for each half of Decoupled MeanFlow, 1 one for
+        both. More cut that one into parts; samples that need such a velocity come first, and
+        parts without any are skipped (their label is dropped, or t lies outside the interval).
     """
 
     shared: bool = True
