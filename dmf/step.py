@@ -30,7 +30,7 @@ _ROWS = 2**31 - 1
 PIXELS = 8
 
 # XLA orders a program for a CPU so that small operations may run side by side. A step's are large,
-# and in that order two to three times the memory is taken.
+# and in that order up to twice the memory is taken.
 _COMPILER_OPTIONS = {"cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}}
 
 FrozenParams = Mapping[str, Params]

@@ -50,8 +50,8 @@ class Work:
     ) -> Identity:
         """The MeanFlow identity along a guided velocity.
 
-        A difference of values shares nothing; and where a backward pass computes the encoder
-        again, its one linearization is no less than the two of the plain form.
+        A difference of values shares nothing; nor does an encoder that a backward pass computes
+        again, of which no linearization is kept.
         """
         once = self.shared and not (tangent.difference or network.recomputes)
         form = linearized_once if once else differentiated
