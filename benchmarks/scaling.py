@@ -86,7 +86,7 @@ BESIDE = (
 )
 # Memory that "none" takes of XL/2 for a sample of 256 tokens: where even this is too much, it is
 # not compiled.
-NONE_TAKES = 1.5 * GIB
+NONE_TAKES = 0.8 * GIB
 
 
 def planned(known: dict[str, Any]) -> Iterator[Case]:

@@ -33,6 +33,9 @@ CHECKPOINTS = "checkpoints"
 DAMAGED = "damaged"
 LIVE = "params"
 _CHECKSUMS = "checksums"
+# Of an array that several devices hold each writes a part, cut by a program of its own. Smaller
+# parts than this, in bytes, take longer to compile for than to write whole.
+_LEAST_PART = 2**20
 
 
 def run_of(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
@@ -79,6 +82,17 @@ def _by_itself() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
+def _writing() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
+    """How the parts of a state are written."""
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    )
+    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    handlers.add(None, ocp.args.PyTreeSave, handler)
+    return handlers
+
+
 class Checkpoints:
     """The checkpoints of one run, written in the background, the oldest dropped."""
 
@@ -100,7 +114,9 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         with disk_errors(self._directory):
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = ocp.CheckpointManager(
+                self._directory, options=options, handler_registry=_writing()
+            )
 
     @property
     def latest_step(self) -> int | None:
@@ -115,7 +131,7 @@ class Checkpoints:
         """
         trees = _trees(state)
         checksums = {name: intact.checksums(tree) for name, tree in trees.items()}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
         items["position"] = ocp.args.JsonSave({"format": FORMAT, **position})
         items[_CHECKSUMS] = ocp.args.JsonSave(checksums)
         with disk_errors(self._directory / str(step)):

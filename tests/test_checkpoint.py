@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
-from dmf import checkpoint, loading
+from dmf import checkpoint, intact, loading
 from dmf.checkpoint import Checkpoints, restore_params
 from dmf.files import new_directory
 from dmf.intact import fingerprint
@@ -60,6 +60,29 @@ def test_every_item_restores_with_orbax_alone(saved):
         same(reader.restore(folder / "average_slow"), state(5).averages["slow"])
     position = json.loads((folder / "position/metadata").read_text())
     assert position == {"format": 1, "step": 5, "rows": 80}
+
+
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.mark.parametrize(("values", "programs"), [(1024, 0), (8 * 2**18, len(jax.devices()))])
+def test_only_large_arrays_are_cut_to_be_saved(tmp_path, values, programs):
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
+    small = jax.device_put(jnp.ones(8), everywhere)
+    params = {"kernel": jax.device_put(jnp.arange(float(values)), everywhere)}
+    now = TrainState(small, params, {"moment": small}, {})
+    for tree in (now.params, now.optimizer):
+        intact.checksums(tree)
+    compiled = []
+    listen = lambda event, seconds, **_: compiled.append(event)  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(1, now, {})
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert compiled.count(COMPILED) == programs
+    same(restore_params(tmp_path, abstract(params)), params)
 
 
 @pytest.mark.parametrize(("average", "wanted"), [

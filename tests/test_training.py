@@ -17,6 +17,7 @@ from dmf import state as states
 from dmf.objectives import FlowMatching
 from dmf.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
 from dmf.step import initial_state, training_step
+from dmf.terms import terms_of
 from dmf.typing import InputError
 
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
@@ -277,6 +278,14 @@ def test_parts_that_do_not_go_together_are_refused(tmp_path, fields, named):
     with pytest.raises(InputError, match=named):
         training.train(tiny.flow_map(fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_traces_its_step_once(tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setattr("dmf.step.terms_of", lambda *args: traced.append(1) or terms_of(*args))
+    for steps in (1, 2):
+        training.train(tiny.config({"run.steps": steps}), tmp_path)
+        assert len(traced) == steps
 
 
 def test_runs_of_other_seeds_find_the_step_compiled():
