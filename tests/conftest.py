@@ -17,6 +17,8 @@ FLAGS = (
     "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    # Each core has a test process of its own.
+    "--xla_cpu_parallel_codegen_split_count=1",
     os.environ.get("XLA_FLAGS", ""),
 )
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
