@@ -115,7 +115,10 @@ class Examiner:
 
 
 class Profile:
-    """Traces some steps of a run, for XProf or Perfetto, into `profile/` below the workdir."""
+    """Traces some steps of a run, for XProf or Perfetto, into `profile/` below the workdir.
+
+    Of steps that a resumed run is amid, those that are left; if it is past them it says so.
+    """
 
     def __init__(self, steps: str, workdir: epath.Path):
         """Takes note of what to trace.
@@ -139,9 +142,13 @@ class Profile:
 
     def before(self, step: int) -> None:
         """To be called before each step."""
-        if step == self._first:
+        if step > self._last > 0:
+            hosts.say(f"profile={self._first}:{self._last}: the run is at step {step}, past them; "
+                      "nothing is traced")
+            self._last = 0
+        if self._first <= step <= self._last and not self._tracing:
             jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
+            self._first, self._tracing = step, True
 
     def after(self, step: int, outputs: Any) -> None:
         """To be called after each step, with what it gave."""
@@ -149,6 +156,7 @@ class Profile:
             jax.block_until_ready(outputs)
             self.close()
             hosts.say(f"steps {self._first} to {self._last} are traced in {self._folder}")
+            self._last = 0
 
     def close(self) -> None:
         """Ends a trace that is under way."""

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax.numpy as jnp
 import pytest
 import tiny
 from etils import epath
@@ -82,3 +83,19 @@ def test_what_cannot_be_evaluated_is_found_before_training(tmp_path, fields, mes
     with pytest.raises(InputError, match=message):
         train(tiny.config({"evaluation.every": 2} | fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("start", "traced", "said"), [
+    (1, True, "steps 2 to 3 are traced in"),
+    (3, True, "steps 3 to 3 are traced in"),
+    (4, False, "profile=2:3: the run is at step 4, past them; nothing is traced"),
+])
+def test_steps_are_traced_as_far_as_they_are_left(tmp_path, capsys, start, traced, said):
+    profile = monitoring.Profile("2:3", epath.Path(tmp_path))
+    for step in range(start, 6):
+        profile.before(step)
+        profile.after(step, jnp.ones(2) * step)
+    profile.close()
+    assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
