@@ -3,7 +3,7 @@
     dmf train --config=configs/dmf_xl2_512.py --workdir=runs/dmf_xl2_512
 
 `--config.init.checkpoint=DIR` names the flow model. Measured without guidance at sampling, latents
-decoded with sd-vae-ft-ema. On 16 TPU v5e add `--config.accumulation=4`, on 16 v6e or 4 v5p
+decoded with sd-vae-ft-ema. As it stands it fits 16 TPU v6e or 4 v5p; on 16 v5e add
 `--config.accumulation=2`, on 256 v5e `--config.mesh.slices=16` (docs/scaling.md).
 """
 

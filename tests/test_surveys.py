@@ -65,11 +65,12 @@ def test_to_the_bit_on_any_number_of_devices(tmp_path):
 def test_parts_change_no_more_than_rounding(tmp_path):
     parts = [survey(tmp_path / str(n), part_size=n) for n in (1, 17, 100)]
     assert len(list((tmp_path / "17").iterdir())) == 3, "17 images are 18 in chunks of 3"
+    scatter = parts[0].moments["pool3"].scatter
     for other in parts[1:]:
         np.testing.assert_array_equal(other.features("pool3"), parts[0].features("pool3"))
-        np.testing.assert_allclose(
-            other.moments["pool3"].scatter, parts[0].moments["pool3"].scatter, rtol=1e-12
-        )
+        # What cancels leaves the rounding of what was large.
+        np.testing.assert_allclose(other.moments["pool3"].scatter, scatter, rtol=1e-12,
+                                   atol=1e-14 * np.abs(scatter).max())  # fmt: skip
 
 
 @pytest.mark.parametrize("devices", [1, 8])
