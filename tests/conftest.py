@@ -1,6 +1,7 @@
 """How tests run: on eight CPU devices, with no silent broadcasting, and with the annotated shapes
 and types of `dmf` checked at every call."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -34,6 +35,8 @@ import jax
 import jaxtyping
 import pytest
 
+# Programs live as long as a test session. Looking through them for garbage takes a twentieth of it.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jaxtyping.install_import_hook("dmf", "beartype.beartype")
 

@@ -161,7 +161,9 @@ def drawn_flow_map(fields):
     return config
 
 
-@pytest.mark.parametrize("make", [tiny.config, drawn_flow_map])
+@pytest.mark.parametrize("make", [
+    pytest.param(tiny.config, marks=pytest.mark.slow), drawn_flow_map,
+])
 def test_accumulation_changes_nothing(make, tmp_path):
     runs = {
         "whole": {},

@@ -155,8 +155,8 @@ def test_a_loss_of_its_own_is_the_only_term():
 @pytest.mark.parametrize(
     ("scan", "remat"),
     [
-        (True, "none"),
         (True, "dots"),
+        pytest.param(True, "none", marks=pytest.mark.slow),
         pytest.param(True, "full", marks=pytest.mark.slow),
         pytest.param(False, "none", marks=pytest.mark.slow),
         pytest.param(False, "dots", marks=pytest.mark.slow),
