@@ -4,7 +4,8 @@
 
 `--config.init.checkpoint=DIR` names the flow model. Measured without guidance at sampling, latents
 decoded with sd-vae-ft-ema. As it stands it fits 16 TPU v6e or 4 v5p; on 16 v5e add
-`--config.accumulation=2`, on 256 v5e `--config.mesh.slices=16` (docs/scaling.md).
+`--config.accumulation=2`, on 256 v5e `--config.mesh.slices=16 --config.model.remat=none`
+(docs/scaling.md).
 """
 
 from ml_collections import ConfigDict
