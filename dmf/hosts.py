@@ -139,7 +139,7 @@ def _watch(mine: int) -> None:
     for beat in itertools.count(1):
         try:
             signs = _show(mine, str(beat)).key_value_dir_get(_SIGNS)
-        except jax.errors.JaxRuntimeError:
+        except (jax.errors.JaxRuntimeError, ValueError):  # The latter where this one has left.
             return  # The run has ended, or the first process is gone, which the runtime says.
         now = time.monotonic()
         for name, sign in signs:
@@ -335,6 +335,22 @@ def leave(code: int) -> None:
     except jax.errors.JaxRuntimeError:  # They are waiting for something else, or gone.
         if mine == 0:
             time.sleep(BEAT_SECONDS + LEAVE_SECONDS + 1)  # Without their coordinator they crash.
+    else:
+        _part(code)
+    _exit(code)
+
+
+def _part(code: int) -> None:
+    """Takes leave of the others, who are all leaving; the first waits until each has done so, as
+    one that is only on its way out still crashes without its coordinator."""
+    late = threading.Timer(LEAVE_SECONDS, _exit, (code,))
+    late.daemon = True
+    late.start()
+    with suppress(jax.errors.JaxRuntimeError):
+        jax.distributed.shutdown()
+
+
+def _exit(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

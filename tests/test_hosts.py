@@ -221,6 +221,26 @@ def test_one_that_fails_alone_ends_the_others(failing):
                         r"failed, and says why\)\n", ends[1 - failing])  # fmt: skip
 
 
+LEAVING = """
+import sys, time
+import jax
+from dmf import hosts
+hosts.BEAT_SECONDS = 0.1
+hosts.join(sys.argv[1], 2, int(sys.argv[2]))
+print("here", flush=True)
+def late(function):
+    return lambda *args: (time.sleep(float(sys.argv[3])), function(*args))
+jax.distributed.shutdown, hosts.os._exit = late(jax.distributed.shutdown), late(hosts.os._exit)
+hosts.leave(2)
+"""
+
+
+def test_all_that_fail_alike_end_alike_however_slowly_one_of_them_leaves():
+    for process in waiting([0, 2], LEAVING):
+        _, told = process.communicate(timeout=60)
+        assert (process.returncode, told) == (2, "")
+
+
 def test_one_that_has_ended_is_not_lost_to_those_that_go_on():
     """It waits for them, and shows signs of life until they have ended too."""
     for process in waiting([0, 12]):
