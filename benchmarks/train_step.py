@@ -75,10 +75,11 @@ def _config(variant: Variant) -> ConfigDict:
 def prepared(variant: Variant) -> Measured:
     """Compiles the step of a variant, and makes what it runs on."""
     recipe = build.recipe(_config(variant), make_mesh())
-    abstract, batch, *others = abstract_inputs(recipe)
+    abstract, batch, frozen = abstract_inputs(recipe)
     where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    key = jax.random.key(1)
     start = time.perf_counter()
-    step = training_step(recipe, where).lower(abstract, batch, *others).compile()
+    step = training_step(recipe, where).lower(abstract, batch, frozen, key).compile()
     took = time.perf_counter() - start
 
     draw = np.random.default_rng(0)
@@ -87,10 +88,8 @@ def prepared(variant: Variant) -> Measured:
         y=jax.device_put(draw.integers(0, 1000, batch.y.shape).astype("i4"), batch.y.sharding),
     )
 
-    key = jax.random.key(1)
-
     def run(carried: list[TrainState]) -> Any:
-        carried[0], metrics = step(carried[0], rows, {}, key)
+        carried[0], metrics = step(carried[0], rows, frozen, key)
         return jax.block_until_ready(metrics)
 
     memory, flops = step.memory_analysis(), recipe.objective.flops(recipe.network) * variant.batch

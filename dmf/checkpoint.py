@@ -82,15 +82,15 @@ def _by_itself() -> ocp.Checkpointer:
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
-def _writing() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
-    """How the parts of a state are written."""
+def _writing() -> ocp.PyTreeCheckpointHandler:
+    """How trees of arrays are written; those of numpy without a copy of them all."""
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_LEAST_PART)
-    handler = ocp.PyTreeCheckpointHandler(
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    of_numpy = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, arrays), (np.ndarray, of_numpy)
+        )
     )
-    handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    handlers.add(None, ocp.args.PyTreeSave, handler)
-    return handlers
 
 
 class Checkpoints:
@@ -113,9 +113,11 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
+        handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        handlers.add(None, ocp.args.PyTreeSave, _writing())
         with disk_errors(self._directory):
             self._manager = ocp.CheckpointManager(
-                self._directory, options=options, handler_registry=_writing()
+                self._directory, options=options, handler_registry=handlers
             )
 
     @property
@@ -381,13 +383,8 @@ def _saved_checksums(item: epath.Path) -> dict[str, int]:
 
 
 def write_params(directory: epath.Path, params: Params) -> None:
-    """Writes the parameters of an export (Orbax), arrays of numpy without a copy of them all."""
-    handlers = ocp.type_handlers.create_type_handler_registry(
-        (jax.Array, ocp.type_handlers.ArrayHandler()),
-        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
-    )
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=handlers)
-    with ocp.Checkpointer(handler) as checkpointer:
+    """Writes the parameters of an export (Orbax)."""
+    with ocp.Checkpointer(_writing()) as checkpointer:
         checkpointer.save(directory / LIVE, args=ocp.args.PyTreeSave(params))
     write_json(directory / f"{_CHECKSUMS}.json", intact.checksums(params))
 

@@ -185,10 +185,10 @@ def _compiled(lowered: jax.stages.Lowered, arguments: int) -> _Program:
 
 
 class Lowered(NamedTuple):
-    """A training step as XLA takes it: of what, for what inputs."""
+    """A training step as XLA takes it: of what recipe, for what inputs beside the key."""
 
     recipe: build.Recipe
-    inputs: tuple[TrainState, Batch, dict[str, Params], jax.ShapeDtypeStruct]
+    inputs: tuple[TrainState, Batch, dict[str, Params]]
     program: jax.stages.Lowered
 
 
@@ -200,9 +200,9 @@ def lowered_step(config: ConfigDict, devices: list[jax.Device]) -> Lowered:
     """
     on = make_mesh(**config.mesh, devices=devices)
     recipe = build.recipe(config, on, _teacher(config), _encoder(config))
-    inputs = abstract_inputs(recipe)
+    inputs, key = abstract_inputs(recipe), jax.eval_shape(jax.random.key, 0)
     where = jax.tree.map(lambda leaf: leaf.sharding, inputs[0])
-    return Lowered(recipe, inputs, training_step(recipe, where).lower(*inputs))
+    return Lowered(recipe, inputs, training_step(recipe, where).lower(*inputs, key))
 
 
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
@@ -221,7 +221,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
     program = _compiled(lowered, _bytes(inputs))
     took = time.perf_counter() - lowered_at
     kind, slices = devices[0].device_kind, count_slices(devices)
-    state, batch, frozen, _ = inputs
+    state, batch, frozen = inputs
     held = {"parameters": state.params, "optimizer": state.optimizer, "averages": state.averages,
             "frozen": frozen, "batch": batch}
     return CompiledStep(

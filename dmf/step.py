@@ -143,10 +143,8 @@ def training_step(recipe: Recipe, where: TrainState) -> Step:
     )
 
 
-def abstract_inputs(
-    recipe: Recipe,
-) -> tuple[TrainState, Batch, dict[str, Params], jax.ShapeDtypeStruct]:
-    """What a step of a recipe takes, as shapes that know where they will live.
+def abstract_inputs(recipe: Recipe) -> tuple[TrainState, Batch, dict[str, Params]]:
+    """What a step of a recipe takes beside a key, as shapes that know where they will live.
 
     Rows are uint8 images where samples have 1 or 3 channels, and the moments of latents, in half
     precision, otherwise. Where the objective aligns, there are images or patch features too.
@@ -159,9 +157,7 @@ def abstract_inputs(
     if recipe.alignment is not None:
         frozen["alignment"] = recipe.alignment.encoder
     params = {name: _abstract_params(recipe.mesh, made) for name, made in frozen.items()}
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    key = states.with_shardings(key, replicated(recipe.mesh))
-    return state, _abstract_rows(recipe, state.params), params, key
+    return state, _abstract_rows(recipe, state.params), params
 
 
 def _abstract_params(mesh: Mesh, network: Network | DinoV2) -> Params:

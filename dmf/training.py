@@ -107,7 +107,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     step = training_step(recipe, where)
     # What parts of a step refuse of each other is found when it is traced: here, for the last time
     # before anything is written. The trace is kept for the first step, whose key is on no mesh.
-    jax.eval_shape(step, *abstract_inputs(recipe)[:-1], draw_key)
+    jax.eval_shape(step, *abstract_inputs(recipe), draw_key)
     claim(workdir, config)
     run = config.run
     with (

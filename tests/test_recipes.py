@@ -113,7 +113,7 @@ def test_a_row_has_its_shapes_at_full_size(key):
     assert state.params["blocks"]["mlp"]["in"]["kernel"].shape[:2] == (
         config.model.depth, config.model.width
     )
-    _, rows, frozen, _ = abstract_inputs(recipe)
+    _, rows, frozen = abstract_inputs(recipe)
     (count,) = rows.y.shape
 
     def loss(params, rows, frozen):
@@ -136,7 +136,7 @@ def test_a_row_takes_a_step(key):
     teacher = build.network(config) if config.teacher.checkpoint else None
     recipe = build.recipe(config, on, teacher)
     keys = iter(jax.random.split(jax.random.key(0), 100))
-    state, batch, frozen, _ = abstract_inputs(recipe)
+    state, batch, frozen = abstract_inputs(recipe)
 
     def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.integer):

@@ -101,7 +101,7 @@ def config_of(name: str, fields: dict):
 def stepped(name: str, fields: dict):
     """The state after one step of a config, its metrics, and the bytes of its temporaries."""
     recipe = build.recipe(config_of(name, fields), make_mesh(devices=jax.devices()[:1]))
-    state, rows, frozen, _ = abstract_inputs(recipe)
+    state, rows, frozen = abstract_inputs(recipe)
     step = training_step(recipe, jax.tree.map(lambda leaf: leaf.sharding, state))
     draw = np.random.default_rng(0)
     rows = rows._replace(
