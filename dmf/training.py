@@ -117,6 +117,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             workdir, keep_last=run.keep_last, keep_every=run.keep_every,
             best_step=examine.best_step if examine else lambda: None,
         ) as checkpoints,
+        hosts.runtime_errors(),  # In here too: with a process lost, no save is waited for.
     ):
         state = checkpoints.restore(states.with_shardings(abstract, where)) if start else None
         if state is None:

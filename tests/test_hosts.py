@@ -16,12 +16,13 @@ import pytest
 import tiny
 from etils import epath
 
-from dmf import files, hosts, intact, logs
+from dmf import files, hosts, intact, logs, training
 from dmf.checkpoint import latest_step
 from dmf.training import train
 from dmf.typing import InputError, Lost, RunError
 
 LONG = {"run.steps": 100_000, "run.checkpoint_every": 2, "run.log_every": 1}
+FROM_RUNTIME = jax.errors.JaxRuntimeError
 
 
 def environment(devices: int) -> dict[str, str]:
@@ -147,6 +148,24 @@ def test_the_same_processes_go_on_bit_for_bit(tmp_path):
         state = train(tiny.config(), run.workdir)
         found.append(intact.fingerprint(jax.device_get(state.params)))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("raised", "kind", "waited"), [
+    ("UNKNOWN: Gloo all-reduce failed", Lost, False), ("INTERNAL: a bug", FROM_RUNTIME, True),
+])  # fmt: skip
+def test_a_save_that_waits_for_a_lost_process_is_not_waited_for(
+    raised, kind, waited, tmp_path, monkeypatch
+):
+    def fails(*_):
+        monkeypatch.setattr(hosts, "alone", lambda: False)
+        raise FROM_RUNTIME(raised)
+
+    closed = []
+    monkeypatch.setattr(training, "_loop", fails)
+    monkeypatch.setattr(training.Checkpoints, "_close_anyhow", lambda it: closed.append(it))
+    with pytest.raises(kind):
+        train(tiny.config({"run.steps": 1}), tmp_path)
+    assert bool(closed) == waited
 
 
 def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
@@ -297,9 +316,6 @@ def test_a_port_in_use_is_told():
             hosts.join(f"localhost:{port}", 2, 0)
     with pytest.raises(InputError, match="port 70000 cannot be used here"):
         hosts.join("localhost:70000", 2, 0)
-
-
-FROM_RUNTIME = jax.errors.JaxRuntimeError
 
 
 @pytest.mark.parametrize(("processes", "raised", "kind", "message"), [
