@@ -1,12 +1,13 @@
-r"""How long a training step takes to compile, and what memory the program takes of each device.
+r"""The time to compile a training step, and the memory of the program on each device.
 
     python -m benchmarks.compile_time             # XL/2 for this machine and for v5e-16
-    python -m benchmarks.compile_time --on=v5e:4x4 --scan=1 --remat=none,dots,full \
-        --work=plain,shared
+    python -m benchmarks.compile_time --topology=v5e:4x4 --scan=1 --remat=none,dots,full \
+        --sharing=plain,shared
 
-The step of Decoupled MeanFlow with model guidance at 16 samples a chip, bfloat16. TPUs need not be
-there (libtpu does). Ratios are to plain work under the same scan and remat. With --output=FILE.json
-what was compiled is kept, and not compiled again by the same command.
+It compiles the step of Decoupled MeanFlow with model guidance in bfloat16, for 16 samples a device.
+TPUs need libtpu but need not be attached. Ratios are relative to the plain step (without compute
+sharing) with the same scan and remat. With --output=FILE.json results are stored, and the same
+command does not compile them again.
 """
 
 import itertools
@@ -20,17 +21,18 @@ from absl import app, flags
 
 from benchmarks.machine import machine
 from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
-from dmf import compiling
-from dmf.chips import GIB
+from dmf.runtime.device_specs import GIB
+from dmf.training import compile
 
-_ON = flags.DEFINE_list("on", ["here", "v5e:4x4"], "TPU slices; here is this machine")
-_SIZE = flags.DEFINE_string("size", "XL", "of the transformer")
-_OBJECTIVE = flags.DEFINE_enum("objective", OBJECTIVES[0], OBJECTIVES, "what is minimised")
-_BATCH = flags.DEFINE_integer("batch", 16, "samples a device")
-_SCAN = flags.DEFINE_list("scan", ["1", "0"], "1 is scanned, 0 unrolled")
-_REMAT = flags.DEFINE_list("remat", ["dots"], "none, dots, full")
+_TOPOLOGY = flags.DEFINE_list("topology", ["here", "v5e:4x4"], "TPU slices; here: this machine")
+_SIZE = flags.DEFINE_string("size", "XL", "size of the transformer")
+_OBJECTIVE = flags.DEFINE_enum("objective", OBJECTIVES[0], OBJECTIVES, "objective")
+_BATCH = flags.DEFINE_integer("batch", 16, "samples per device")
+_SCAN = flags.DEFINE_list("scan", ["1", "0"], "1: scanned blocks, 0: unrolled blocks")
+_REMAT = flags.DEFINE_list("remat", ["dots"], "rematerialisation: none, dots, full")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "implementations of attention")
-_WORK = flags.DEFINE_list("work", ["shared"], "plain, shared; sharedN: null_parts=N")
+_SHARING = flags.DEFINE_list("sharing", ["shared"],
+                             "plain, shared; sharedN: unconditional_microbatches=N")
 _OUTPUT = flags.DEFINE_string("output", "", "a .json file; the table goes into a .md beside it")
 
 
@@ -39,18 +41,19 @@ def main(_: Sequence[str]) -> None:
     path = Path(_OUTPUT.value) if _OUTPUT.value else None
     known = json.loads(path.read_text()) if path and path.exists() else {}
     cases = itertools.product(
-        _ON.value, _SCAN.value, _REMAT.value, _ATTENTION.value, _WORK.value)
-    for on, scan, remat, attention, work in cases:
-        devices = jax.devices() if on == "here" else compiling.topology_devices(on)
-        variant = Variant(_BATCH.value * len(devices), scan == "1", remat, attention, work)
-        key = json.dumps([_SIZE.value, _OBJECTIVE.value, on, *variant])
+        _TOPOLOGY.value, _SCAN.value, _REMAT.value, _ATTENTION.value, _SHARING.value)
+    for topology, scan, remat, attention, sharing in cases:
+        here = topology == "here"
+        devices = jax.devices() if here else compile.topology_devices(topology)
+        variant = Variant(_BATCH.value * len(devices), scan == "1", remat, attention, sharing)
+        key = json.dumps([_SIZE.value, _OBJECTIVE.value, topology, *variant])
         if key not in known:
             config = config_of(variant, size=_SIZE.value, objective=_OBJECTIVE.value,
                                dtype="bfloat16")  # fmt: skip
-            found = compiling.compile_step(config, devices)
-            known[key] = found._asdict() | {"jax": jax.__version__}
-            print(on, variant.cells, f"{found.temporaries / GIB:.2f} GiB, "
-                  f"{found.seconds_to_compile:.0f} s", flush=True)
+            step = compile.compile_step(config, devices)
+            known[key] = step._asdict() | {"jax": jax.__version__}
+            print(topology, variant.cells, f"{step.temporaries / GIB:.2f} GiB, "
+                  f"{step.seconds_to_compile:.0f} s", flush=True)
         if path:
             path.write_text(json.dumps(known, indent=1) + "\n")
     text = _table(known)
@@ -60,17 +63,18 @@ def main(_: Sequence[str]) -> None:
 
 
 def _table(known: dict[str, dict[str, Any]]) -> str:
-    lines = [f"| size | objective | on {HEAD} temporaries GiB | to plain | total GiB | "
+    lines = [f"| size | objective | topology {HEAD} temporaries GiB | to plain | total GiB | "
              "traced in s | compiled in s |", "|" + "---|" * 13]
-    for key, found in known.items():
-        size, objective, on, *fields = json.loads(key)
+    for key, step in known.items():
+        size, objective, topology, *fields = json.loads(key)
         variant = Variant(*fields)
-        plain = known.get(json.dumps([size, objective, on, *variant.plain]))
-        ratio = f"{found['temporaries'] / plain['temporaries']:.2f}" if plain else "-"
+        plain = known.get(json.dumps([size, objective, topology, *variant.plain]))
+        ratio = f"{step['temporaries'] / plain['temporaries']:.2f}" if plain else "-"
         lines.append(
-            f"| {size}/2 | {objective} | {on} {variant.cells} {found['temporaries'] / GIB:.2f} | "
-            f"{ratio} | {found['total'] / GIB:.2f} | {found['seconds_to_lower']:.0f} | "
-            f"{found['seconds_to_compile']:.0f} |")
+            f"| {size}/2 | {objective} | {topology} {variant.cells} "
+            f"{step['temporaries'] / GIB:.2f} | "
+            f"{ratio} | {step['total'] / GIB:.2f} | {step['seconds_to_lower']:.0f} | "
+            f"{step['seconds_to_compile']:.0f} |")
     return "\n".join([*lines, "", f"bfloat16, latents of 32 x 32 x 4. Compiled on {machine()}."])
 
 

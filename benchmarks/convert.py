@@ -1,9 +1,9 @@
-"""Seconds and memory of bringing a checkpoint in and taking it out, for every size.
+"""The time and memory of converting and exporting a checkpoint, for every size.
 
     python -m benchmarks.convert --sizes=S,XL --output=DIR
 
-Makes SiT checkpoints of random weights as PyTorch writes them (`.pt`), and measures `dmf convert`
-and `dmf export --format=safetensors` as processes of their own, start-up included. Prints a table
+It writes SiT checkpoints with random weights like PyTorch (`.pt`), and measures `dmf convert` and
+`dmf export --format=safetensors` as separate processes, including their start. It prints a table
 and writes it to OUTPUT/convert.md.
 """
 
@@ -26,24 +26,24 @@ from absl import app, flags
 from benchmarks.machine import machine
 
 _SIZES = flags.DEFINE_list("sizes", ["S", "B", "L", "XL"], "sizes of the transformer, patch 2")
-_OUTPUT = flags.DEFINE_string("output", "runs/convert", "a directory for files and table")
+_OUTPUT = flags.DEFINE_string("output", "runs/convert", "directory of the files and the table")
 
 
 def tensors(size: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Random weights under the names of SiT's PyTorch checkpoints, one at a time."""
-    from dmf.convert.dit import pytorch_table
-    from dmf.convert.names import Unkept
+    """Yields random weights with the names of SiT's PyTorch checkpoints."""
+    from dmf.checkpoints.convert.dit import pytorch_table
+    from dmf.checkpoints.convert.name_tables import Constant
     from dmf.models.dit import SIZES, DiT
 
     network = DiT(input_size=32, channels=4, num_classes=1000, **SIZES[size])
     draw = np.random.default_rng(0)
     for name, entry in pytorch_table(network).items():
-        yield name, (entry.value if isinstance(entry, Unkept)
+        yield name, (entry.value if isinstance(entry, Constant)
                      else draw.standard_normal(entry.shape, np.float32))
 
 
 def write_pt(path: Path, size: str) -> None:
-    """Writes a state dict in the zip form of PyTorch."""
+    """Writes a state dict in the zip format of PyTorch."""
     pickled = io.BytesIO()
     put = pickled.write
     put(b"\x80\x02ccollections\nOrderedDict\n)R(")
@@ -73,13 +73,13 @@ def _numbers(numbers: Sequence[int]) -> bytes:
     return b"(" + b"".join(map(_number, numbers)) + b"t"
 
 
-def measured(*arguments: str) -> tuple[float, float]:
-    """Seconds and peak memory in GB of `dmf ARGUMENTS`."""
+def measure(*arguments: str) -> tuple[float, float]:
+    """The seconds and the peak memory in GB of `dmf ARGUMENTS`."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measured, arguments)
+        return pool.apply(_measure, arguments)
 
 
-def _measured(*arguments: str) -> tuple[float, float]:
+def _measure(*arguments: str) -> tuple[float, float]:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "dmf", *arguments], check=False,
                           capture_output=True, text=True)
@@ -90,21 +90,23 @@ def _measured(*arguments: str) -> tuple[float, float]:
 
 
 def rows(folder: Path, size: str) -> Iterator[Mapping[str, str]]:
-    """One size: in from `.pt`, out to safetensors, in from there."""
+    """Yields the rows of a size: from `.pt`, to safetensors, and back."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    source, export, out, again = (folder / n for n in ("sit.pt", "export", "out", "again"))
+    source, export, exported, converted = (
+        folder / name for name in ("sit.pt", "export", "exported", "converted")
+    )
     write_pt(source, size)
     gigabytes = f"{source.stat().st_size / 1e9:.2f}"
     steps = {
         "convert .pt": ("convert", str(source), f"--output={export}"),
         "export safetensors": (
-            "export", f"--checkpoint={export}", f"--output={out}", "--format=safetensors"
+            "export", f"--checkpoint={export}", f"--output={exported}", "--format=safetensors"
         ),
-        "convert safetensors": ("convert", str(out), f"--output={again}"),
+        "convert safetensors": ("convert", str(exported), f"--output={converted}"),
     }
     for name, arguments in steps.items():
-        seconds, peak = measured(*arguments)
+        seconds, peak = measure(*arguments)
         yield {"network": f"SiT-{size}/2", "file, GB": gigabytes, "command": name,
                "seconds": f"{seconds:.1f}", "peak memory, GB": f"{peak:.2f}"}
     shutil.rmtree(folder)
@@ -113,9 +115,9 @@ def rows(folder: Path, size: str) -> Iterator[Mapping[str, str]]:
 def main(_: Sequence[str]) -> None:
     """Measures all sizes, then prints and writes the table."""
     output = Path(_OUTPUT.value)
-    found = [row for size in _SIZES.value for row in rows(output / size, size)]
-    lines = ["| " + " | ".join(found[0]) + " |", "|---" * len(found[0]) + "|"]
-    lines += ["| " + " | ".join(row.values()) + " |" for row in found]
+    measured = [row for size in _SIZES.value for row in rows(output / size, size)]
+    lines = ["| " + " | ".join(measured[0]) + " |", "|---" * len(measured[0]) + "|"]
+    lines += ["| " + " | ".join(row.values()) + " |" for row in measured]
     load = os.getloadavg()[0]
     text = "\n".join([*lines, "", f"On {machine()}; load {load:.1f} at the end."])
     (output / "convert.md").write_text(text + "\n")

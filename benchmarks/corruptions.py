@@ -1,4 +1,4 @@
-"""A tiny run whose newer checkpoint is damaged at random, and what is read of it then."""
+"""A tiny run whose newer checkpoint is damaged at random, and then loaded and restored."""
 
 import collections
 import contextlib
@@ -18,19 +18,24 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.kills import TINY, same
+from benchmarks.kills import TINY, is_equal
 from configs import default
-from dmf import build, loading, training
-from dmf import state as states
-from dmf.checkpoint import CHECKPOINTS, Checkpoints
-from dmf.state import TrainState
-from dmf.step import initial_state
-from dmf.typing import InputError, RunError
+from dmf.checkpoints import load
+from dmf.checkpoints.manager import CheckpointManager
+from dmf.checkpoints.params import CHECKPOINTS
+from dmf.errors import InputError, RunError
+from dmf.runtime.sharding import with_shardings
+from dmf.training import build, loop
+from dmf.training.train_state import EMA_PREFIX, train_state_shardings
+from dmf.training.train_step import initial_state
 
 DAMAGES = ("cut short", "bits flipped", "bytes changed", "file removed", "folder removed")
-AS_SAVED, BEFORE, REFUSED, BAD = "as saved", "the one before, said", "refused in one line", "bad"
-COLUMNS = [("load", AS_SAVED), ("load", REFUSED), ("load", BAD),
-           ("restore", AS_SAVED), ("restore", BEFORE), ("restore", REFUSED), ("restore", BAD)]
+AS_SAVED, OLDER_STATE, REFUSED, WRONG = (
+    "as saved", "older one, logged", "refused in one line", "wrong"
+)
+COLUMNS = [("load", AS_SAVED), ("load", REFUSED), ("load", WRONG),
+           ("restore", AS_SAVED), ("restore", OLDER_STATE), ("restore", REFUSED),
+           ("restore", WRONG)]
 OLDER, NEWER = 4, 8
 HANG_SECONDS = 60
 
@@ -43,7 +48,7 @@ def _config() -> ConfigDict:
 
 
 def damage(folder: Path, how: str, draw: random.Random) -> str:
-    """Damages one file or folder below `folder`, drawn alike whatever its size; says which."""
+    """Damages a file or folder below `folder`, each with equal probability; describes how."""
     path = draw.choice(sorted(
         path for path in folder.rglob("*")
         if path.is_dir() == (how == "folder removed")
@@ -70,49 +75,52 @@ def damage(folder: Path, how: str, draw: random.Random) -> str:
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> tuple[Any, Exception | None, str]:
-    """What a call gives or raises in that time, and what it says."""
+    """The result or the error of a call within some seconds, and its standard error."""
     results: queue.Queue[tuple[Any, Exception | None]] = queue.Queue()
 
-    def work() -> None:
+    def run() -> None:
         try:
             results.put((call(), None))
         except Exception as error:
             results.put((None, error))
 
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        threading.Thread(target=work, daemon=True).start()
+    with contextlib.redirect_stderr(io.StringIO()) as log:
+        threading.Thread(target=run, daemon=True).start()
         try:
-            found, error = results.get(timeout=seconds)
+            result, error = results.get(timeout=seconds)
         except queue.Empty:
-            found, error = None, TimeoutError(f"no answer in {seconds} s")
-    return found, error, said.getvalue()
+            result, error = None, TimeoutError(f"no answer in {seconds} s")
+    return result, error, log.getvalue()
 
 
 class Corruptions:
-    """A finished run below `folder`, and what is read of it once it was damaged.
+    """A finished run below `folder`, of which damaged copies are loaded and restored.
 
     Attributes:
-      hit: how often each damage had each outcome, as (damage, column).
-      bad: what must not be, a line each.
+      outcomes: how often each damage had each outcome, by (damage, column).
+      errors: a line for each wrong outcome.
     """
 
     def __init__(self, folder: Path, draw: random.Random):
-        self.hit: collections.Counter[tuple[str, tuple[str, str]]] = collections.Counter()
-        self.bad: list[str] = []
+        self.outcomes: collections.Counter[tuple[str, tuple[str, str]]] = collections.Counter()
+        self.errors: list[str] = []
         self._run, self._draw, self._count = folder / "run", draw, 0
         self._saved: dict[int, Any] = {}
-        save = Checkpoints.save
+        save = CheckpointManager.save
 
-        def kept(manager: Checkpoints, step: int, state: TrainState, position: Any) -> None:
-            self._saved[step] = jax.tree.map(np.array, jax.device_get(state))
-            save(manager, step, state, position)
+        def recording_save(
+            manager: CheckpointManager, step: int, trees: Any, position: Any
+        ) -> None:
+            self._saved[step] = jax.tree.map(np.array, jax.device_get(trees))
+            save(manager, step, trees, position)
 
-        with mock.patch.object(Checkpoints, "save", kept):
-            training.train(_config(), self._run)
+        with mock.patch.object(CheckpointManager, "save", recording_save):
+            loop.train(_config(), self._run)
         recipe = build.training(_config()).recipe
         make = functools.partial(initial_state, recipe, jax.random.key(0))
         abstract = jax.eval_shape(make, {})
-        self._abstract = states.with_shardings(abstract, states.shardings(recipe.mesh, abstract))
+        shardings = train_state_shardings(recipe.mesh, abstract)
+        self._abstract = with_shardings(abstract, shardings).trees
 
     def corrupt(self, how: str) -> None:
         """Damages a copy of the run, loads the parameters and restores the state."""
@@ -121,27 +129,29 @@ class Corruptions:
         shutil.copytree(self._run, copy)
         where = damage(copy / CHECKPOINTS / str(NEWER), how, self._draw)
         for act, call in (("load", self._load), ("restore", self._restore)):
-            found, error, said = _within(HANG_SECONDS, functools.partial(call, copy))
-            outcome = self._outcome(act, found, error, said)
-            self.hit[how, (act, outcome)] += 1
-            if outcome == BAD:
-                what = f"{type(error).__name__}: {error}" if error else f"other values; {said}"
-                self.bad.append(f"{act}, {how}: {where}: {' '.join(what.split())}")
-                print(self.bad[-1], flush=True)
+            result, error, log = _within(HANG_SECONDS, functools.partial(call, copy))
+            outcome = self._outcome(act, result, error, log)
+            self.outcomes[how, (act, outcome)] += 1
+            if outcome == WRONG:
+                what = f"{type(error).__name__}: {error}" if error else f"other values; {log}"
+                self.errors.append(f"{act}, {how}: {where}: {' '.join(what.split())}")
+                print(self.errors[-1], flush=True)
         shutil.rmtree(copy, ignore_errors=True)
 
     def _load(self, workdir: Path) -> Any:
-        return jax.device_get(loading.load_network(workdir, "main")[2])
+        return jax.device_get(load.load_network(workdir, "main")[2])
 
     def _restore(self, workdir: Path) -> Any:
-        with Checkpoints(workdir, keep_last=2) as checkpoints:
-            return jax.device_get(checkpoints.restore(self._abstract))
+        with CheckpointManager(workdir, keep_last=2) as checkpoints:
+            _, trees = checkpoints.restore(self._abstract)
+            return jax.device_get(trees)
 
-    def _outcome(self, act: str, found: Any, error: Exception | None, said: str) -> str:
+    def _outcome(self, act: str, result: Any, error: Exception | None, log: str) -> str:
         if isinstance(error, (InputError, RunError)) and "\n" not in str(error):
             return REFUSED
         newer, older = self._saved[NEWER], self._saved[OLDER]
-        if error is None and same(found, newer if act == "restore" else newer.averages["main"]):
+        expected = newer if act == "restore" else newer[f"{EMA_PREFIX}main"]
+        if error is None and is_equal(result, expected):
             return AS_SAVED
-        told = f"the checkpoint of step {NEWER} is damaged" in said
-        return BEFORE if error is None and told and same(found, older) else BAD
+        logged = f"the checkpoint of step {NEWER} is damaged" in log
+        return OLDER_STATE if error is None and logged and is_equal(result, older) else WRONG

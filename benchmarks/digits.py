@@ -2,12 +2,12 @@
 
     python -m benchmarks.digits --seeds=0,1,2 --output=runs/benchmark
 
-Prints a table of Frechet distance against steps, mean and standard deviation over seeds, and writes
-it to OUTPUT/digits.md. Runs that were interrupted go on where they were.
+It prints a table of the Frechet distance against sampling steps, as mean and standard deviation
+over seeds, and writes it to OUTPUT/digits.md. The same command resumes runs that were interrupted.
 
 Compute is counted in forward passes of the network: a training step costs 3 for flow matching (one
-forward, its backward twice that), 4 for MeanFlow (the tangent is one more) and 7 for Decoupled
-MeanFlow (both halves), all without guidance.
+forward pass, and a backward pass that costs two), 4 for MeanFlow (one more for the tangent) and 7
+for Decoupled MeanFlow (both losses), all without guidance.
 """
 
 import json
@@ -22,7 +22,7 @@ from absl import app, flags
 from benchmarks.machine import machine
 from configs import digits_dmf, digits_sit
 
-FORWARDS = {"flow_matching": 3, "mean_flow": 4, "decoupled_mean_flow": 7}
+FORWARD_PASSES = {"flow_matching": 3, "mean_flow": 4, "decoupled_mean_flow": 7}
 AS_FLOW_MAP = ("--config.model.conditioning=decoupled", "--config.model.split_depth=4")
 ROWS = {
     "flow model": "sit.json",
@@ -31,15 +31,15 @@ ROWS = {
     "MeanFlow from scratch": "meanflow.json",
 }
 
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of training and evaluation")
-_OUTPUT = flags.DEFINE_string("output", "runs/benchmark", "a directory for runs and table")
+_SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "random seeds of training and evaluation")
+_OUTPUT = flags.DEFINE_string("output", "runs/benchmark", "directory of the runs and the table")
 
 
 def mean_flow_steps() -> int:
-    """Steps of MeanFlow that cost what the flow model and the flow map cost together."""
+    """Training steps of MeanFlow that cost as much as the flow model and the flow map together."""
     parts = [digits_sit.get_config(), digits_dmf.get_config()]
-    forwards = sum(c.run.steps * FORWARDS[c.objective.name] for c in parts)
-    return forwards // FORWARDS["mean_flow"]
+    passes = sum(c.run.steps * FORWARD_PASSES[c.objective.name] for c in parts)
+    return passes // FORWARD_PASSES["mean_flow"]
 
 
 def _dmf(*arguments: str) -> None:
@@ -58,7 +58,7 @@ def _evaluate(checkpoint: Path, output: Path, seed: str, *more: str) -> None:
 
 
 def run(folder: Path, seed: str) -> None:
-    """Everything for one seed."""
+    """Trains and evaluates everything for one seed."""
     sit, dmf, meanflow = folder / "sit", folder / "dmf", folder / "meanflow"
     steps = mean_flow_steps()
     _train("digits_sit", sit, seed)
@@ -72,16 +72,16 @@ def run(folder: Path, seed: str) -> None:
 
 
 def table(folders: Sequence[Path]) -> str:
-    """Mean and standard deviation over seeds; in brackets the mean label agreement."""
+    """Mean and standard deviation over seeds, with the mean label agreement in parentheses."""
     columns = (1, 2, 4, 8, 32)
     lines = ["| Frechet distance (label agreement) | "
              + " | ".join(f"{n} step{'s' * (n > 1)}" for n in columns) + " |",
              "|---" * (len(columns) + 1) + "|"]
     for name, file in ROWS.items():
-        found = [json.loads((folder / file).read_text()) for folder in folders]
+        evaluations = [json.loads((folder / file).read_text()) for folder in folders]
         cells = []
         for n in columns:
-            rows = [row for e in found for row in e["results"] if row["steps"] == n]
+            rows = [row for e in evaluations for row in e["results"] if row["steps"] == n]
             distances = [row["fd_pixels"] for row in rows]
             agreement = np.mean([row["label_agreement"] for row in rows]) if rows else 0
             cells.append(f"{np.mean(distances):.2f} ± {np.std(distances):.2f} ({agreement:.0%})"

@@ -1,14 +1,14 @@
-"""How long a step may take, and a run, from one chip to 4,096: a model, and nothing measured.
+"""Estimated time of a training step and of a run on 1 to 4,096 chips; nothing is measured.
 
-    python -m benchmarks.estimate --chip="TPU v5 lite" --share_of_peak=0.4 [--price=P]
+    python -m benchmarks.estimate --chip="TPU v5 lite" --mfu=0.4 [--price=P]
 
-A step makes products and sends. Products take samples x FLOP of a sample / (chips x peak x the
-share of peak that is assumed). Inside a slice each chip sends what `dmf compile` counts in the
-program for sixteen (benchmarks/results/scaling.json), whatever the number of chips, as in a ring.
-Between slices it sends what is counted in the program for two slices of sixteen: its share of sums
-of gradients, which is as much smaller as the slices are larger, and goes around a ring of them. The
-two bounds are all of it at once, and one after the other. With a price of a chip-hour, which is for
-the reader to know, a column says what the chip-hours cost.
+A step computes matmuls and communicates. Matmuls take samples x FLOP per sample / (chips x peak x
+MFU). Within a slice, the bytes that a chip sends are those that `dmf compile` counts in the program
+for sixteen chips (benchmarks/results/scaling.json); in a ring they do not depend on the number of
+chips. Between slices, a chip sends its shard of the gradients around a ring of slices: the bytes
+are those of the program for two slices of sixteen chips, and shrink as slices grow. The lower bound
+overlaps computation and communication, the upper bound adds them. With the price of a chip-hour, a
+column shows the cost.
 """
 
 import json
@@ -18,74 +18,88 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from dmf.chips import CHIPS
-from dmf.collectives import Collective
+from dmf.runtime.device_specs import DEVICE_SPECS
+from dmf.training.hlo_collectives import Collective
 
-_CHIP = flags.DEFINE_enum("chip", "TPU v5 lite", sorted(CHIPS), "as dmf/chips.py lists it")
-_SHARE = flags.DEFINE_float("share_of_peak", 0.4, "what products are assumed to reach",
-                            lower_bound=1e-3, upper_bound=1.0)  # fmt: skip
-_NETWORK = flags.DEFINE_float("network", 3.0, "GB/s that a chip sends to another slice",
-                              lower_bound=1e-3)  # fmt: skip
+_CHIP = flags.DEFINE_enum("chip", "TPU v5 lite", sorted(DEVICE_SPECS),
+                          "a device of dmf/runtime/device_specs.py")  # fmt: skip
+_MFU = flags.DEFINE_float("mfu", 0.4, "assumed model FLOPs utilisation",
+                          lower_bound=1e-3, upper_bound=1.0)  # fmt: skip
+_BANDWIDTH = flags.DEFINE_float("slice-bandwidth", 3.0, "GB/s that a chip sends to another slice",
+                                lower_bound=1e-3)  # fmt: skip
 _SLICE = flags.DEFINE_integer("slice", 256, "chips of the largest slice", lower_bound=1)
-_STEPS = flags.DEFINE_integer("steps", 400_000, "of a run", lower_bound=1)
-_PRICE = flags.DEFINE_float("price", 0.0, "of a chip-hour, in any currency; 0 for no column",
+_STEPS = flags.DEFINE_integer("steps", 400_000, "training steps of a run", lower_bound=1)
+_PRICE = flags.DEFINE_float("price", 0.0, "price of a chip-hour, in any currency; 0: no column",
                             lower_bound=0.0)  # fmt: skip
-_COMPILED = flags.DEFINE_string("compiled", "benchmarks/results/scaling.json", "what was counted")
+_COMPILED = flags.DEFINE_string("compiled", "benchmarks/results/scaling.json",
+                                "the output of benchmarks.scaling")  # fmt: skip
 
 
-class Counted(NamedTuple):
-    """FLOP of a sample, and bytes that a chip sends in a step within slices, and between two."""
+class StepCosts(NamedTuple):
+    """The costs of a training step that do not depend on the time it takes.
+
+    Attributes:
+      flops: FLOP per sample.
+      within: bytes that a chip sends in a step within its slice.
+      between: bytes that a chip sends in a step to another slice.
+    """
 
     flops: float
     within: float
     between: float
 
 
-def counted(path: str, topology: str) -> Counted:
-    """What was compiled of XL/2 at 256 for slices of sixteen chips."""
-    for key, found in json.loads(Path(path).read_text()).items():
-        on, config, batch, _ = json.loads(key)
-        if (on, config) == (topology, "dmf_xl2_256") and found.get("collectives"):
-            messages = [Collective(**fields) for fields in found["collectives"]]
-            sent = [sum(c.sent for c in messages if c.between_slices == across)
-                    for across in (False, True)]
-            return Counted(found["step_flops"] / batch, *sent)
-    raise SystemExit(f"{path}: it has no step of dmf_xl2_256 on {topology}; python -m "
-                     "benchmarks.scaling makes it")
+def step_costs(path: str, topology: str) -> StepCosts:
+    """The costs of a step of XL/2 at 256 that was compiled for a topology of 16-chip slices."""
+    for key, step in json.loads(Path(path).read_text()).items():
+        compiled_for, config, batch, _ = json.loads(key)
+        if (compiled_for, config) == (topology, "dmf_xl2_256") and step.get("collectives"):
+            collectives = [Collective(**fields) for fields in step["collectives"]]
+            sent = [sum(c.sent for c in collectives if c.between_slices == between)
+                    for between in (False, True)]
+            return StepCosts(step["step_flops"] / batch, *sent)
+    raise SystemExit(f"{path}: it has no step of dmf_xl2_256 on {topology}; run python -m "
+                     "benchmarks.scaling")
 
 
 def seconds_between(sent: float, chips: int) -> float:
-    """What is sent between slices, of what a chip sends between two of sixteen."""
+    """Seconds to communicate between slices.
+
+    Args:
+      sent: bytes that a chip sends between two slices of sixteen chips.
+      chips: number of chips.
+    """
     slices = -(-chips // _SLICE.value)
     share = 16 / min(chips, _SLICE.value) * 2 * (slices - 1) / slices
-    return share * sent / (_NETWORK.value * 1e9)
+    return share * sent / (_BANDWIDTH.value * 1e9)
 
 
 def main(_: Sequence[str]) -> None:
-    """Prints a row for each number of chips, and its batch."""
-    flops, sent, _ = counted(_COMPILED.value, "v5e:4x4")
-    between = counted(_COMPILED.value, "2 x v5e:4x4").between
-    chip, price = CHIPS[_CHIP.value], _PRICE.value
-    print("| chips | batch | samples a chip | products ms | links ms | between slices ms | step ms "
-          "| days of a run | chip-hours |" + " cost |" * bool(price))
+    """Prints a row for each number of chips."""
+    flops, sent, _ = step_costs(_COMPILED.value, "v5e:4x4")
+    between = step_costs(_COMPILED.value, "2 x v5e:4x4").between
+    chip, price = DEVICE_SPECS[_CHIP.value], _PRICE.value
+    print("| chips | batch | samples per chip | matmuls ms | links ms | between slices ms | "
+          "step ms | days of a run | chip-hours |" + " cost |" * bool(price))
     print("|" + "---|" * (9 + bool(price)))
     for chips in (1, 4, 16, 64, 256, 1024, 4096):
         batch = max(256, chips)
-        products = batch / chips * flops / (chip.flops * _SHARE.value)
+        matmuls = batch / chips * flops / (chip.flops * _MFU.value)
         links = sent / chip.link if chips > 1 else 0.0
         across = seconds_between(between, chips)
-        least, most = max(products, links, across), products + links + across
+        least, most = max(matmuls, links, across), matmuls + links + across
         days = [seconds * _STEPS.value / 86400 for seconds in (least, most)]
         hours = [24 * each * chips for each in days]
         cost = f" {price * hours[0]:,.0f} to {price * hours[1]:,.0f} |" if price else ""
-        print(f"| {chips:,} | {batch:,} | {batch // chips} | {1e3 * products:.0f} | "
+        print(f"| {chips:,} | {batch:,} | {batch // chips} | {1e3 * matmuls:.0f} | "
               f"{1e3 * links:.0f} | {1e3 * across:.1f} | {1e3 * least:.0f} to {1e3 * most:.0f} | "
               f"{days[0]:.2g} to {days[1]:.2g} | {hours[0]:,.0f} to {hours[1]:,.0f} |{cost}")
-    print(f"\nDecoupled MeanFlow, XL/2 at 256: {flops / 1e12:.2f} TFLOP a sample, "
-          f"{sent / 2**30:.2f} GiB sent by a chip in a step, and {between / 2**30:.2f} between two "
+    print(f"\nDecoupled MeanFlow, XL/2 at 256: {flops / 1e12:.2f} TFLOP per sample, "
+          f"{sent / 2**30:.2f} GiB sent per chip and step, and {between / 2**30:.2f} between two "
           f"slices of 16, {_STEPS.value:,} steps. "
-          f"{_CHIP.value}: {chip.flops / 1e12:.0f} TFLOP/s at {_SHARE.value:.0%}, links "
-          f"{chip.link / 1e9:.0f} GB/s, {_NETWORK.value:g} GB/s between slices of {_SLICE.value}.")
+          f"{_CHIP.value}: {chip.flops / 1e12:.0f} TFLOP/s at {_MFU.value:.0%}, links "
+          f"{chip.link / 1e9:.0f} GB/s, {_BANDWIDTH.value:g} GB/s between slices of "
+          f"{_SLICE.value}.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a measurement was made on."""
+"""The machine that a measurement was made on."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def machine() -> str:
-    """Processor, cores, and the versions that matter, in one line."""
+    """Processor, cores, devices and versions, in one line."""
     import jax
 
     cores = len(os.sched_getaffinity(0))

@@ -1,10 +1,10 @@
-"""Which settings fit full-size runs into TPU slices, compiled for slices that are not there.
+"""Settings with which full-size runs fit into TPU slices, compiled ahead of time without TPUs.
 
     python -m benchmarks.scaling --output=benchmarks/results/scaling.md
 
-Each config is compiled with ever more recomputation, then with ever more parts of a batch one after
-the other, until it fits; and a few more, beside these. What was compiled is kept beside the table,
-and not compiled again. Whether it fits is asked of `dmf.chips` whenever the table is written.
+Each config is compiled with more and more rematerialisation, then with more and more gradient
+accumulation, until it fits; a few further cases follow. Results are stored beside the table and not
+compiled again. The memory of a chip is that of `dmf.runtime.device_specs`.
 """
 
 import json
@@ -18,20 +18,21 @@ from typing import Any, NamedTuple
 from absl import app, flags
 
 from benchmarks.machine import machine
-from dmf.chips import CHIPS, GIB
-from dmf.collectives import Collective
+from dmf.runtime.device_specs import DEVICE_SPECS, GIB
+from dmf.training.hlo_collectives import Collective
 
-_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/scaling.md", "a .md file; .json beside")
+_OUTPUT = flags.DEFINE_string("output", "benchmarks/results/scaling.md",
+                              "a .md file for the table; results go into a .json file beside it")
 
 
 class Case(NamedTuple):
-    """One line of the table.
+    """A row of the table.
 
     Attributes:
-      topology: as "v5e:4x4", or "2 x v5e:4x4" for several slices.
-      config: name of the file.
-      batch: samples a step.
-      settings: of the config, by dotted name.
+      topology: for example "v5e:4x4", or "2 x v5e:4x4" for several slices.
+      config: name of the config file.
+      batch: global batch size.
+      settings: fields of the config by dotted name.
     """
 
     topology: str
@@ -41,24 +42,24 @@ class Case(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Under which it is kept."""
+        """Key of its result in the .json file."""
         return json.dumps(self)
 
     @property
     def slices(self) -> tuple[int, str]:
-        """How many, and of what."""
-        several, _, name = self.topology.rpartition(" x ")
-        return int(several or 1), name
+        """Number of slices, and the topology of one."""
+        count, _, name = self.topology.rpartition(" x ")
+        return int(count or 1), name
 
     @property
     def chips(self) -> int:
-        """Of all slices together."""
-        several, name = self.slices
-        return several * math.prod(int(side) for side in name.partition(":")[2].split("x"))
+        """Number of chips of all slices."""
+        count, name = self.slices
+        return count * math.prod(int(side) for side in name.partition(":")[2].split("x"))
 
     @property
     def mesh(self) -> str:
-        """As the table names it."""
+        """The mesh in the table."""
         slices = self.settings.get("mesh.slices", self.slices[0])
         return f"slices {slices} x " * (slices > 1) + f"data {self.chips // slices}"
 
@@ -66,109 +67,111 @@ class Case(NamedTuple):
 TOPOLOGIES = {"v5e:4x4": "TPU v5 lite", "v6e:4x4": "TPU v6 lite", "v5p:2x2x1": "TPU v5",
               "v5e:16x16": "TPU v5 lite"}  # fmt: skip
 CONFIGS = (("dmf_xl2_256", 256), ("dmf_xl2_256", 1024), ("dmf_xl2_512", 256))
-# From the fastest on. What is saved of a forward pass shrinks, then how much of it there is.
+# From the fastest to the smallest: fewer saved activations, then smaller microbatches.
 LADDER = (
     {"model.remat": "none"},
     {"model.remat": "dots"},
-    {"model.remat": "dots", "accumulation": 2},
-    {"model.remat": "dots", "accumulation": 4},
-    {"model.remat": "full", "accumulation": 4},
+    {"model.remat": "dots", "gradient_accumulation": 2},
+    {"model.remat": "dots", "gradient_accumulation": 4},
+    {"model.remat": "full", "gradient_accumulation": 4},
 )
-# Moments and averages are spread over "data" where it divides them; 256 divides few of the sides of
-# XL/2, and 16 all.
+# Optimizer state and EMA parameters are sharded over "data" where its size divides them: 256
+# divides few dimensions of XL/2, and 16 divides all.
 MESHES = {"v5e:16x16": {"mesh.slices": 16}}
-BESIDE = (
+FURTHER_CASES = (
     # 256 chips along one axis.
     Case("v5e:16x16", "dmf_xl2_256", 256, LADDER[0]),
     *(Case("v5e:16x16", "dmf_xl2_256", 1024, step) for step in LADDER[:4]),
-    # Two slices that the hosts join.
+    # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
 )
-# Memory that "none" takes of XL/2 for a sample of 256 tokens: where even this is too much, it is
-# not compiled.
-NONE_TAKES = 0.8 * GIB
+# Least memory of XL/2 for a sample of 256 tokens with remat "none". A case that needs more than a
+# chip has is not compiled.
+NO_REMAT_BYTES = 0.8 * GIB
 
 
-def planned(known: dict[str, Any]) -> Iterator[Case]:
-    """The lines of the table: of a ladder, up to the first step that is known to fit."""
+def cases(results: dict[str, Any]) -> Iterator[Case]:
+    """Yields the rows of the table: of each ladder, the cases up to the first that fits."""
     for topology, device in TOPOLOGIES.items():
         for config, batch in CONFIGS:
-            for step in LADDER:
-                case = Case(topology, config, batch, step | MESHES.get(topology, {}))
-                if step["model.remat"] == "none" and _too_much(case, device):
+            for settings in LADDER:
+                case = Case(topology, config, batch, settings | MESHES.get(topology, {}))
+                if settings["model.remat"] == "none" and _is_too_large(case, device):
                     continue
                 yield case
-                if fits(known.get(case.key, {})):
+                if fits(results.get(case.key, {})):
                     break
-    yield from BESIDE
+    yield from FURTHER_CASES
 
 
-def fits(found: dict[str, Any]) -> bool:
-    """Whether a chip has the memory for what was compiled."""
-    return "total" in found and found["total"] <= CHIPS[found["device"]].memory
+def fits(result: dict[str, Any]) -> bool:
+    """Whether a compiled program fits into the memory of a chip."""
+    return "total" in result and result["total"] <= DEVICE_SPECS[result["device"]].memory
 
 
-def _too_much(case: Case, device: str) -> bool:
-    """Whether saving everything cannot fit."""
+def _is_too_large(case: Case, device: str) -> bool:
+    """Whether a case without rematerialisation cannot fit."""
     tokens = 1024 if case.config.endswith("512") else 256
-    return NONE_TAKES * case.batch / case.chips * tokens / 256 > CHIPS[device].memory
+    return NO_REMAT_BYTES * case.batch / case.chips * tokens / 256 > DEVICE_SPECS[device].memory
 
 
-def compiled(case: Case) -> dict[str, Any]:
-    """What `dmf compile` finds out, or why it cannot; and on what."""
+def compile_case(case: Case) -> dict[str, Any]:
+    """The result of `dmf compile`, or its error, with the machine."""
     fields = {"data.batch_size": case.batch, **case.settings}
     output = Path(_OUTPUT.value).with_suffix(".partial")
-    several, topology = case.slices
+    slices, topology = case.slices
     command = [sys.executable, "-m", "dmf", "compile", f"--config=configs/{case.config}.py",
-               f"--topology={topology}", f"--slices={several}", f"--output={output}",
+               f"--topology={topology}", f"--slices={slices}", f"--output={output}",
                *(f"--config.{name}={value}" for name, value in fields.items())]  # fmt: skip
-    ended = subprocess.run(command, check=False, capture_output=True, text=True)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     if not output.exists():
-        return {"error": ended.stderr.strip().splitlines()[-1], "machine": machine()}
-    found = json.loads(output.read_text())
+        return {"error": done.stderr.strip().splitlines()[-1], "machine": machine()}
+    result = json.loads(output.read_text())
     output.unlink()
-    return found | {"machine": machine()}
+    return result | {"machine": machine()}
 
 
-def line(case: Case, found: dict[str, Any]) -> str:
-    """What was found out of a case, as a line of the table."""
+def row(case: Case, result: dict[str, Any]) -> str:
+    """A row of the table."""
     start = (f"| {case.topology} | {case.config} | {case.batch} | {case.mesh} | "
-             f"{case.settings['model.remat']} | {case.settings.get('accumulation', 1)} | ")
-    if "error" in found:
-        return f"{start}{found['error']} | | | | | | | |"
-    messages = [Collective(**fields) for fields in found["collectives"]]
-    sent = [f"{sum(c.sent for c in part) / GIB:.2f}" if part and fits(found) else "-"
-            for part in (messages, [c for c in messages if c.between_slices])]
-    return (f"{start}{found['temporaries'] / GIB:.2f} | {found['total'] / GIB:.2f} | "
-            f"{CHIPS[found['device']].memory / GIB:.2f} | {'yes' if fits(found) else 'no'} | "
-            f"{sent[0]} | {sent[1]} | {found['step_flops'] / found['devices'] / 1e12:.1f} | "
-            f"{found['seconds_to_compile']:.0f} |")
+             f"{case.settings['model.remat']} | {case.settings.get('gradient_accumulation', 1)} | ")
+    if "error" in result:
+        return f"{start}{result['error']} | | | | | | | |"
+    collectives = [Collective(**fields) for fields in result["collectives"]]
+    sent = [f"{sum(c.sent for c in part) / GIB:.2f}" if part and fits(result) else "-"
+            for part in (collectives, [c for c in collectives if c.between_slices])]
+    return (f"{start}{result['temporaries'] / GIB:.2f} | {result['total'] / GIB:.2f} | "
+            f"{DEVICE_SPECS[result['device']].memory / GIB:.2f} | "
+            f"{'yes' if fits(result) else 'no'} | "
+            f"{sent[0]} | {sent[1]} | {result['step_flops'] / result['devices'] / 1e12:.1f} | "
+            f"{result['seconds_to_compile']:.0f} |")
 
 
-def _tell(known: dict[str, Any]) -> None:
-    """Prints and writes the table of what is known."""
-    lines = ["| slice | config | batch | mesh | remat | parts | temporaries GiB | total GiB | "
-             "memory GiB | fits | sent GiB | between slices | TFLOP a chip | compiled in s |",
+def _report(results: dict[str, Any]) -> None:
+    """Prints and writes the table of the results so far."""
+    lines = ["| slice | config | batch | mesh | remat | microbatches | temporaries GiB | "
+             "total GiB | memory GiB | fits | sent GiB | between slices | TFLOP per chip | "
+             "compiled in s |",
              "|" + "---|" * 14]
-    told = [(case, known[case.key]) for case in planned(known) if case.key in known]
-    lines += [line(case, found) for case, found in told]
-    machines = "; ".join(dict.fromkeys(found["machine"] for _, found in told))
-    rest = "fsdp 1, tensor 1, shared work, flash attention"
+    compiled = [(case, results[case.key]) for case in cases(results) if case.key in results]
+    lines += [row(case, result) for case, result in compiled]
+    machines = "; ".join(dict.fromkeys(result["machine"] for _, result in compiled))
+    rest = "fsdp 1, tensor 1, compute sharing, flash attention"
     text = "\n".join([*lines, "", f"All with {rest}. Compiled on {machines}."])
     print(text, flush=True)
     Path(_OUTPUT.value).write_text(text + "\n")
 
 
 def main(_: Sequence[str]) -> None:
-    """Compiles what was not compiled yet, and writes the table after each."""
+    """Compiles the cases without a result, and writes the table after each."""
     path = Path(_OUTPUT.value).with_suffix(".json")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    _tell(known)
-    for case in planned(known):
-        if case.key not in known:
-            known[case.key] = compiled(case)
-            path.write_text(json.dumps(known, indent=1) + "\n")
-            _tell(known)
+    results = json.loads(path.read_text()) if path.exists() else {}
+    _report(results)
+    for case in cases(results):
+        if case.key not in results:
+            results[case.key] = compile_case(case)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+            _report(results)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""What a training step costs: shared and plain work, scanned and unrolled blocks, each remat.
+"""The time of a training step: compute sharing, scanned and unrolled blocks, rematerialisation.
 
     python -m benchmarks.train_step                                 # S/2, batch 8, as on a laptop
-    python -m benchmarks.train_step --size=XL --dtype=bfloat16 --batch=64,128 --scan=1 --work=shared
+    python -m benchmarks.train_step --size=XL --dtype=bfloat16 --batch=64,128 --scan=1 \\
+        --sharing=shared
 
-The whole step of Decoupled MeanFlow with model guidance (or of --objective), optimizer and averages
-with it, on all devices of this machine. The variants run in turn, --rounds times; the table gives
-medians, and ratios to plain work under the same scan and remat. The share of peak counts what the
-objective takes at least (`Objective.flops`), against the rate of one large matrix product measured
-in the same run. With --profile the fastest variant is traced, and its ten longest operations told.
+It measures the whole step of Decoupled MeanFlow with model guidance (or of --objective), including
+the optimizer and the EMA, on all devices of this machine. The variants take turns, --rounds times;
+the table shows medians, and ratios to the plain step (without compute sharing) with the same scan
+and remat. The MFU counts the operations that the objective needs at least (`Objective.flops`),
+relative to the rate of one large matmul in the same process. With --profile the fastest variant is
+traced, and its ten longest operations are printed.
 """
 
 import collections
@@ -30,30 +32,41 @@ from ml_collections import ConfigDict
 
 from benchmarks.machine import machine
 from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
-from dmf import build, chips
-from dmf import state as states
-from dmf.sharding import make_mesh
-from dmf.state import TrainState
-from dmf.step import abstract_inputs, initial_state, training_step
+from dmf.runtime.device_specs import DEVICE_SPECS, GIB
+from dmf.runtime.sharding import make_mesh
+from dmf.training import build
+from dmf.training.abstract_inputs import abstract_inputs
+from dmf.training.train_state import TrainState, create_train_state
+from dmf.training.train_step import compiled_train_step, initial_state
 
-_SIZE = flags.DEFINE_string("size", "S", "of the transformer, at 32 x 32 x 4 with patches of 2")
-_SPLIT = flags.DEFINE_integer("split", 0, "blocks that see t; 0 is two thirds of them")
+_SIZE = flags.DEFINE_string("size", "S", "size of the transformer; 32 x 32 x 4 latents, patch 2")
+_SPLIT = flags.DEFINE_integer("split", 0, "split depth; 0: two thirds of the blocks")
 _OBJECTIVE = flags.DEFINE_enum("objective", "decoupled_mean_flow",
-                               OBJECTIVES, "what is minimised")
+                               OBJECTIVES, "objective")
 _BATCH = flags.DEFINE_list("batch", ["8"], "batch sizes")
-_DTYPE = flags.DEFINE_string("dtype", "float32", "of the computation")
-_WORK = flags.DEFINE_list("work", ["plain", "shared"], "plain, shared; sharedN: null_parts=N")
-_SCAN = flags.DEFINE_list("scan", ["1", "0"], "1 is scanned, 0 unrolled")
-_REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "what is recomputed")
+_DTYPE = flags.DEFINE_string("dtype", "float32", "dtype of the computation")
+_SHARING = flags.DEFINE_list("sharing", ["plain", "shared"],
+                             "plain, shared; sharedN: unconditional_microbatches=N")
+_SCAN = flags.DEFINE_list("scan", ["1", "0"], "1: scanned blocks, 0: unrolled blocks")
+_REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "rematerialisation")
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "implementations of attention")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "how often each variant runs")
-_PROFILE = flags.DEFINE_boolean("profile", False, "the longest operations of the fastest variant")
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "measurements of each variant")
+_PROFILE = flags.DEFINE_boolean("profile", False, "also the longest operations of the fastest")
 _OUTPUT = flags.DEFINE_string("output", "", "a .md file for the table, and a .json beside it")
 
 
 @dataclasses.dataclass
-class Measured:
-    """A compiled step that updates the state in the list it is given, and what it took."""
+class Measurement:
+    """A compiled step and its measurements.
+
+    Attributes:
+      run: runs the step on the train state in a list, and replaces it there.
+      temporaries: bytes of temporary buffers.
+      compile_seconds: time to compile.
+      flops: operations that the objective needs at least for a step.
+      seconds: wall-clock time of each run.
+      cpu_seconds: CPU time of each run.
+    """
 
     run: Callable[[list[TrainState]], Any]
     temporaries: int
@@ -64,6 +77,7 @@ class Measured:
 
     @property
     def median(self) -> float:
+        """The median wall-clock time."""
         return statistics.median(self.seconds)
 
 
@@ -72,15 +86,15 @@ def _config(variant: Variant) -> ConfigDict:
                      split=_SPLIT.value)  # fmt: skip
 
 
-def prepared(variant: Variant) -> Measured:
-    """Compiles the step of a variant, and makes what it runs on."""
+def compile_variant(variant: Variant) -> Measurement:
+    """Compiles the step of a variant, and makes its inputs."""
     recipe = build.recipe(_config(variant), make_mesh())
     abstract, batch, frozen = abstract_inputs(recipe)
-    where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     key = jax.random.key(1)
     start = time.perf_counter()
-    step = training_step(recipe, where).lower(abstract, batch, frozen, key).compile()
-    took = time.perf_counter() - start
+    step = compiled_train_step(recipe, shardings).lower(abstract, batch, frozen, key).compile()
+    compile_seconds = time.perf_counter() - start
 
     draw = np.random.default_rng(0)
     rows = batch._replace(
@@ -88,121 +102,124 @@ def prepared(variant: Variant) -> Measured:
         y=jax.device_put(draw.integers(0, 1000, batch.y.shape).astype("i4"), batch.y.sharding),
     )
 
-    def run(carried: list[TrainState]) -> Any:
-        carried[0], metrics = step(carried[0], rows, frozen, key)
+    def run(states: list[TrainState]) -> Any:
+        states[0], metrics = step(states[0], rows, frozen, key)
         return jax.block_until_ready(metrics)
 
     memory, flops = step.memory_analysis(), recipe.objective.flops(recipe.network) * variant.batch
-    return Measured(run, memory.temp_size_in_bytes, took, flops, [], [])
+    return Measurement(run, memory.temp_size_in_bytes, compile_seconds, flops, [], [])
 
 
 def first_state(variant: Variant) -> TrainState:
-    """One state serves all variants: they are the same update."""
+    """The state before the first step, which is the same for all variants."""
     recipe = build.recipe(_config(variant), make_mesh())
-    return states.create(lambda: initial_state(recipe, jax.random.key(0), {}), recipe.mesh)
+    return create_train_state(lambda: initial_state(recipe, jax.random.key(0), {}), recipe.mesh)
 
 
-def peak() -> float:
-    """FLOP/s of a large matrix product in --dtype on one device, the best of some."""
+def matmul_flops() -> float:
+    """FLOP/s of a large matmul in --dtype on one device, the best of five."""
     side = 8192 if jax.default_backend() != "cpu" else 2048
     x = jnp.ones((side, side), _DTYPE.value)
-    product = jax.jit(lambda x: x @ x)
-    product(x).block_until_ready()
+    matmul = jax.jit(lambda x: x @ x)
+    matmul(x).block_until_ready()
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
         y = x
         for _ in range(4):
-            y = product(y)
+            y = matmul(y)
         y.block_until_ready()
         best = min(best, (time.perf_counter() - start) / 4)
     return 2 * side**3 / best
 
 
 def longest_operations(run: Callable[[], Any], count: int = 10) -> list[tuple[str, float]]:
-    """The operations of a step that took longest on the device, and their share of its time."""
+    """The longest operations of a step on the device, and their shares of its time."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             run()
         (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
         planes = jax.profiler.ProfileData.from_file(path).planes
-        took: collections.Counter[str] = collections.Counter()
+        durations: collections.Counter[str] = collections.Counter()
         for plane in planes:
             if "/device:" in plane.name:
                 for line in plane.lines:
                     if "XLA Ops" in line.name or "Stream" in line.name:
                         for event in line.events:
-                            took[event.name] += event.duration_ns
-    total = sum(took.values())
-    return [(name, nanoseconds / total) for name, nanoseconds in took.most_common(count)]
+                            durations[event.name] += event.duration_ns
+    total = sum(durations.values())
+    return [(name, nanoseconds / total) for name, nanoseconds in durations.most_common(count)]
 
 
 def main(_: Sequence[str]) -> None:
     """Measures, prints and writes the table."""
-    works = ["-"] if _OBJECTIVE.value == "flow_matching" else _WORK.value
+    sharings = ["-"] if _OBJECTIVE.value == "flow_matching" else _SHARING.value
     variants = [
-        Variant(int(batch), scan == "1", remat, attention, work)
-        for batch, scan, remat, attention, work in itertools.product(
-            _BATCH.value, _SCAN.value, _REMAT.value, _ATTENTION.value, works)
+        Variant(int(batch), scan == "1", remat, attention, sharing)
+        for batch, scan, remat, attention, sharing in itertools.product(
+            _BATCH.value, _SCAN.value, _REMAT.value, _ATTENTION.value, sharings)
     ]
-    measured: dict[Variant, Measured] = {}
+    measured: dict[Variant, Measurement] = {}
     for variant in variants:
         try:
-            measured[variant] = prepared(variant)
+            measured[variant] = compile_variant(variant)
         except jax.errors.JaxRuntimeError as error:
             print(f"{variant}: {str(error).partition(chr(10))[0][:120]}", flush=True)
-    best_product, carried = peak(), [first_state(variants[0])]
+    best_matmul, states = matmul_flops(), [first_state(variants[0])]
     for turn in range(_ROUNDS.value + 1):
-        for found in measured.values():
+        for measurement in measured.values():
             start, busy = time.perf_counter(), time.process_time()
-            found.run(carried)
+            measurement.run(states)
             if turn:  # the first warms up
-                found.seconds.append(time.perf_counter() - start)
-                found.cpu_seconds.append(time.process_time() - busy)
-    _tell(measured, best_product, carried)
+                measurement.seconds.append(time.perf_counter() - start)
+                measurement.cpu_seconds.append(time.process_time() - busy)
+    _report(measured, best_matmul, states)
 
 
-def _faster(by_clock: float, by_cpu_time: float) -> str:
-    """A ratio; on a CPU also by the time that its cores were busy, which other work on the machine
-    disturbs less."""
+def _speedup(by_clock: float, by_cpu_time: float) -> str:
+    """A ratio of wall-clock times; on a CPU also of CPU times, which other processes on the machine
+    disturb less."""
     on_cpu = jax.default_backend() == "cpu"
     return f"{by_clock:.2f}" + (f" ({by_cpu_time:.2f} by CPU time)" if on_cpu else "")
 
 
-def _tell(
-    measured: dict[Variant, Measured], best_product: float, carried: list[TrainState]
+def _report(
+    measured: dict[Variant, Measurement], best_matmul: float, states: list[TrainState]
 ) -> None:
     devices = jax.device_count()
     lines = [f"{HEAD} seconds | times as fast as plain | temporaries GiB | to plain | "
-             "compiled in s | images/s | of peak |",
+             "compiled in s | images/s | MFU |",
              "|" + "---|" * 12]
-    for variant, found in measured.items():
+    for variant, measurement in measured.items():
         plain = measured.get(variant.plain)
         ratios = ["-", "-"]
         if plain is not None:
-            faster = [
+            speedups = [
                 statistics.median(a / b for a, b in zip(slow, quick, strict=True))
-                for slow, quick in ((plain.seconds, found.seconds),
-                                    (plain.cpu_seconds, found.cpu_seconds))
+                for slow, quick in ((plain.seconds, measurement.seconds),
+                                    (plain.cpu_seconds, measurement.cpu_seconds))
             ]
-            ratios = [_faster(*faster), f"{found.temporaries / plain.temporaries:.2f}"]
-        share = found.flops / found.median / (best_product * devices)
+            ratios = [_speedup(*speedups),
+                      f"{measurement.temporaries / plain.temporaries:.2f}"]
+        mfu = measurement.flops / measurement.median / (best_matmul * devices)
         lines.append(
-            f"{variant.cells} {found.median:.3f} | {ratios[0]} | "
-            f"{found.temporaries / chips.GIB:.2f} | {ratios[1]} | {found.compile_seconds:.0f} | "
-            f"{variant.batch / found.median:.1f} | {share:.1%} |")
-    per_sample = {found.flops / variant.batch for variant, found in measured.items()}
+            f"{variant.cells} {measurement.median:.3f} | {ratios[0]} | "
+            f"{measurement.temporaries / GIB:.2f} | {ratios[1]} | "
+            f"{measurement.compile_seconds:.0f} | {variant.batch / measurement.median:.1f} | "
+            f"{mfu:.1%} |")
+    per_sample = {m.flops / variant.batch for variant, m in measured.items()}
     kind = jax.devices()[0].device_kind
-    published = f", published {chips.CHIPS[kind].flops / 1e12:.0f}" if kind in chips.CHIPS else ""
+    specs = DEVICE_SPECS.get(kind)
+    published = f", published {specs.flops / 1e12:.0f}" if specs else ""
     lines += ["", f"{_OBJECTIVE.value}, {_SIZE.value}/2 at 32 x 32 x 4, {_DTYPE.value}, medians of "
-              f"{_ROUNDS.value} rounds in turn; {max(per_sample) / 1e9:.4g} GFLOP a sample; a "
-              f"matrix product gave {best_product / 1e12:.4g} TFLOP/s a device{published}. On "
+              f"{_ROUNDS.value} rounds in turn; {max(per_sample) / 1e9:.4g} GFLOP per sample; a "
+              f"matmul reached {best_matmul / 1e12:.4g} TFLOP/s per device{published}. On "
               f"{machine()}."]
     if _PROFILE.value:
         fastest = min(measured, key=lambda v: measured[v].median / v.batch)
         lines += ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|"]
         lines += [f"| {name} | {share:.1%} |"
-                  for name, share in longest_operations(lambda: measured[fastest].run(carried))]
+                  for name, share in longest_operations(lambda: measured[fastest].run(states))]
     text = "\n".join(lines)
     print(text)
     if _OUTPUT.value:

@@ -1,4 +1,4 @@
-"""The ways to compute one training step that benchmarks compare, and their configs."""
+"""Variants of one training step that benchmarks compare, and their configs."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from configs import default
 from configs.imagenet import imagenet
+from dmf.objectives import DecoupledMeanFlow, FlowMatching, MeanFlow, SelfGuidance
 
 OBJECTIVES = ("decoupled_mean_flow", "mean_flow", "flow_matching")
 
@@ -14,63 +15,66 @@ class Variant(NamedTuple):
     """One way to compute the same step.
 
     Attributes:
-      batch: samples a step.
-      scan: whether the blocks are scanned, or unrolled.
-      remat: what the backward pass recomputes.
-      attention: which implementation.
-      work: "plain" or "shared", with a number for null_parts; "-" where there is no choice.
+      batch: global batch size.
+      scan: whether the blocks are scanned rather than unrolled.
+      remat: `model.remat`, what the backward pass recomputes.
+      attention: `model.attention`, the implementation of attention.
+      sharing: "plain" or "shared" for `objective.compute_sharing`, followed by a number for
+        `unconditional_microbatches`; "-" for an objective without it.
     """
 
     batch: int
     scan: bool
     remat: str
     attention: str
-    work: str
+    sharing: str
 
     @property
     def plain(self) -> "Variant":
-        """What it is compared with."""
-        return self._replace(work="plain")
+        """The variant without compute sharing, to which others are compared."""
+        return self._replace(sharing="plain")
 
     @property
     def cells(self) -> str:
-        """As the first cells of a table's row."""
+        """The first cells of its row in a table."""
         blocks = "scanned" if self.scan else "unrolled"
-        return f"| {self.batch} | {blocks} | {self.remat} | {self.attention} | {self.work} |"
+        return f"| {self.batch} | {blocks} | {self.remat} | {self.attention} | {self.sharing} |"
 
 
-HEAD = "| batch | blocks | remat | attention | work |"
+HEAD = "| batch | blocks | remat | attention | sharing |"
 
 
 def config_of(
     variant: Variant, *, size: str, objective: str, dtype: str, split: int = 0
 ) -> ConfigDict:
-    """The recipe of the published models at a size, latents of 32 x 32 x 4, computed in one way.
+    """The recipe of the published models with latents of 32 x 32 x 4, for one variant.
 
     Args:
-      variant: the way.
-      size: of the transformer, with patches of 2.
-      objective: one of `OBJECTIVES`; Decoupled MeanFlow with model guidance of 0.6.
-      dtype: of the computation.
-      split: blocks that see t where decoupled; 0 is two thirds of them.
+      variant: how the step is computed.
+      size: size of the transformer, which has patches of 2.
+      objective: one of `OBJECTIVES`; Decoupled MeanFlow has model guidance of 0.6.
+      dtype: dtype of the computation.
+      split: split depth of a decoupled network; 0 for two thirds of the blocks.
     """
     config = imagenet(size)
     model = config.model
     if objective == "decoupled_mean_flow":
-        guidance = default.self_guidance(1.0, 0.6, (0.0, 0.7))
-        config.objective = default.decoupled_mean_flow(guidance)
+        guidance = default.component(SelfGuidance(omega=1.0, kappa=0.6, interval=(0.0, 0.7)))
+        config.objective = default.component(DecoupledMeanFlow(guidance=guidance))
         split = split or round(model.depth * 2 / 3)
         model.update(conditioning="decoupled", split_depth=split, learned_variance=True)
     elif objective == "mean_flow":
-        config.objective = default.mean_flow(default.self_guidance(0.2, 0.92))
+        config.objective = default.component(MeanFlow(guidance=SelfGuidance(omega=0.2, kappa=0.92)))
         model.conditioning = "meanflow"
     else:
-        config.objective = default.flow_matching()
+        config.objective = default.component(FlowMatching())
     model.update(dtype=dtype, scan=variant.scan, remat=variant.remat,
                  attention=variant.attention)
-    if "work" in config.objective:
-        shared = variant.work.startswith("shared")
-        parts = variant.work.removeprefix("shared" if shared else "plain") or "0"
-        config.objective.work.update(shared=shared, null_parts=int(parts))
+    if "compute_sharing" in config.objective:
+        enabled = variant.sharing.startswith("shared")
+        count = variant.sharing.removeprefix("shared" if enabled else "plain") or "0"
+        config.objective.compute_sharing.update(
+            enabled=enabled, unconditional_microbatches=int(count)
+        )
     config.data.batch_size = variant.batch
     return config

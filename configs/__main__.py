@@ -15,11 +15,12 @@ FOLDER = pathlib.Path(__file__).resolve().parent
 PAGE = FOLDER.parent / "docs" / "recipes.md"
 _HEAD = """# Recipes
 
-Every config file, with what was published of it. None of the ImageNet rows was trained here: they
-build at full size, and each kind of row takes a training step at a reduced one
-(`tests/test_recipes.py`). FID is by number of sampling steps, of 50,000 samples, by the protocol
-that the row's config names; numbers in parentheses are second-hand: a paper's as quoted elsewhere,
-or a third party's. `--config.data.directory=DIR` names the dataset, see [data.md](data.md).
+Every config file, with its published scores. None of the ImageNet rows was trained here: they build
+at full size, and each kind of row takes a training step at a reduced size
+(`tests/test_recipes.py`). FID is given by number of sampling steps, for 50,000 samples and the
+protocol of the row's config. Numbers in parentheses are second-hand: quoted elsewhere from a paper,
+or measured by a third party. `--config.data.directory=DIR` names the dataset, see
+[data.md](data.md).
 
 This page is written by `python -m configs`.
 """
@@ -27,36 +28,36 @@ This page is written by `python -m configs`.
 
 def modules() -> dict[str, ModuleType]:
     """The config files that are recipes, by name."""
-    found = {path.stem: importlib.import_module(f"configs.{path.stem}")
+    files = {path.stem: importlib.import_module(f"configs.{path.stem}")
              for path in sorted(FOLDER.glob("*.py")) if not path.stem.startswith("__")}
-    return {name: module for name, module in found.items() if hasattr(module, "get_config")}
+    return {name: module for name, module in files.items() if hasattr(module, "get_config")}
 
 
 def rows(module: ModuleType) -> dict[str, Row]:
-    """The rows of a config file; one, that says nothing, where it has no table."""
+    """The rows of a config file; one empty row if it has no table."""
     return getattr(module, "ROWS", {"": Row()})
 
 
 def flag(file: str, row: str) -> str:
-    """What chooses a row on the command line."""
+    """The flag that chooses a row on the command line."""
     return f"--config=configs/{file}.py" + (f":{row}" if row else "")
 
 
 def workdir(file: str, row: str) -> str:
-    """Where a row is trained, unless one says otherwise; rows that start from it look there."""
+    """The workdir of a row in the commands of docs/recipes.md, from which other rows start."""
     return "runs/" + re.sub(r"[^a-z0-9.-]+", "_", f"{file}_{row}".lower()).strip("_")
 
 
-def commands(file: str, row: str, told: Row) -> tuple[str, ...]:
-    """What runs a row."""
-    trains = f"dmf train {flag(file, row)} --workdir={workdir(file, row)}"
-    return told.commands or (trains,)
+def commands(file: str, name: str, row: Row) -> tuple[str, ...]:
+    """The commands that run a row."""
+    train = f"dmf train {flag(file, name)} --workdir={workdir(file, name)}"
+    return row.commands or (train,)
 
 
 def _scores(row: Row) -> str:
-    said = {n: f"{score}" for n, score in row.fid.items()}
-    said |= {n: f"({score})" for n, score in row.quoted.items()}
-    return ", ".join(f"{said[n]} at {n}" for n in sorted(said))
+    scores = {n: f"{score}" for n, score in row.fid.items()}
+    scores |= {n: f"({score})" for n, score in row.quoted.items()}
+    return ", ".join(f"{scores[n]} at {n}" for n in sorted(scores))
 
 
 def _cells(file: str, module: ModuleType, name: str, row: Row) -> list[str]:
@@ -70,7 +71,7 @@ def _cells(file: str, module: ModuleType, name: str, row: Row) -> list[str]:
 
 
 def _section(file: str, module: ModuleType) -> Iterator[str]:
-    """A file: what it says of itself, and its rows."""
+    """Yields the lines about a file: its docstring and its rows."""
     yield f"## [{file}](../configs/{file}.py)\n"
     yield module.__doc__.strip() + "\n"
     yield "| command | paper | FID | protocol | steps | hardware | notes |"
@@ -81,7 +82,7 @@ def _section(file: str, module: ModuleType) -> Iterator[str]:
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of docs/recipes.md."""
     lines = [_HEAD]
     for file, module in modules().items():
         lines += _section(file, module)

@@ -1,30 +1,10 @@
-"""A small flow model of the digits: every field with its default, as `dmf/defaults.py` explains.
+"""A small flow model of the digits: every field with its default.
 
     dmf train --config=configs/default.py --workdir=DIR --config.run.steps=1000
+
+`dmf config --config=configs/default.py` prints the fields and their meaning.
 """
 
-from dmf.defaults import (
-    decoupled_mean_flow,
-    drawn_guidance,
-    flow_matching,
-    get_config,
-    logit_normal,
-    mean_flow,
-    ordered_pair,
-    self_guidance,
-    tangent,
-    teacher_guidance,
-)
+from dmf.default_config import component, get_config
 
-__all__ = [
-    "decoupled_mean_flow",
-    "drawn_guidance",
-    "flow_matching",
-    "get_config",
-    "logit_normal",
-    "mean_flow",
-    "ordered_pair",
-    "self_guidance",
-    "tangent",
-    "teacher_guidance",
-]
+__all__ = ["component", "get_config"]

@@ -10,16 +10,17 @@ README.md, "What it does".
 from ml_collections import ConfigDict
 
 from configs import default, digits_sit
+from dmf.objectives import DecoupledMeanFlow
 
 
 def get_config() -> ConfigDict:
-    """The network of digits_sit, its last 2 of 6 blocks seeing the time they go to."""
+    """The network of digits_sit, whose last 2 of 6 blocks are conditioned on r."""
     config = digits_sit.get_config()
     config.init.checkpoint = "runs/digits_sit"
     config.model.conditioning = "decoupled"
     config.model.split_depth = 4
     config.model.learned_variance = True
-    config.objective = default.decoupled_mean_flow()
+    config.objective = default.component(DecoupledMeanFlow())
     config.optimizer.learning_rate = 1e-3
     config.optimizer.decay_steps = 600
     config.run.steps = 600

@@ -13,7 +13,7 @@ from configs import default
 def get_config() -> ConfigDict:
     """A transformer of 6 blocks of width 64 on 2 x 2 patches."""
     config = default.get_config()
-    config.model.scan = False  # six small blocks compile soon enough, and run a quarter faster
+    config.model.scan = False  # six small blocks compile quickly, and run a quarter faster
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"

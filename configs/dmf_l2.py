@@ -2,9 +2,10 @@
 
     dmf train --config=configs/dmf_l2.py:guided --workdir=runs/dmf_l2_guided
 
-From SiT-L/2 of 400 k steps, `*_repa` from one with representation alignment; `guided` and `*_repa`
-with model guidance 0.6 on [0, 0.7], as the published XL run. Assumed, not published: 400 k steps of
-fine-tuning; and for the rows of MeanFlow, settings of its own paper and the same guidance.
+Training starts from SiT-L/2 of 400 k steps, for `*_repa` from one with representation alignment.
+`guided` and `*_repa` have model guidance 0.6 on [0, 0.7], like the published XL run. Assumptions
+that are not published: 400 k steps of fine-tuning, and for the rows of MeanFlow the settings of its
+own paper with the same guidance.
 """
 
 import functools
@@ -15,19 +16,20 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.imagenet import imagenet
 from configs.rows import Row, chosen
+from dmf.objectives import DecoupledMeanFlow, MeanFlow, SelfGuidance
 
 _row = functools.partial(Row, paper="arXiv:2510.24474")
-_GUIDANCE = default.self_guidance(1.0, 0.6, (0.0, 0.7))
-_GUIDED = {"objective": default.decoupled_mean_flow(_GUIDANCE)}
+_GUIDANCE = SelfGuidance(kappa=0.6, interval=(0.0, 0.7))
+_GUIDED = {"objective": default.component(DecoupledMeanFlow(guidance=_GUIDANCE))}
 _REPA = {"init.checkpoint": "runs/sit_l2_repa"}
 
 
-def _meanflow(guidance: ConfigDict | None = None) -> dict[str, Any]:
+def _meanflow(guidance=SelfGuidance()) -> dict[str, Any]:
     return {
         "model.conditioning": "meanflow",
         "model.split_depth": None,
         "model.learned_variance": False,
-        "objective": default.mean_flow(guidance),
+        "objective": default.component(MeanFlow(guidance=guidance)),
     }
 
 
@@ -51,13 +53,13 @@ ROWS = {
 
 
 def get_config(row: str = "base") -> ConfigDict:
-    """The flow model's network, its last 6 of 24 blocks seeing the time they go to; no guidance."""
+    """The flow model's network, whose last 6 of 24 blocks are conditioned on r; no guidance."""
     config = imagenet("L")
     config.init.checkpoint = "runs/sit_l2"
     config.model.conditioning = "decoupled"
     config.model.split_depth = 18
     config.model.learned_variance = True
-    config.objective = default.decoupled_mean_flow()
+    config.objective = default.component(DecoupledMeanFlow())
     config.run.steps = 400_000
     config.sampling.steps = (1, 2)
     return chosen(config, ROWS, row)

@@ -2,8 +2,8 @@
 
     dmf train --config=configs/dmf_xl2_256.py --workdir=runs/dmf_xl2_256
 
-`--config.init.checkpoint=DIR` names the flow model. Measured without guidance at sampling, latents
-decoded with sd-vae-ft-ema. As it stands it fits 16 TPU v5e, 16 v6e or 4 v5p; on 256 v5e add
+`--config.init.checkpoint=DIR` names the flow model. The scores are without guidance at sampling,
+with latents decoded by sd-vae-ft-ema. It fits 16 TPU v5e, 16 v6e or 4 v5p; on 256 v5e add
 `--config.mesh.slices=16 --config.model.remat=none` (docs/scaling.md).
 """
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.imagenet import imagenet
 from configs.rows import Row
+from dmf.objectives import DecoupledMeanFlow, SelfGuidance
 
 ROWS = {
     "": Row(
@@ -21,13 +22,14 @@ ROWS = {
 
 
 def get_config() -> ConfigDict:
-    """The flow model's network, its last 8 of 28 blocks seeing the time they go to."""
+    """The flow model's network, whose last 8 of 28 blocks are conditioned on r."""
     config = imagenet("XL")
     config.init.checkpoint = "runs/sit_xl2_repa_256"
     config.model.conditioning = "decoupled"
     config.model.split_depth = 20
     config.model.learned_variance = True
-    config.objective = default.decoupled_mean_flow(default.self_guidance(1.0, 0.6, (0.0, 0.7)))
+    guidance = SelfGuidance(kappa=0.6, interval=(0.0, 0.7))
+    config.objective = default.component(DecoupledMeanFlow(guidance=guidance))
     config.run.steps = 400_000
     config.sampling.steps = (1, 2, 4)
     return config

@@ -1,4 +1,4 @@
-"""DMF-XL/2 at 256 in MeanFlow's budget of 240 epochs (arXiv:2510.24474).
+"""DMF-XL/2 at 256 with MeanFlow's budget of 240 epochs (arXiv:2510.24474).
 
     dmf train --config=configs/dmf_xl2_256_short.py --workdir=runs/dmf_xl2_256_short
 
@@ -19,7 +19,7 @@ ROWS = {
 
 
 def get_config() -> ConfigDict:
-    """DMF-XL/2+ with another start and fewer steps."""
+    """DMF-XL/2+ with another initial checkpoint and fewer steps."""
     config = dmf_xl2_256.get_config()
     config.init.checkpoint = "runs/sit_xl2_short"
     config.run.steps = 80 * STEPS_PER_EPOCH

@@ -2,9 +2,9 @@
 
     dmf train --config=configs/dmf_xl2_512.py --workdir=runs/dmf_xl2_512
 
-`--config.init.checkpoint=DIR` names the flow model. Measured without guidance at sampling, latents
-decoded with sd-vae-ft-ema. As it stands it fits 16 TPU v6e or 4 v5p; on 16 v5e add
-`--config.accumulation=2`, on 256 v5e `--config.mesh.slices=16 --config.model.remat=none`
+`--config.init.checkpoint=DIR` names the flow model. The scores are without guidance at sampling,
+with latents decoded by sd-vae-ft-ema. It fits 16 TPU v6e or 4 v5p; on 16 v5e add
+`--config.gradient_accumulation=2`, on 256 v5e `--config.mesh.slices=16 --config.model.remat=none`
 (docs/scaling.md).
 """
 
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.imagenet import imagenet
 from configs.rows import Row
+from dmf.objectives import DecoupledMeanFlow, SelfGuidance
 
 ROWS = {
     "": Row(
@@ -22,14 +23,15 @@ ROWS = {
 
 
 def get_config() -> ConfigDict:
-    """As at 256, with qk-norm, a wider guidance interval and shifted sampling times."""
+    """The config at 256, with qk-norm, a wider guidance interval and shifted sampling times."""
     config = imagenet("XL", resolution=512)
     config.init.checkpoint = "runs/sit_xl2_repa_512"
     config.model.conditioning = "decoupled"
     config.model.split_depth = 20
     config.model.learned_variance = True
     config.model.qk_norm = True
-    config.objective = default.decoupled_mean_flow(default.self_guidance(1.0, 0.6, (0.0, 0.8)))
+    guidance = SelfGuidance(kappa=0.6, interval=(0.0, 0.8))
+    config.objective = default.component(DecoupledMeanFlow(guidance=guidance))
     config.run.steps = 800_000
     config.sampling.steps = (1, 2, 4)
     config.sampling.shift = 1.5

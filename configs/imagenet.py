@@ -1,7 +1,7 @@
-"""What the ImageNet recipes share: latents of a 32 or 64 side, batch 256, Adam 1e-4, bfloat16.
+"""The common part of ImageNet recipes: latents of side 32 or 64, batch 256, Adam 1e-4, bfloat16.
 
 `--config.data.directory=DIR` names the dataset that `dmf prepare` wrote, and
-`--config.latents.autoencoder=DIR` the decoder that pictures are made with.
+`--config.latents.autoencoder=DIR` the autoencoder that decodes samples to images.
 """
 
 from typing import Any
@@ -10,24 +10,25 @@ from ml_collections import ConfigDict
 
 from configs import default
 from dmf.models.dit import SIZES
-from dmf.scaling import STABLE_DIFFUSION_SCALE
+from dmf.models.encoders.autoencoder_kl import STABLE_DIFFUSION_SCALE
+from dmf.objectives import FlowMatching
 
 STEPS_PER_EPOCH = 5005  # 1,281,167 images, 256 at a time
 
 
 def sized(size: str, patch_size: int = 2) -> dict[str, Any]:
-    """The fields that make a transformer of a size, S to XL, for the `changes` of a row."""
+    """The fields of a transformer of a size, S to XL, for the `changes` of a row."""
     fields = {**SIZES[size], "patch_size": patch_size}
     return {f"model.{name}": value for name, value in fields.items()}
 
 
 def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDict:
-    """The fields that every ImageNet recipe starts from.
+    """The config that every ImageNet recipe starts from.
 
     Args:
-      size: of the transformer: S, B, M, L or XL.
-      patch_size: of its patches, on the latent grid.
-      resolution: of the images; the latents have an eighth of it.
+      size: size of the transformer: S, B, M, L or XL.
+      patch_size: height and width of a patch of latents.
+      resolution: height and width of the images; those of the latents are an eighth.
     """
     config = default.get_config()
     config.model.update(SIZES[size])
@@ -48,11 +49,16 @@ def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDic
 
 
 def aligned(size: str, *, resolution: int) -> ConfigDict:
-    """As `imagenet`, with patch 2 and the representation alignment of the published flow models:
-    0.5 after block 8, with DINOv2-B in half precision, as theirs."""
+    """The config of the published flow models with representation alignment: patch 2, and alignment
+    0.5 after block 8 with DINOv2-B in half precision.
+
+    Args:
+      size: size of the transformer: S, B, M, L or XL.
+      resolution: height and width of the images.
+    """
     config = imagenet(size, resolution=resolution)
     config.model.update(alignment_depth=8, alignment_width=768, alignment_hidden=2048)
-    config.objective = default.flow_matching(alignment_coefficient=0.5)
+    config.objective = default.component(FlowMatching(alignment_coefficient=0.5))
     config.alignment.update(encoder="runs/dinov2_b", dtype="bfloat16")
     config.sampling.sampler = ConfigDict({"name": "sde"})
     config.sampling.steps = (250,)

@@ -2,10 +2,10 @@
 
     dmf train --config=configs/improved_meanflow.py:xl2 --workdir=runs/improved_meanflow_xl2
 
-The scale and the interval of the guidance are drawn in training and given to the network; at
-sampling, `--config.sampling.guidance.scale` is to be searched for. What else the paper changes of
-the network, and its length, are not here: the networks are MeanFlow's, for 240 epochs, so that its
-scores are no more than a direction.
+The scale and the interval of the guidance are drawn in training and are inputs of the network;
+search for the best `--config.sampling.guidance.scale` at sampling. The paper's other changes to the
+network, and its length, are not reproduced: the networks are those of MeanFlow, for 240 epochs, so
+that the scores are only a rough guide.
 """
 
 import functools
@@ -16,8 +16,9 @@ from configs import default
 from configs.imagenet import sized
 from configs.meanflow import meanflow
 from configs.rows import Row, chosen
+from dmf.objectives import DrawnGuidance, Tangent
 
-_NOTE = "network and length are MeanFlow's, and the scale is to be searched for"
+_NOTE = "network and length of MeanFlow; search for the best scale"
 _row = functools.partial(Row, paper="arXiv:2512.02012", note=_NOTE)
 
 ROWS = {
@@ -29,9 +30,9 @@ ROWS = {
 
 
 def get_config(row: str = "xl2") -> ConfigDict:
-    """MeanFlow's network with guidance as an input, and the loss along its own velocity."""
+    """MeanFlow's network with guidance as an input; the tangent along the predicted velocity."""
     config = meanflow("XL")
     config.model.guidance_input = True
-    config.objective.guidance = default.drawn_guidance()
-    config.objective.tangent = default.tangent("own")
+    config.objective.guidance = default.component(DrawnGuidance())
+    config.objective.tangent = default.component(Tangent(velocity="predicted"))
     return chosen(config, ROWS, row)

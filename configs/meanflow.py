@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.imagenet import STEPS_PER_EPOCH, imagenet, sized
 from configs.rows import Row, chosen
+from dmf.objectives import MeanFlow, SelfGuidance, Tangent
 
 _row = functools.partial(Row, paper="arXiv:2505.13447")
 
 
 def _guided(omega: float, kappa: float, interval: tuple[float, float]) -> dict[str, Any]:
-    return {"objective.guidance": default.self_guidance(omega, kappa, interval)}
+    guidance = SelfGuidance(omega=omega, kappa=kappa, interval=interval)
+    return {"objective.guidance": default.component(guidance)}
 
 
 ROWS = {
@@ -29,10 +31,13 @@ ROWS = {
     "m2": _row(fid={1: 5.01}, changes=sized("M")),
     "l2": _row(fid={1: 3.84}, changes=sized("L") | _guided(0.2, 0.92, (0.0, 0.8))),
     "xl2": _row(fid={1: 3.43, 2: 2.93}, changes=_guided(0.2, 0.92, (0.0, 0.75))),
-    "xl2_own_tangent": _row(
+    "xl2_predicted_tangent": _row(
         fid={1: 2.99},
         paper="arXiv:2512.02012",
-        changes={**_guided(0.2, 0.92, (0.0, 0.75)), "objective.tangent": default.tangent("own")},
+        changes={
+            **_guided(0.2, 0.92, (0.0, 0.75)),
+            "objective.tangent": default.component(Tangent(velocity="predicted")),
+        },
         note="the loss of improved MeanFlow alone",
     ),
     "xl2_plus": _row(
@@ -43,10 +48,10 @@ ROWS = {
 
 
 def meanflow(size: str, patch_size: int = 2) -> ConfigDict:
-    """MeanFlow of 240 epochs without guidance, measured as in its paper."""
+    """MeanFlow for 240 epochs without guidance, evaluated like its paper."""
     config = imagenet(size, patch_size)
     config.model.conditioning = "meanflow"
-    config.objective = default.mean_flow()
+    config.objective = default.component(MeanFlow())
     config.optimizer.clip_norm = 0.0
     config.run.steps = 240 * STEPS_PER_EPOCH
     config.sampling.steps = (1, 2)
@@ -55,7 +60,7 @@ def meanflow(size: str, patch_size: int = 2) -> ConfigDict:
 
 
 def get_config(row: str = "xl2") -> ConfigDict:
-    """The network with its second time embedding, at its published length."""
+    """The published network with two time embeddings, at its published length."""
     config = meanflow("XL")
-    config.objective.guidance = default.self_guidance(1.0, 0.5, (0.0, 1.0))
+    config.objective.guidance = default.component(SelfGuidance(omega=1.0, kappa=0.5))
     return chosen(config, ROWS, row)

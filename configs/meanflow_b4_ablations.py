@@ -3,9 +3,9 @@
     dmf train --config=configs/meanflow_b4_ablations.py:p=0.5 \\
       --workdir=runs/meanflow_b4_ablations_p_0.5
 
-Each row changes one thing of the first: 25% of samples with r < t, the embedding of (t, t - r),
-times of LN(-0.4, 1), p = 1, no guidance. `guidance` is the effective scale with kappa 0, `kappa` is
-varied at scale 2.
+Each row changes one setting of the first row: 25% of samples with r < t, the embedding of
+(t, t - r), times from LN(-0.4, 1), p = 1, no guidance. `guidance` is the effective scale with kappa
+0; `kappa` varies at scale 2.
 """
 
 import functools
@@ -17,20 +17,23 @@ from configs import default
 from configs.imagenet import STEPS_PER_EPOCH
 from configs.meanflow import meanflow
 from configs.rows import Row, chosen
+from dmf.objectives import LogitNormal, OrderedPair, SelfGuidance, UniformTime
+from dmf.objectives.time_samplers import TimeSampler
 
 _row = functools.partial(Row, paper="arXiv:2505.13447")
 
 
 def _distinct(share: float) -> dict[str, Any]:
-    return {"objective.times.equal_share": 1 - share}
+    return {"objective.time_pair.equal_probability": 1 - share}
 
 
 def _embedded(*times: str) -> dict[str, Any]:
     return {"model.embedded_times": times}
 
 
-def _times(time: ConfigDict) -> dict[str, Any]:
-    return {"objective.times": default.ordered_pair(time, time, 0.75)}
+def _times(time: TimeSampler) -> dict[str, Any]:
+    pair = OrderedPair(first=time, second=time, equal_probability=0.75)
+    return {"objective.time_pair": default.component(pair)}
 
 
 def _power(power: float) -> dict[str, Any]:
@@ -38,7 +41,8 @@ def _power(power: float) -> dict[str, Any]:
 
 
 def _scale(scale: float, kappa: float = 0.0) -> dict[str, Any]:
-    return {"objective.guidance": default.self_guidance(scale * (1 - kappa), kappa)}
+    guidance = SelfGuidance(omega=scale * (1 - kappa), kappa=kappa)
+    return {"objective.guidance": default.component(guidance)}
 
 
 ROWS = {
@@ -56,11 +60,11 @@ ROWS = {
     "embedding=t,t-r": _row(fid={1: 61.06}, changes=_embedded("t", "t-r")),
     "embedding=t,r,t-r": _row(fid={1: 63.98}, changes=_embedded("t", "r", "t-r")),
     "embedding=t-r": _row(fid={1: 63.13}, changes=_embedded("t-r")),
-    "times=uniform": _row(fid={1: "65.90"}, changes=_times(ConfigDict({"name": "uniform"}))),
-    "times=-0.2,1": _row(fid={1: 63.83}, changes=_times(default.logit_normal(-0.2, 1.0))),
-    "times=-0.2,1.2": _row(fid={1: 64.72}, changes=_times(default.logit_normal(-0.2, 1.2))),
-    "times=-0.4,1": _row(fid={1: 61.06}, changes=_times(default.logit_normal(-0.4, 1.0))),
-    "times=-0.4,1.2": _row(fid={1: 61.79}, changes=_times(default.logit_normal(-0.4, 1.2))),
+    "times=uniform": _row(fid={1: "65.90"}, changes=_times(UniformTime())),
+    "times=-0.2,1": _row(fid={1: 63.83}, changes=_times(LogitNormal(mean=-0.2, std=1.0))),
+    "times=-0.2,1.2": _row(fid={1: 64.72}, changes=_times(LogitNormal(mean=-0.2, std=1.2))),
+    "times=-0.4,1": _row(fid={1: 61.06}, changes=_times(LogitNormal(mean=-0.4, std=1.0))),
+    "times=-0.4,1.2": _row(fid={1: 61.79}, changes=_times(LogitNormal(mean=-0.4, std=1.2))),
     "p=0": _row(fid={1: 79.75}, changes=_power(0.0)),
     "p=0.5": _row(fid={1: 63.98}, changes=_power(0.5)),
     "p=1": _row(fid={1: 61.06}, changes=_power(1.0)),
@@ -81,7 +85,7 @@ ROWS = {
 
 
 def get_config(row: str = "base") -> ConfigDict:
-    """MeanFlow-B/4 without guidance, at 80 epochs, with the change of a row."""
+    """MeanFlow-B/4 for 80 epochs without guidance, with the change of a row."""
     config = meanflow("B", patch_size=4)
     config.run.steps = 80 * STEPS_PER_EPOCH
     config.sampling.steps = (1,)

@@ -1,7 +1,7 @@
-"""What a recipe says of itself: rows of a published table, and the configs that they stand for.
+"""Rows of published tables, and the configs that reproduce them.
 
-A config file with a table holds `ROWS`, by the name that chooses one: `--config=FILE:NAME`. The
-name "" is the file without one. `python -m configs` writes docs/recipes.md from them.
+A config file with a table has `ROWS`, a dictionary of rows by name; `--config=FILE:NAME` chooses a
+row. The name "" is the file without a name. `python -m configs` writes docs/recipes.md from them.
 """
 
 import copy
@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dmf.typing import InputError
+from dmf.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,15 +20,15 @@ class Row:
     """A row of a table.
 
     Attributes:
-      changes: fields of the file's config by dotted name, and their values here.
-      fid: published FID by number of sampling steps, as the paper itself gives it; as text where a
-        float would lose a digit.
-      quoted: the same, as others quote or measured it.
-      paper: where it stands.
-      hardware: that it took, where it is published.
-      note: what else is to be known.
-      lacks: why there is no config of it; empty where there is one.
-      commands: how it is run, where that is not training into a directory of its name.
+      changes: fields of the file's config that differ in this row, by dotted name.
+      fid: FID in the paper itself by number of sampling steps; as text where a float would lose a
+        digit.
+      quoted: FID that others quote or measured, by number of sampling steps.
+      paper: source of the row.
+      hardware: published hardware of the run.
+      note: further remarks.
+      lacks: reason why there is no config of the row; empty if there is one.
+      commands: commands that run the row, unless it is trained into the workdir of its name.
     """
 
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -45,9 +45,9 @@ def chosen(config: ConfigDict, rows: Mapping[str, Row], name: str) -> ConfigDict
     """The config of a row.
 
     Args:
-      config: of the file, which is changed.
-      rows: the file's table.
-      name: of the row.
+      config: config of the file, which is changed.
+      rows: rows of the file.
+      name: name of the row.
 
     Raises:
       InputError: there is no such row, or no config of it.
@@ -55,9 +55,9 @@ def chosen(config: ConfigDict, rows: Mapping[str, Row], name: str) -> ConfigDict
     """
     if name not in rows:
         built = [known for known, row in rows.items() if not row.lacks]
-        raise InputError(f"--config=FILE:{name}: choose one of {' '.join(built)}")
+        raise InputError("--config", f"FILE:{name}", f"choose one of {' '.join(built)}")
     if rows[name].lacks:
-        raise InputError(f"--config=FILE:{name}: {rows[name].lacks}")
+        raise InputError("--config", f"FILE:{name}", f"{rows[name].lacks}")
     for field, value in rows[name].changes.items():
         *parents, last = field.split(".")
         functools.reduce(ConfigDict.__getitem__, parents, config)[last] = copy.deepcopy(value)

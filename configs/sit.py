@@ -2,9 +2,9 @@
 
     dmf train --config=configs/sit.py:l2 --workdir=runs/sit_l2
 
-The tables of Decoupled MeanFlow (arXiv:2510.24474) start from some of them; the others stand in no
-table, and are trained as those are. Times are logit-normal, as everywhere in that paper.
-`xl2_short` has MeanFlow's budget less the fine-tuning. Rows that end in `repa` are aligned to
+The tables of Decoupled MeanFlow (arXiv:2510.24474) start from some of them; the others are in no
+table, and have the same settings. Times are logit-normal, like everywhere in that paper.
+`xl2_short` has MeanFlow's budget without the fine-tuning. Rows that end in `repa` are aligned to
 DINOv2-B after block 8 (REPA, arXiv:2410.06940), whose patch features their batches must carry.
 """
 
@@ -16,18 +16,19 @@ from configs import default
 from configs.imagenet import STEPS_PER_EPOCH, imagenet, sized
 from configs.rows import Row, chosen
 from dmf.models.dit import SIZES
+from dmf.objectives import FlowMatching
 
 _PAPER = "arXiv:2510.24474"
 _ALIGNED = {
     "model.alignment_depth": 8,
-    "objective": default.flow_matching(alignment_coefficient=0.5),
+    "objective": default.component(FlowMatching(alignment_coefficient=0.5)),
     "alignment": {"encoder": "runs/dinov2_b", "dtype": "bfloat16"},
 }
-_TOLD = {
+_DETAILS = {
     "b2": {"paper": _PAPER, "note": "a third party's teacher of B/2, with guidance: FID 5.16"},
     "l2": {"paper": _PAPER},
     "l2_repa": {"paper": _PAPER, "note": "as long as l2: the paper's length is not known here"},
-    # What `configs.__main__.workdir` gives is the place of sit_xl2.py.
+    # `configs.__main__.workdir` would give the workdir of sit_xl2.py.
     "xl2": {"commands": ("dmf train --config=configs/sit.py:xl2 --workdir=runs/sit_xl2_400k",),
             "note": "400,000 steps; sit_xl2 is the published run"},
 }  # fmt: skip
@@ -36,7 +37,7 @@ ROWS = {
     f"{size.lower()}2{end}": Row(changes=sized(size) | more)
     for size in SIZES for end, more in (("", {}), ("_repa", _ALIGNED))
 }
-ROWS |= {name: dataclasses.replace(ROWS[name], **told) for name, told in _TOLD.items()}
+ROWS |= {name: dataclasses.replace(ROWS[name], **details) for name, details in _DETAILS.items()}
 ROWS["xl2_short"] = Row(
     changes={"run.steps": 160 * STEPS_PER_EPOCH},
     paper=_PAPER,
@@ -45,7 +46,7 @@ ROWS["xl2_short"] = Row(
 
 
 def get_config(row: str = "l2") -> ConfigDict:
-    """The network, for 400 k steps unless the row says otherwise."""
+    """The network, for 400 k steps unless the row changes that."""
     config = imagenet("XL")
     config.run.steps = 400_000
     config.sampling.steps = (250,)

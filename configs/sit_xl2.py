@@ -2,8 +2,8 @@
 
     dmf train --config=configs/sit_xl2.py --workdir=runs/sit_xl2 --config.data.directory=DIR
 
-AdamW with its usual betas, without a clip; bfloat16 is ours, not the paper's. Sampled by 250 SDE
-steps with guidance 1.5.
+AdamW has its usual betas, without a clip; bfloat16 is our choice, not the paper's. Sampling takes
+250 SDE steps with guidance 1.5.
 """
 
 from ml_collections import ConfigDict
@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.imagenet import imagenet
 from configs.rows import Row
+from dmf.objectives import FlowMatching, UniformTime
 
 ROWS = {"": Row(fid={250: 2.06}, paper="arXiv:2401.08740")}
 
@@ -18,7 +19,7 @@ ROWS = {"": Row(fid={250: 2.06}, paper="arXiv:2401.08740")}
 def get_config() -> ConfigDict:
     """The network at its published length."""
     config = imagenet("XL")
-    config.objective = default.flow_matching(ConfigDict({"name": "uniform"}))
+    config.objective = default.component(FlowMatching(time_sampler=UniformTime()))
     config.data.mirror = True
     config.optimizer.update(b2=0.999, clip_norm=0.0)
     config.run.steps = 7_000_000

@@ -9,7 +9,7 @@ features are computed while training; or, with `--config.alignment.encoder=`, on
 `--features=runs/dinov2_b` (docs/data.md).
 
 2 M steps, batch 256. Published as the start of DMF-XL/2+ 512 only, without a score of its own. On
-16 TPU v5e add `--config.accumulation=2` (docs/scaling.md).
+16 TPU v5e add `--config.gradient_accumulation=2` (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,7 @@
 """Decoupled MeanFlow in JAX: flow models become flow maps that sample in 1 to 4 steps.
 
-`flow_map, config = dmf.load(DIR)` gives u(x_t, t, r, y) of a run or an export; `dmf.sample` makes
-images from it. Names are imported when first used, so that `import dmf` costs nothing.
+`flow_map, config = dmf.load(DIR)` loads u(x_t, t, r, y) from a run or an export, and `dmf.sample`
+generates images with it. Names are imported when first used, so that `import dmf` costs nothing.
 """
 
 import importlib
@@ -9,18 +9,22 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+# The module that defines each public name.
 _HOME = {
-    "Batch": "dmf.typing",
-    "ClassifierFree": "dmf.guidance",
+    "Batch": "dmf.types",
+    "ClassLabels": "dmf.types",
+    "Condition": "dmf.types",
     "DecoupledMeanFlow": "dmf.objectives",
     "DiT": "dmf.models.dit",
-    "FlowMap": "dmf.typing",
+    "FlowMap": "dmf.types",
     "FlowMatching": "dmf.objectives",
-    "InputError": "dmf.typing",
+    "InputError": "dmf.errors",
     "MeanFlow": "dmf.objectives",
-    "Network": "dmf.typing",
-    "load": "dmf.loading",
-    "sample": "dmf.samplers",
+    "Network": "dmf.types",
+    "SamplingGuidance": "dmf.sampling.guidance",
+    "classifier_free": "dmf.sampling.guidance",
+    "load": "dmf.checkpoints.load",
+    "sample": "dmf.sampling.samplers",
 }
 
 

@@ -6,33 +6,38 @@ import sys
 
 VERBS = {
     "prepare": "make a dataset of latents or crops from images",
-    "compile": "compile a training step, also for TPUs that are not there: memory, FLOPs",
+    "config": "print a config with the meaning of every field",
+    "components": "list the components that a config may choose, with their fields",
+    "compile": "compile the training step ahead of time: memory, communication, FLOPs",
     "train": "train a flow model, MeanFlow or a flow map",
     "sweep": "train many runs: here, under SLURM, or as printed commands",
-    "sample": "make images from a run or an export",
+    "sample": "generate images from a run or an export",
     "evaluate": "measure how far samples are from the data",
-    "convert": "bring in a checkpoint of another project",
-    "export": "take parameters out: Orbax, safetensors or StableHLO",
-    "report": "show runs on a page, or compare evaluations in a table",
+    "convert": "convert a checkpoint of another project",
+    "export": "export parameters: Orbax, safetensors or StableHLO",
+    "report": "write a report of runs, or a table of evaluations",
 }
 
 
 def usage() -> str:
-    """What `dmf --help` prints."""
+    """The text that `dmf --help` prints."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {does}" for verb, does in VERBS.items())
     return f"usage: dmf VERB [--help] [FLAGS]\n\n{verbs}"
 
 
-def keep_compiled() -> None:
-    """What took JAX a second or more to compile is kept on disk, so that a run that is taken up
-    again starts at once; JAX_COMPILATION_CACHE_DIR says where instead. JAX reads it on import."""
+def set_compilation_cache() -> None:
+    """Keeps compiled programs on disk, so that a resumed run starts at once.
+
+    The directory is JAX_COMPILATION_CACHE_DIR, which JAX reads on import; dmf/compiled in the
+    user's cache by default.
+    """
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dmf", "compiled"))
 
 
 def main() -> None:
-    """The command line; exits as `dmf.cli.run` says."""
+    """The command line; the exit code is that of `dmf.cli.exit_codes.run`."""
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
@@ -41,15 +46,14 @@ def main() -> None:
     if verb not in VERBS:
         print(f"dmf: {verb}: no such verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
-    keep_compiled()
+    set_compilation_cache()
     module = importlib.import_module(f"dmf.cli.{verb}")
-    from dmf.cli import quiet, run
+    from dmf.cli.exit_codes import run, silence_background_threads
 
     code = run(module.main, verb, rest)
-    if code and "dmf.hosts" in sys.modules:
-        sys.modules["dmf.hosts"].leave(code)
-    # What background threads of a failed run still say while the process ends was said already.
-    quiet()
+    if code and "dmf.runtime.heartbeats" in sys.modules:
+        sys.modules["dmf.runtime.heartbeats"].exit_together(code)
+    silence_background_threads()
     sys.exit(code)
 
 

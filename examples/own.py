@@ -1,4 +1,4 @@
-"""An objective, a time sampler, a network and a dataset of one's own, without touching the package.
+"""A time sampler, an objective, a network and a dataset that a config file brings along.
 
     dmf train --config=examples/own.py --workdir=runs/own
 
@@ -11,45 +11,63 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from configs import default
-from dmf.components import register
-from dmf.data.sources import ResidentSource, Source, open_source
-from dmf.models.undivided import Undivided
+from dmf import default_config
+from dmf.data.datasets import Dataset, InMemoryDataset, open_dataset
+from dmf.errors import InputError
+from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives import FlowMatching
+from dmf.objectives.path_sample import path_sample
+from dmf.registry import register
 
 
-# A time sampler is called with a key, how many times to draw, and the path.
+# A time sampler is called with a key, the number of times to draw, and the path.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Powers:
-    """t = z^power with z uniform in [0, 1): large powers look at little noise."""
+    """t = z^power with z uniform in [0, 1).
+
+    Attributes:
+      power: exponent, positive; larger values give less noisy samples.
+    """
 
     power: float = 1.0
+
+    def __post_init__(self):
+        if not self.power > 0:
+            raise InputError("power", self.power, "give a positive number")
 
     def __call__(self, key, count, interpolant):
         return jax.random.uniform(key, (count,)) ** self.power
 
 
-# An objective draws, and computes a loss for each sample; this one draws as flow matching does.
+# An objective draws, and computes a loss for each sample. This one draws as flow matching does.
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Huber(FlowMatching):
-    """Flow matching by the pseudo-Huber distance, which far outliers weigh less in."""
+    """Flow matching by the pseudo-Huber distance, in which outliers weigh less.
+
+    Attributes:
+      delta: root mean square error above which the loss grows linearly, positive.
+    """
 
     delta: float = 0.1
 
-    def loss(self, network, params, batch, draws, frozen):
-        x_t = self.interpolant.mix(batch.x, draws.noise, draws.t)
-        v_t = self.interpolant.velocity(batch.x, draws.noise, draws.t)
-        y = jnp.where(draws.dropped, network.num_classes, batch.y)
-        u = network.apply(params, x_t, draws.t, draws.t, y)
-        error = jnp.mean((u - v_t) ** 2, axis=(1, 2, 3))
+    def loss(self, network, params, batch, draws, frozen_params):
+        sample = path_sample(self.interpolant, network, batch, draws)
+        u = network.apply(params, sample.x_t, sample.t, sample.t, sample.y)
+        error = jnp.mean((u - sample.v_t) ** 2, axis=(1, 2, 3))
         loss = jnp.sqrt(error + self.delta**2) - self.delta
         return loss, {"flow_matching_error": error}
 
 
-# A network makes parameters and applies them; `Undivided` gives it the rest of what a network has.
+# A network has parameters and applies them; `SimpleNetwork` has the other methods of a network.
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Perceptron(Undivided):
-    """Two layers that see all pixels, both times, and the label."""
+class Perceptron(SimpleNetwork):
+    """Two layers whose inputs are all pixels, both times, and the label.
+
+    Attributes:
+      side: height and width of an image.
+      hidden: width of the hidden layer.
+      num_classes: number of class labels.
+    """
 
     side: int = 8
     hidden: int = 256
@@ -67,38 +85,34 @@ class Perceptron(Undivided):
         }
 
     def apply(self, params, x_t, t, r, y):
+        y = self.condition(y)
         pixels = x_t.reshape(-1, self.side**2)
-        labels = jax.nn.one_hot(y, self.num_classes + 1)
-        given = jnp.concatenate([pixels, t[:, None], r[:, None], labels], axis=1)
-        return (jax.nn.silu(given @ params["in"]) @ params["out"]).reshape(x_t.shape)
+        labels = jax.nn.one_hot(y.labels, self.num_classes + 1)
+        inputs = jnp.concatenate([pixels, t[:, None], r[:, None], labels], axis=1)
+        return (jax.nn.silu(inputs @ params["in"]) @ params["out"]).reshape(x_t.shape)
 
 
-# A dataset is a function that opens a `Source`: rows of uint8 images or of moments, and labels.
-def negatives(*, split: str, directory: str) -> Source:
+# A dataset is a function that returns a `Dataset`: images or moments of latents, and labels.
+def negatives(*, split: str, directory: str) -> Dataset:
     """The digits, black on white."""
-    digits = open_source("digits", split=split, directory=directory)
-    rows, labels = digits.read(range(len(digits)))
-    return ResidentSource(name="negatives", num_classes=10, rows=255 - rows, all_labels=labels)
+    digits = open_dataset("digits", split=split, directory=directory)
+    rows = digits.read(range(len(digits)))
+    rows["x"] = 255 - rows["x"]
+    return InMemoryDataset(name="negatives", num_classes=10, rows=rows)
 
 
-# What a config calls them. Their fields stand beside the name.
-register("time", "powers", Powers)
-register("objective", "huber", Huber)
-register("model", "perceptron", Perceptron)
-register("data", "negatives", negatives)
+# The names that configs choose them by.
+register("time_sampler", powers=Powers)
+register("objective", huber=Huber)
+register("model", perceptron=Perceptron)
+register("dataset", negatives=negatives)
 
 
 def get_config() -> ConfigDict:
-    """The defaults, but for the four."""
-    config = default.get_config()
-    config.model = ConfigDict({"name": "perceptron", "hidden": 256})
-    config.objective = ConfigDict({
-        "name": "huber",
-        "delta": 0.1,
-        "time": {"name": "powers", "power": 0.5},
-        "interpolant": "linear",
-        "label_dropout": 0.1,
-    })
+    """The default config with these four components."""
+    config = default_config.get_config()
+    config.model = default_config.component(Perceptron(hidden=256))
+    config.objective = default_config.component(Huber(time_sampler=Powers(power=0.5)))
     config.data.name = "negatives"
     config.optimizer.learning_rate = 1e-3
     config.emas.main.decay = 0.99

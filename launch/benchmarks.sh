@@ -13,8 +13,8 @@ step=("$python" -m benchmarks.train_step --size="$size" --dtype=bfloat16 --scan=
   --rounds="$rounds")
 "$python" -m benchmarks.attention --rounds="$rounds" --output="$folder/attention.json" \
   | tee "$folder/attention.md"
-"${step[@]}" --batch="$batch,$((2 * batch))" --work=shared --profile --output="$folder/train_step.md"
-"${step[@]}" --batch="$batch" --work=plain,shared --attention=xla --output="$folder/train_step_xla.md"
-"$python" -m benchmarks.sampling --size="$size" --input_size="$side" --batch="$batch" --steps=1,4 \
-  --decode_batch="$((batch < 8 ? batch : 8))" --dtype=bfloat16 --decode_dtype=float32,bfloat16 \
+"${step[@]}" --batch="$batch,$((2 * batch))" --sharing=shared --profile --output="$folder/train_step.md"
+"${step[@]}" --batch="$batch" --sharing=plain,shared --attention=xla --output="$folder/train_step_xla.md"
+"$python" -m benchmarks.sampling --size="$size" --input-size="$side" --batch="$batch" --steps=1,4 \
+  --decode-batch="$((batch < 8 ? batch : 8))" --dtype=bfloat16 --decode-dtype=float32,bfloat16 \
   --rounds="$rounds" --output="$folder/sampling.json"

@@ -5,6 +5,7 @@ import gc
 import os
 import pathlib
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 
@@ -28,6 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # What one test compiled, the next one, its other processes and the next run find.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# A test file may import the helpers of another room.
+sys.path.extend(str(room) for room in sorted((ROOT / "tests").rglob("*")) if room.is_dir())
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from dmf.flow import Interpolant, per_sample
+from dmf.objectives.interpolants import Interpolant, per_sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.convert.dit import from_jax, from_pytorch
+from dmf.checkpoints.convert.dit import from_jax, from_pytorch
 from dmf.models.dit import DiT
-from dmf.sharding import batch_sharding, make_mesh, parameter_shardings
-from dmf.typing import Params
+from dmf.runtime.sharding import batch_sharding, make_mesh, parameter_shardings
+from dmf.types import Params
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 # How a network runs, and on which mesh (data, fsdp, tensor; None: one device): none of it may
@@ -143,7 +143,9 @@ def meanflow_params(name: str) -> Params:
     return on_device(from_jax(meanflow(name), load(name).below("params")))
 
 
-def recipe(name: str, shape: Sequence[int], *, seed: int = 0, gain: float = 1.0) -> np.ndarray:
+def drawn_weights(
+    name: str, shape: Sequence[int], *, seed: int = 0, gain: float = 1.0
+) -> np.ndarray:
     """The weights that the golden values of a frozen network were made with."""
     w = np.random.default_rng([zlib.crc32(name.encode()), seed]).standard_normal(shape)
     w = w.astype(np.float32)
@@ -157,21 +159,21 @@ def recipe(name: str, shape: Sequence[int], *, seed: int = 0, gain: float = 1.0)
 @functools.cache
 def autoencoder_tensors() -> dict[str, np.ndarray]:
     golden = load("vae_0").config
-    return {name: recipe(name, shape, seed=golden["seed"])
+    return {name: drawn_weights(name, shape, seed=golden["seed"])
             for name, shape in golden["names"].items()}
 
 
 @functools.cache
 def dinov2_tensors() -> dict[str, np.ndarray]:
     names = load("dinov2_0").config["names"]
-    return {name: recipe(name, shape) for name, shape in names.items()}
+    return {name: drawn_weights(name, shape) for name, shape in names.items()}
 
 
 @functools.cache
 def inception_tensors() -> dict[str, np.ndarray]:
     """Without the counters of training steps."""
     names = json.loads((FOLDER / "inception_fid_names.json").read_text())
-    return {name: recipe(name, shape, gain=2) for name, shape in names.items()
+    return {name: drawn_weights(name, shape, gain=2) for name, shape in names.items()
             if not name.endswith("tracked")}
 
 

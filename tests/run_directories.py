@@ -6,8 +6,8 @@ import numpy as np
 import PIL.Image
 import tiny
 
-from dmf import loading
-from dmf.checkpoint import FORMAT
+from dmf.checkpoints import load
+from dmf.checkpoints.params import FORMAT
 
 
 def evaluation(values, *, step=8, protocol="pixels", reference="digits", mark="f", count=72):
@@ -29,7 +29,7 @@ def row(step, **values):
 
 def write(directory, overrides=None, *, step=8, metrics=(), evaluations=(), grid=False, log=""):
     """A run at a step, whose config has some fields replaced."""
-    config = loading.plain(tiny.config(overrides))
+    config = load.config_to_json(tiny.config(overrides))
     (directory / "checkpoints").mkdir(parents=True)
     (directory / "config.json").write_text(json.dumps({"format": FORMAT, **config}))
     if step:

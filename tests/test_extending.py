@@ -1,57 +1,52 @@
-"""The example of components of one's own runs from training to export, and the page shows it."""
+"""The example of components in a config file runs from training to export; the page shows it."""
 
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plugin_files
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
-from dmf import build, components, loading, logs, objectives, training
-from dmf.flow import LINEAR
-from dmf.guidance import SelfGuidance
-from dmf.typing import Batch, InputError
-from dmf.weighting import Adaptive
-from dmf.work import Work
+from dmf import registry
+from dmf.checkpoints import load
+from dmf.data.build import data, dataset
+from dmf.errors import InputError
+from dmf.models.build import network
+from dmf.objectives import LINEAR, AdaptiveWeighting, DecoupledMeanFlow, Objective, SelfGuidance
+from dmf.objectives.build import objective
+from dmf.objectives.compute_sharing import ComputeSharing
+from dmf.training import loop, metrics_writer
+from dmf.types import Batch
 
 FILE = tiny.ROOT / "examples" / "own.py"
 PLUGINS = f"--plugins={FILE}"
 SMALL = ("--config.run.steps=2", "--config.run.sample_every=0", "--config.data.batch_size=16")
 
 
-def keep_tables(monkeypatch):
-    for kind, table in components.COMPONENTS.items():
-        monkeypatch.setitem(components.COMPONENTS, kind, dict(table))
-
-
 @pytest.fixture(autouse=True)
-def own_tables(monkeypatch):
-    """What a test registers, the next one does not find."""
-    keep_tables(monkeypatch)
+def clean_registry():
+    """The components that a test registers do not reach the next test."""
+    with plugin_files.registered_components():
+        yield
 
 
 @pytest.fixture
 def own():
     """The example as a module."""
-    spec = importlib.util.spec_from_file_location("own", FILE)
-    module = sys.modules["own"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["own"]
+    with plugin_files.imported(FILE) as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Two steps of the example, whose names are forgotten after them."""
+    """A run of two steps of the example."""
     workdir = tmp_path_factory.mktemp("own") / "run"
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        keep_tables(monkeypatch)
+    with plugin_files.registered_components():
         assert tiny.dmf("train", f"--config={FILE}", f"--workdir={workdir}", *SMALL) == 0
     return workdir
 
@@ -74,7 +69,7 @@ def test_the_example_is_trained_sampled_measured_and_exported(run, tmp_path):
 def test_the_same_command_resumes(run, capfd):
     more = (*SMALL, "--config.run.steps=3")
     assert tiny.dmf("train", f"--config={FILE}", f"--workdir={run}", *more) == 0
-    assert "is at step 2 of 3: going on" in "".join(capfd.readouterr())
+    assert "is at step 2 of 3: resuming" in "".join(capfd.readouterr())
     assert (run / "checkpoints" / "3").exists()
 
 
@@ -86,7 +81,7 @@ def test_a_checkpoint_runs_no_file_by_itself(run, capfd):
     assert "--plugins=no.py: no such file" in capfd.readouterr().err
 
 
-def test_an_export_without_names_of_others_is_refused(run, tmp_path, capfd):
+def test_an_export_without_a_naming_is_refused(run, tmp_path, capfd):
     output = tmp_path / "safetensors"
     assert tiny.dmf("export", f"--checkpoint={run}", PLUGINS, "--format=safetensors",
                     f"--output={output}") == 2
@@ -94,16 +89,16 @@ def test_an_export_without_names_of_others_is_refused(run, tmp_path, capfd):
     assert not output.exists()
 
 
-def test_an_undivided_network_trains_as_flow_map_by_every_way_of_computing(own):
+def test_a_simple_network_has_the_same_loss_with_and_without_compute_sharing(own):
     network = own.Perceptron(hidden=16)
     params = network.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (4, 8, 8, 1))
     batch = Batch(x, jnp.arange(4, dtype=jnp.int32))
     losses = []
     for shared in (True, False):
-        objective = objectives.DecoupledMeanFlow(
-            weighting=Adaptive(), guidance=SelfGuidance(omega=1.0, kappa=0.5),
-            work=Work(shared=shared),
+        objective = DecoupledMeanFlow(
+            weighting=AdaptiveWeighting(), guidance=SelfGuidance(omega=1.0, kappa=0.5),
+            compute_sharing=ComputeSharing(enabled=shared),
         )
         draws = objective.draw(jax.random.key(2), batch)
 
@@ -116,8 +111,8 @@ def test_an_undivided_network_trains_as_flow_map_by_every_way_of_computing(own):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Absolute(objectives.Objective):
-    """Flow matching by the mean absolute error, and nothing that is not asked for."""
+class Absolute(Objective):
+    """Flow matching by the mean absolute error, with no optional part of an objective."""
 
     weight: float = 1.0
 
@@ -126,9 +121,9 @@ class Absolute(objectives.Objective):
         noise = jax.random.normal(noise_key, batch.x.shape)
         return noise, jax.random.uniform(time_key, (len(noise),))
 
-    def loss(self, network, params, batch, draws, frozen):
+    def loss(self, network, params, batch, draws, frozen_params):
         noise, t = draws
-        x_t, v_t = LINEAR.mix(batch.x, noise, t), LINEAR.velocity(batch.x, noise, t)
+        x_t, v_t = LINEAR.interpolate(batch.x, noise, t), LINEAR.velocity(batch.x, noise, t)
         u = network.apply(params, x_t, t, t, batch.y)
         return self.weight * jnp.mean(jnp.abs(u - v_t), axis=(1, 2, 3)), {}
 
@@ -137,27 +132,27 @@ class Absolute(objectives.Objective):
 
 
 def test_an_objective_needs_only_draw_loss_and_flops(tmp_path):
-    components.register("objective", "absolute", Absolute)
-    made = ConfigDict({"name": "absolute", "weight": 2.0})
-    config = tiny.config({"run.steps": 2, "run.log_every": 1}, objective=made)
-    objective = build.objective(config)
-    assert objective == Absolute(weight=2.0)
-    assert isinstance(objective, objectives.Objective)
-    assert not (objective.learned_variance or objective.alignment or objective.needs_teacher)
-    training.train(config, tmp_path)
-    first, second = logs.read_metrics(tmp_path)
+    registry.register("objective", absolute=Absolute)
+    section = ConfigDict({"name": "absolute", "weight": 2.0})
+    config = tiny.config({"run.steps": 2, "run.log_every": 1}, objective=section)
+    built = objective(config.objective)
+    assert built == Absolute(weight=2.0)
+    assert isinstance(built, Objective)
+    assert not (built.learned_variance or built.alignment or built.needs_teacher)
+    loop.train(config, tmp_path)
+    first, second = metrics_writer.read_metrics(tmp_path)
     assert first["gradient_norm"] > 0
     assert second["loss"] != first["loss"]
 
 
-def test_an_undivided_network_counts_its_products(own):
+def test_a_simple_network_counts_its_operations(own):
     # 64 pixels, 2 times and 11 labels to 16 to 64, 2 for each multiply-add, and little more.
-    products = 2 * (77 * 16 + 16 * 64)
+    matmuls = 2 * (77 * 16 + 16 * 64)
     forward = own.Perceptron(hidden=16).flops.forward
-    assert products <= forward <= 1.2 * products
+    assert matmuls <= forward <= 1.2 * matmuls
 
 
-def test_what_an_undivided_network_lacks_is_told(own):
+def test_a_simple_network_refuses_alignment_and_learned_variance(own):
     network = own.Perceptron(hidden=16)
     with pytest.raises(InputError, match="has no features to align"):
         network.apply_with_features({}, None, None, None, None)
@@ -165,13 +160,17 @@ def test_what_an_undivided_network_lacks_is_told(own):
         network.log_variance({}, None, None)
 
 
+def opened(config: ConfigDict):
+    return dataset(data(config.data), network(config.model))
+
+
 def test_a_registered_dataset_is_opened_by_its_name(own):
     config = tiny.config({"data.name": "negatives", "data.classes": (3, 4)})
-    rows, labels = build.source(config).read(range(20))
-    digits, same = build.source(tiny.config({"data.classes": (3, 4)})).read(range(20))
-    np.testing.assert_array_equal(rows, 255 - digits)
-    np.testing.assert_array_equal(labels, same)
-    assert loading.plain(own.get_config())["data"]["name"] == "negatives"
+    rows = opened(config).read(range(20))
+    digits = opened(tiny.config({"data.classes": (3, 4)})).read(range(20))
+    np.testing.assert_array_equal(rows["x"], 255 - digits["x"])
+    np.testing.assert_array_equal(rows["y"], digits["y"])
+    assert load.config_to_json(own.get_config())["data"]["name"] == "negatives"
 
 
 def test_the_page_shows_the_code_of_the_example():

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from benchmarks import corruptions
-from benchmarks.kills import PHASES, WHENS, Kills
+from benchmarks.kills import MOMENTS, PHASES, Kills
 
 
 # What Orbax's event loops say when they are dropped.
@@ -16,11 +16,11 @@ def test_damaged_checkpoints_are_never_taken_for_what_was_saved(tmp_path, caplog
     run = corruptions.Corruptions(tmp_path, random.Random(0))
     for how in 2 * corruptions.DAMAGES:
         run.corrupt(how)
-    assert not run.bad
-    outcomes = [outcome for (_, outcome), count in run.hit.items() for _ in range(count)]
+    assert not run.errors
+    outcomes = [outcome for (_, outcome), count in run.outcomes.items() for _ in range(count)]
     restored = [outcome for act, outcome in outcomes if act == "restore"]
     assert len(outcomes) == 2 * len(restored) == 4 * len(corruptions.DAMAGES)
-    assert set(restored) <= {corruptions.AS_SAVED, corruptions.BEFORE}
+    assert set(restored) <= {corruptions.AS_SAVED, corruptions.OLDER_STATE}
 
 
 @pytest.mark.parametrize("how", corruptions.DAMAGES)
@@ -44,8 +44,8 @@ def contents(folder):
 @pytest.mark.slow
 def test_a_run_that_is_killed_often_is_the_run_that_never_was(tmp_path):
     kills = Kills(tmp_path, random.Random(0))
-    for when in WHENS:
+    for when in MOMENTS:
         kills.kill(when)
     assert kills.end() == []
-    assert kills.hit["saving"] > 0
-    assert sum(kills.hit[phase] for phase in PHASES) == len(WHENS)
+    assert kills.hits["saving"] > 0
+    assert sum(kills.hits[phase] for phase in PHASES) == len(MOMENTS)

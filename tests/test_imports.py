@@ -31,7 +31,8 @@ def test_a_run_needs_neither_tensorflow_nor_torch(tmp_path):
         "find = importlib.machinery.PathFinder.find_spec\n"
         "importlib.machinery.PathFinder.find_spec = lambda name, *rest: (\n"
         "    None if name in ('tensorflow', 'torch') else find(name, *rest))\n"
-        "from dmf.cli import evaluate, run, sample, train\n"
+        "from dmf.cli import evaluate, sample, train\n"
+        "from dmf.cli.exit_codes import run\n"
         f"config, run_there = '--config={tiny.CONFIG}', '{tmp_path}/run'\n"
         "made = '--checkpoint=' + run_there\n"
         "for verb, arguments in (\n"
@@ -40,7 +41,7 @@ def test_a_run_needs_neither_tensorflow_nor_torch(tmp_path):
         f"    (sample, [made, '--output={tmp_path}/samples.png']),\n"
         "):\n"
         "    assert run(verb.main, 'dmf', arguments) == 0, verb\n"
-        "import dmf.convert.dit, dmf.report"
+        "import dmf.checkpoints.convert.dit, dmf.experiments.evaluation_report"
     )
     loaded = loaded_after(poisoned)
     assert {"jax", "grain", "orbax", "tensorflow_datasets"} <= loaded

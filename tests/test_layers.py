@@ -1,64 +1,48 @@
-"""The layers: a module imports only from layers below its own, and some names stay in few files."""
+"""The rooms of the package: imports go downwards only, and some libraries stay in few rooms."""
 
 import ast
 import pathlib
+import statistics
 
 import pytest
 import tiny
 
 PACKAGE = tiny.ROOT / "dmf"
-# From the bottom up. Modules of one group may import each other, two groups of a layer may not.
-LAYERS = (
-    ({"typing", "sharding", "defaults", "chips"},),
-    (
-        {"flow", "times"}, {"bins"}, {"scaling"}, {"kernels"}, {"logs", "hosts"}, {"intact"},
-        {"collectives"}, {"files"}, {"sweeping"}, {"figures"},
-    ),
-    (
-        {"objectives", "terms", "draws", "work", "identity", "tangents", "guidance", "weighting",
-         "samplers"},
-        {"models", "encoders"},
-    ),
-    ({"data"}, {"convert"}, {"metrics"}, {"images"}, {"features"}, {"alignment"}, {"launching"}),
-    (
-        {"state", "optimizer", "skipping", "checkpoint"}, {"freezing"}, {"watch"}, {"report"},
-        {"card"}, {"protocols"}, {"slurm"},
-    ),
-    ({"components"}, {"references", "statistics"}, {"runs", "summary", "page"}),
-    ({"loading"},),
-    ({"build"},),
-    ({"generation"},),
-    ({"surveys"},),
-    ({"evaluator", "evaluation"}, {"outputs"}),
-    ({"crop_surveys", "shards"},),
-    ({"preparation"},),
-    ({"stablehlo"},),
-    ({"exports"}, {"monitoring"}),
-    ({"step"},),
-    ({"training"}, {"compiling"}),
-    ({"cli"},),
-    ({"__main__", "__init__"},),
+# From the top down. A room imports from the rooms below its own; rooms on one line do not import
+# each other.
+ROOMS = (
+    ("__main__", "__init__"),
+    ("cli",),
+    ("default_config",),
+    ("experiments",),
+    ("training",),
+    ("evaluation",),
+    ("checkpoints",),
+    ("sampling",),
+    ("data",),
+    ("models", "objectives"),
+    ("runtime",),
+    ("registry",),
+    ("types",),
+    ("errors",),
 )
-PLACE = {
-    name: (height, group)
-    for height, layer in enumerate(LAYERS)
-    for group, names in enumerate(layer)
-    for name in names
-}
+HEIGHT = {room: -height for height, rooms in enumerate(ROOMS) for room in rooms}
 FILES = sorted(PACKAGE.rglob("*.py"))
-READERS_OF_CONFIGS = {
-    "defaults", "components", "loading", "build", "generation", "evaluator", "evaluation",
-    "monitoring", "stablehlo", "exports", "training", "compiling", "cli",
-}
-MAKERS_OF_NETWORKS = {"models", "encoders"}
+# Who may see a ConfigDict: what turns a config into objects, and what stores one.
+CONFIG_READERS = (
+    "default_config.py", "*/build.py", "checkpoints/load.py", "training/loop.py",
+    "training/callbacks.py", "training/compile.py", "evaluation/evaluator.py",
+    "checkpoints/export.py", "cli/*.py",
+)  # fmt: skip
+NETWORK_ROOM = "models"
 
 
-def unit(path: pathlib.Path) -> str:
-    """The module or package directly below dmf that a file belongs to."""
+def room_of(path: pathlib.Path) -> str:
+    """The room that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: pathlib.Path) -> set[str]:
+def imported_modules(path: pathlib.Path) -> set[str]:
     """Every module that a file imports, at its top or in a function, as dotted names."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -71,9 +55,10 @@ def imported(path: pathlib.Path) -> set[str]:
 
 
 def imports(path: pathlib.Path, *modules: str) -> bool:
+    """Whether a file imports one of some modules, or something below one."""
     return any(
         name == module or name.startswith(f"{module}.")
-        for name in imported(path) for module in modules
+        for name in imported_modules(path) for module in modules
     )
 
 
@@ -81,41 +66,76 @@ def name_of(path: pathlib.Path) -> str:
     return str(path.relative_to(PACKAGE))
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_imports_go_downwards(path):
-    mine = unit(path)
-    assert mine in PLACE, f"{mine} has no layer"
-    height, group = PLACE[mine]
-    for name in imported(path):
-        first, _, rest = name.partition(".")
-        if first != "dmf":
-            continue
-        other = rest.split(".")[0]
-        assert other in PLACE, f"{path} imports {name}, which has no layer"
-        below = PLACE[other][0] < height
-        assert below or PLACE[other] == (height, group), f"{mine} must not import {other}"
+def test_imports_go_downwards():
+    for path in FILES:
+        room = room_of(path)
+        assert room in HEIGHT, f"{name_of(path)}: the list has no such room"
+        for name in imported_modules(path):
+            package, _, rest = name.partition(".")
+            other = rest.split(".")[0]
+            if package != "dmf" or not other:
+                continue
+            assert other in HEIGHT, f"{name_of(path)} imports {name}, which is in no room"
+            downwards = HEIGHT[other] < HEIGHT[room] or other == room
+            assert downwards, f"{name_of(path)}: {room} must not import {other} ({name})"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_a_few_read_configs(path):
-    if imports(path, "ml_collections"):
-        assert unit(path) in READERS_OF_CONFIGS
+def test_every_room_says_what_it_holds():
+    for path in PACKAGE.rglob("__init__.py"):
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text and len(text.split()) > 15, f"{name_of(path)}: what does it hold, and for whom?"
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_only_networks_are_flax_modules(path):
-    if imports(path, "flax.linen"):
-        assert unit(path) in MAKERS_OF_NETWORKS
+def test_the_plan_is_seen_at_a_glance():
+    inside = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert sum(path.is_dir() for path in inside) <= 11
+    assert sum(path.is_file() for path in inside) <= 6
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_nobody_imports_tensorflow_torch_or_private_jax(path):
-    assert not imports(path, "tensorflow", "torch", "jax._src", "jax.interpreters")
-    assert not imports(path, "clu.metric_writers", "clu.periodic_actions")
+def test_only_builders_know_configs():
+    for path in FILES:
+        if imports(path, "ml_collections"):
+            relative = path.relative_to(PACKAGE)
+            assert any(relative.match(pattern) for pattern in CONFIG_READERS), name_of(path)
 
 
-@pytest.mark.parametrize("path", FILES, ids=name_of)
-def test_a_file_is_one_idea_of_at_most_400_lines(path):
-    text = path.read_text()
-    assert len(text.splitlines()) <= 400
-    assert ast.get_docstring(ast.parse(text)), "a file says what it holds"
+def test_only_networks_are_flax_modules():
+    for path in FILES:
+        if imports(path, "flax.linen", "flax.nnx"):
+            assert room_of(path) == NETWORK_ROOM, name_of(path)
+
+
+def test_nobody_imports_tensorflow_torch_or_private_jax():
+    for path in FILES:
+        assert not imports(path, "tensorflow", "torch", "jax._src", "jax.interpreters"), path
+        assert not imports(path, "clu.metric_writers", "clu.periodic_actions"), path
+
+
+def test_a_file_is_one_idea_of_at_most_400_lines():
+    for path in FILES:
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, name_of(path)
+        assert ast.get_docstring(ast.parse(text)), f"{name_of(path)}: what does it hold?"
+
+
+def test_functions_are_short():
+    lengths = {
+        f"{name_of(path)}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert statistics.median(lengths.values()) <= 12
+    long = {name: length for name, length in lengths.items() if length > 40}
+    assert len(long) <= 18, long
+
+
+@pytest.mark.parametrize("start", ["types", "runtime", "objectives"])
+def test_lower_rooms_run_without_the_upper_ones(start):
+    """A room can be imported without those above it."""
+    above = [room for room in HEIGHT if HEIGHT[room] > HEIGHT[start] and "__" not in room]
+    code = (f"import sys, dmf.{start}; "
+            f"bad = [m for m in sys.modules if m.split('.')[:1] == ['dmf'] and "
+            f"m.split('.')[1:2] and m.split('.')[1] in {above!r}]; assert not bad, bad")
+    result = tiny.process(code=code)
+    assert result.returncode == 0, result.stderr

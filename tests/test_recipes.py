@@ -14,10 +14,17 @@ from ml_collections import ConfigDict
 
 from configs import __main__ as recipes
 from configs import default, meanflow_b4_ablations, rows
-from dmf import build, loading
-from dmf import state as states
-from dmf.protocols import PROTOCOLS
-from dmf.step import abstract_inputs, initial_state, training_step
+from dmf.checkpoints import load
+from dmf.evaluation.protocols import PROTOCOLS
+from dmf.models.build import network
+from dmf.objectives import FlowMatching
+from dmf.objectives.build import interpolant, objective
+from dmf.runtime.sharding import make_mesh
+from dmf.sampling.build import Sampling, guided_flow_map, sampling
+from dmf.training import build
+from dmf.training.abstract_inputs import abstract_inputs
+from dmf.training.train_state import create_train_state, train_state_shardings
+from dmf.training.train_step import compiled_train_step, initial_state
 
 MODULES = recipes.modules()
 ROWS = {
@@ -38,13 +45,18 @@ def config_of(key: str) -> ConfigDict:
     return _made(key).copy_and_resolve_references()
 
 
+def settings_of(config: ConfigDict) -> Sampling:
+    """The settings of sampling."""
+    return sampling(config.sampling, interpolant(config.objective))
+
+
 def program(config: ConfigDict) -> tuple:
     """What rows must share for their training steps to be one program but for its constants."""
     fields = flatten_dict(config.to_dict())
     chosen = {name: value for name, value in fields.items()
               if name[0] == "model" or (name[0] == "objective" and name[-1] == "name")}
-    guidance = build.objective(config, build.network(config)).__dict__.get("guidance")
-    needs = guidance and (guidance.needs_label, guidance.needs_null)
+    guidance = getattr(objective(config.objective), "guidance", None)
+    needs = guidance and (guidance.needs_conditional, guidance.needs_unconditional)
     aligned = bool(config.objective.get("alignment_coefficient"))
     return needs, aligned, config.freeze, *sorted(chosen.items())
 
@@ -95,10 +107,10 @@ def test_a_file_says_what_it_is_and_gives_a_command_that_runs_a_row(file):
 def test_a_row_is_a_run_that_can_be(key):
     config = config_of(key)
     config.teacher.checkpoint = ""
-    teacher = build.network(config) if ROWS[key][0].__name__.endswith("distilled") else None
-    made = build.recipe(config, build.make_mesh(devices=jax.devices()[:1]), teacher)
-    assert made.network.depth == config.model.depth
-    sampler = build.sampler(config)
+    teacher = network(config.model) if ROWS[key][0].__name__.endswith("distilled") else None
+    recipe = build.recipe(config, make_mesh(devices=jax.devices()[:1]), teacher)
+    assert recipe.network.depth == config.model.depth
+    sampler = settings_of(config).sampler
     for steps in config.sampling.steps:
         assert len(sampler.schedule(steps, config.sampling.shift)) == steps + 1
     assert config.evaluation.protocol in PROTOCOLS
@@ -107,8 +119,8 @@ def test_a_row_is_a_run_that_can_be(key):
 @pytest.mark.parametrize("key", kinds(BUILT))
 def test_a_row_has_its_shapes_at_full_size(key):
     config = config_of(key)
-    recipe = build.recipe(config, build.make_mesh(devices=jax.devices()[:1]),
-                          build.network(config) if config.teacher.checkpoint else None)
+    recipe = build.recipe(config, make_mesh(devices=jax.devices()[:1]),
+                          network(config.model) if config.teacher.checkpoint else None)
     state = jax.eval_shape(lambda: initial_state(recipe, jax.random.key(0), {}))
     assert state.params["blocks"]["mlp"]["in"]["kernel"].shape[:2] == (
         config.model.depth, config.model.width
@@ -117,7 +129,7 @@ def test_a_row_has_its_shapes_at_full_size(key):
     (count,) = rows.y.shape
 
     def loss(params, rows, frozen):
-        batch = recipe.to_samples.batch(jax.random.key(1), rows)
+        batch = recipe.batch_transform.batch(jax.random.key(1), rows)
         draws = recipe.objective.draw(jax.random.key(0), batch)
         return recipe.objective.loss(recipe.network, params, batch, draws, frozen)
 
@@ -132,9 +144,9 @@ def test_a_row_has_its_shapes_at_full_size(key):
 )
 def test_a_row_takes_a_step(key):
     config = reduced(config_of(key))
-    on = build.make_mesh(devices=jax.devices()[:1])
-    teacher = build.network(config) if config.teacher.checkpoint else None
-    recipe = build.recipe(config, on, teacher)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    teacher = network(config.model) if config.teacher.checkpoint else None
+    recipe = build.recipe(config, mesh, teacher)
     keys = iter(jax.random.split(jax.random.key(0), 100))
     state, batch, frozen = abstract_inputs(recipe)
 
@@ -147,16 +159,17 @@ def test_a_row_takes_a_step(key):
 
     # A network that starts at zero has no gradient but in its last layer.
     params = jax.tree.map(lambda leaf: 0.1 * drawn(leaf), state.params)
-    where = states.shardings(on, state)
-    start = states.create(lambda given: initial_state(recipe, next(keys), given), on, params)
+    shardings = train_state_shardings(mesh, state)
+    key = next(keys)
+    start = create_train_state(lambda given: initial_state(recipe, key, given), mesh, params)
     before = jax.tree.map(jnp.copy, start.params)
-    step = training_step(recipe, where)
+    step = compiled_train_step(recipe, shardings)
     inputs = jax.tree.map(drawn, (batch, frozen))
     after, metrics = step(start, *inputs, jax.random.key(1))
     assert int(after.step) == 1
     assert jnp.isfinite(metrics["loss"])
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after.params)
-    mask = recipe.freeze.mask or jax.tree.map(lambda _: np.False_, before)
+    mask = recipe.freeze_mask.mask or jax.tree.map(lambda _: np.False_, before)
     assert moved == jax.tree.map(lambda frozen: not frozen.all(), mask)
 
 
@@ -172,8 +185,8 @@ def test_each_row_has_a_place_of_its_own_where_those_that_start_from_it_look():
 @pytest.mark.parametrize("file", [name for name in MODULES if name.startswith("digits")])
 def test_a_digits_recipe_finds_its_data(file):
     built = build.training(MODULES[file].get_config())
-    assert len(built.pipeline.source) == 1797
-    assert built.frozen == {}
+    assert len(built.data_loader.dataset) == 1797
+    assert built.frozen_params == {}
 
 
 @pytest.mark.parametrize("key", [k for k in BUILT if k.startswith("untrained")])
@@ -186,20 +199,20 @@ def test_what_is_seen_as_a_flow_map_is_sampled_as_one(key):
         return x
 
     x, y = jnp.zeros((1, 2, 2, 1)), jnp.zeros(1, jnp.int32)
-    build.sampler(config).step(
-        build.guided(config, flow_map, 1000), x, jnp.float32(0.5), jnp.float32(0.25), y, None
-    )
+    settings = settings_of(config)
+    guided = guided_flow_map(flow_map, settings, network(config.model))
+    settings.sampler.step(guided, x, jnp.float32(0.5), jnp.float32(0.25), y, None, ())
     assert asked == [(0.5, 0.25)]
 
 
 def test_rows_change_what_they_say_and_nothing_else():
     def fields(config):
-        return flatten_dict(loading.plain(config), sep=".")
+        return flatten_dict(load.config_to_json(config), sep=".")
 
     base = fields(meanflow_b4_ablations.get_config())
     for name, expected in {
         "p=0.5": {"objective.weighting.power": 0.5},
-        "share=100": {"objective.times.equal_share": 0.0},
+        "share=100": {"objective.time_pair.equal_probability": 0.0},
         "guidance=3": {"objective.guidance.omega": 3.0},
         "kappa=0.5": {"objective.guidance.kappa": 0.5},
         "tangent=v,1,0": {},
@@ -221,10 +234,10 @@ def test_a_row_of_which_there_is_none_is_refused_with_those_there_are(capfd, tmp
 
 
 def test_two_configs_of_a_row_share_nothing():
-    row = rows.Row(changes={"objective": default.flow_matching()})
+    row = rows.Row(changes={"objective": default.component(FlowMatching())})
     first, second = (rows.chosen(default.get_config(), {"x": row}, "x") for _ in range(2))
-    first.objective.time.mean = 3.0
-    assert second.objective.time.mean == 0.0
+    first.objective.time_sampler.mean = 3.0
+    assert second.objective.time_sampler.mean == 0.0
 
 
 def test_the_page_is_that_of_the_files():

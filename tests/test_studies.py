@@ -10,7 +10,9 @@ import tiny
 
 from benchmarks.studies import page, plan, units
 from benchmarks.studies.plan import MEASURES, RUNS, STUDIES, Claim, Scale
-from dmf import build
+from dmf.models.build import network
+from dmf.runtime.sharding import make_mesh
+from dmf.training import build
 
 WHOLE = Scale()
 STEPS = sorted({steps for measure in MEASURES.values() for steps in measure.steps})
@@ -19,9 +21,8 @@ STEPS = sorted({steps for measure in MEASURES.values() for steps in measure.step
 @pytest.mark.parametrize("run", RUNS)
 def test_a_run_can_be(run, tmp_path):
     config = plan.config_of(run, tmp_path, 1, WHOLE)
-    network = build.network(config)
-    teacher = network if config.teacher.checkpoint else None
-    recipe = build.recipe(config, build.make_mesh(devices=jax.devices()[:1]), teacher)
+    teacher = network(config.model) if config.teacher.checkpoint else None
+    recipe = build.recipe(config, make_mesh(devices=jax.devices()[:1]), teacher)
     assert recipe.network.depth == 6
     assert config.optimizer.decay_steps == config.run.steps
     assert config.seed == 1
@@ -87,7 +88,7 @@ def test_the_page_has_a_table_a_picture_and_a_verdict_for_each_study(tmp_path):
                 "results": results, "count": 100, "reference": {"halves_distance": 0.25},
             }))  # fmt: skip
     output = tmp_path / "studies.md"
-    page.write(output, folders, command="make", minutes=2.0, machine="a machine")
+    page.write_page(output, folders, command="make", minutes=2.0, machine="a machine")
     text = output.read_text()
     for name, study in STUDIES.items():
         assert f"## {study.title}\n" in text
@@ -124,18 +125,18 @@ def test_units_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch)
     monkeypatch.setattr(units.evaluate, "main", evaluate)
     folder, small = tmp_path / "seed_0", Scale(factor=0.01)
     with pytest.raises(KeyboardInterrupt):
-        units.work(folder, 0, small)
+        units.run_units(folder, 0, small)
     fails.clear()
     fails["measure"] = ""
-    units.work(folder, 0, small)
+    units.run_units(folder, 0, small)
     everything = [*RUNS, *MEASURES]
     assert done == everything
-    units.work(folder, 0, small)
+    units.run_units(folder, 0, small)
     assert done == everything
     assert len((folder / units.TIMES).read_text().splitlines()) == len(everything)
     # Another number of samples is another measurement of the same runs.
-    monkeypatch.setattr(plan, "LEAST_COUNT", 80)
-    units.work(folder, 0, small)
+    monkeypatch.setattr(plan, "MIN_COUNT", 80)
+    units.run_units(folder, 0, small)
     assert done[len(everything):] == list(MEASURES)
 
 
@@ -146,8 +147,8 @@ def test_real_units_make_a_page(tmp_path, monkeypatch):
     monkeypatch.setattr(units, "RUNS", ("flow",))
     as_flow_map = {"model.conditioning": "decoupled", "model.split_depth": 1}
     measures = {
-        name: plan.Measure(label=name, run="flow", steps=(1,), seen=seen)
-        for name, seen in (("flow", {}), ("untrained", as_flow_map))
+        name: plan.Measure(label=name, run="flow", steps=(1,), overrides=overrides)
+        for name, overrides in (("flow", {}), ("untrained", as_flow_map))
     }
     for module in (units, page):
         monkeypatch.setattr(module, "MEASURES", measures)
@@ -155,8 +156,9 @@ def test_real_units_make_a_page(tmp_path, monkeypatch):
     study = plan.Study(title="One", text="", measures=tuple(measures), claims=(claim,))
     monkeypatch.setattr(page, "STUDIES", {"one": study})
     folder = tmp_path / "seed_0"
-    units.work(folder, 0, Scale(factor=0.01))
-    page.write(tmp_path / "page.md", [folder], command="make", minutes=0.0, machine="a machine")
+    units.run_units(folder, 0, Scale(factor=0.01))
+    output = tmp_path / "page.md"
+    page.write_page(output, [folder], command="make", minutes=0.0, machine="a machine")
     text = (tmp_path / "page.md").read_text()
     assert "- a claim: **" in text
     distances = [json.loads((folder / f"{name}.json").read_text())["results"][0][page.METRIC]

@@ -19,6 +19,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import default
+from dmf.objectives import DecoupledMeanFlow
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CONFIG = pathlib.Path(__file__)
@@ -64,7 +65,7 @@ def flow_map(overrides: dict[str, Any] | None = None) -> ConfigDict:
         "model.split_depth": 1,
         "model.learned_variance": True,
     }
-    return config(fields | (overrides or {}), objective=default.decoupled_mean_flow())
+    return config(fields | (overrides or {}), objective=default.component(DecoupledMeanFlow()))
 
 
 def free_port() -> int:
@@ -78,10 +79,10 @@ def free_port() -> int:
 
 def dmf(verb: str, *arguments: Any) -> int:
     """Runs a verb of the command line in this process; returns its exit code."""
-    from dmf import cli
+    from dmf.cli.exit_codes import run
 
     main = importlib.import_module(f"dmf.cli.{verb}").main
-    return cli.run(main, verb, [str(argument) for argument in arguments])
+    return run(main, verb, [str(argument) for argument in arguments])
 
 
 def command(*arguments: Any, code: str | None = None) -> list[str]:
@@ -112,7 +113,7 @@ def process(*arguments: Any, code: str | None = None) -> subprocess.CompletedPro
 @functools.cache
 def shared_run(name: str, make: Callable[[], ConfigDict]) -> pathlib.Path:
     """The workdir of a finished run, trained by the first process that asks for it."""
-    from dmf.training import train
+    from dmf.training.loop import train
 
     workdir = SHARED / name
     with open(SHARED / f"{name}.lock", "w") as lock:

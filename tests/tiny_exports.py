@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from dmf import exports, loading
-from dmf.encoders.autoencoder import Autoencoder
-from dmf.encoders.dinov2 import DinoV2
-from dmf.typing import Params
+from dmf.checkpoints import export, load
+from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+from dmf.models.encoders.dinov2 import DinoV2
+from dmf.types import Params
 
 DINOV2 = DinoV2(width=12, depth=2, heads=2, patch_size=2, mlp_ratio=2.0, table_side=3)
-AUTOENCODER = Autoencoder(widths=(8, 8, 8), layers_per_block=1, groups=4)
+AUTOENCODER = AutoencoderKL(widths=(8, 8, 8), layers_per_block=1, groups=4)
 
 
 def params(network: Any, scale: float = 0.3) -> Params:
@@ -29,6 +29,6 @@ def params(network: Any, scale: float = 0.3) -> Params:
 def exported(network: Any) -> pathlib.Path:
     """A directory that holds the network with these parameters."""
     folder = tiny.SCRATCH / f"tiny_{type(network).__name__.lower()}"
-    config = loading.config_of(network, {})
-    exports.write(folder, exports.Parts(network, config, params(network), "drawn"))
+    config = load.export_config(network, {})
+    export.write(folder, export.Parts(network, config, params(network), "drawn"))
     return folder

@@ -1,1 +1,1 @@
-"""What the papers found on ImageNet, looked for on the digits."""
+"""The papers' ablations on ImageNet, repeated on the digits."""

@@ -1,4 +1,4 @@
-"""What is trained, what is measured of it, and what the papers say of the outcome."""
+"""The runs, their evaluations, and the claims of the papers about them."""
 
 import copy
 import dataclasses
@@ -9,42 +9,58 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import default, digits_dmf, digits_meanflow, digits_sit
-from dmf import build
+from dmf.models.build import network
+from dmf.objectives import Tangent, TeacherGuidance
+from dmf.objectives.build import objective
 
 FLOW_STEPS, TUNING_STEPS, COUNT = 600, 200, 2500
-# Fewer samples than pixels have a singular covariance.
-LEAST_COUNT = 72
+# With fewer samples than pixels, the covariance is singular.
+MIN_COUNT = 72
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scale:
-    """How long runs are: all steps and samples times `factor`."""
+    """The length of runs: all training steps and samples are multiplied by `factor`."""
 
     factor: float = 1.0
 
-    def steps(self, whole: int) -> int:
-        """Of training."""
-        return max(2, round(whole * self.factor))
+    def steps(self, full: int) -> int:
+        """The number of training steps of a run whose full length is given."""
+        return max(2, round(full * self.factor))
 
     @property
     def count(self) -> int:
-        """Of samples."""
-        return max(LEAST_COUNT, round(COUNT * self.factor))
+        """The number of samples."""
+        return max(MIN_COUNT, round(COUNT * self.factor))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A run, measured with numbers of sampling steps, and perhaps seen as another network."""
+    """An evaluation of a run.
+
+    Attributes:
+      label: its name in tables and plots.
+      run: name of the run.
+      steps: numbers of sampling steps.
+      overrides: fields of the config that differ from the run's.
+    """
 
     label: str
     run: str
     steps: tuple[int, ...] = (1, 2, 4)
-    seen: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Claim:
-    """That one measure has a lower distance than all of some others, at a number of steps."""
+    """The claim that one measure has a lower distance than all of some others.
+
+    Attributes:
+      text: the claim in words, with its source.
+      lower: name of the measure with the lower distance.
+      higher: names of the others.
+      steps: number of sampling steps.
+    """
 
     text: str
     lower: str
@@ -54,7 +70,14 @@ class Claim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Study:
-    """A table of measures, and claims about them."""
+    """A table of measures, and claims about them.
+
+    Attributes:
+      title: heading of the study.
+      text: explanation below the heading.
+      measures: names of the measures.
+      claims: claims about the measures.
+    """
 
     title: str
     text: str
@@ -66,14 +89,14 @@ def _weighted(name: str) -> dict[str, Any]:
     return {"objective.weighting": ConfigDict({"name": name})}
 
 
-# What each run of fine-tuning changes of configs/digits_dmf.py; all start from "flow".
+# The changes of each fine-tuning to configs/digits_dmf.py; all start from "flow".
 TUNED: dict[str, dict[str, Any]] = {
     "dmf": {},
     **{f"split_{depth}": {"model.split_depth": depth} for depth in (0, 1, 2, 3, 5, 6)},
     **{f"kappa_{kappa}": {"objective.guidance.kappa": kappa} for kappa in (0.3, 0.6)},
-    **{name: _weighted(name) for name in ("released", "adaptive", "uniform")},
-    "teacher": {"objective.guidance": default.teacher_guidance(1.0)},
-    "own_tangent": {"objective.tangent": default.tangent("own")},
+    **{name: _weighted(name) for name in ("published_cauchy", "adaptive", "uniform")},
+    "teacher": {"objective.guidance": default.component(TeacherGuidance(scale=1.0))},
+    "predicted_tangent": {"objective.tangent": default.component(Tangent(velocity="predicted"))},
 }
 RUNS = ("flow", "meanflow", *TUNED)
 _MANY = (1, 2, 4, 8, 16, 32)
@@ -81,7 +104,8 @@ _AS_FLOW_MAP = {"model.conditioning": "decoupled", "model.split_depth": 4}
 MEASURES = {
     "flow": Measure(label="flow model", run="flow", steps=_MANY),
     "untrained": Measure(
-        label="the same as a flow map, untrained", run="flow", steps=_MANY, seen=_AS_FLOW_MAP
+        label="the same parameters as a flow map, untrained", run="flow", steps=_MANY,
+        overrides=_AS_FLOW_MAP,
     ),
     "meanflow": Measure(label="MeanFlow from scratch", run="meanflow"),
     "dmf": Measure(label="Decoupled MeanFlow", run="dmf"),
@@ -90,87 +114,90 @@ MEASURES = {
     **{name: Measure(label=f"model guidance {name[6:]}", run=name)
        for name in TUNED if name.startswith("kappa_")},
     **{name: Measure(label=f"weighting {name}", run=name)
-       for name in ("released", "adaptive", "uniform")},
+       for name in ("published_cauchy", "adaptive", "uniform")},
     "teacher": Measure(label="with a teacher's velocity", run="teacher"),
-    "own_tangent": Measure(label="loss of improved MeanFlow", run="own_tangent"),
+    "predicted_tangent": Measure(label="loss of improved MeanFlow", run="predicted_tangent"),
 }
 STUDIES = {
     "meanflow": Study(
         title="Against MeanFlow at equal compute",
-        text="MeanFlow from scratch, for as many steps as cost what the flow model and its "
-        "fine-tuning cost together. With 1,200 and 600 steps in place of 600 and 200, the two are "
-        "as close at 1 and 2 steps, and Decoupled MeanFlow is closer from 4 on (README.md).",
+        text="MeanFlow is trained from scratch with as much compute as the flow model and its "
+        "fine-tuning together. With 1,200 and 600 steps instead of 600 and 200, the two methods "
+        "are tied at 1 and 2 steps, and Decoupled MeanFlow has the lower distance from 4 steps on "
+        "(README.md).",
         measures=("flow", "meanflow", "dmf"),
         claims=tuple(
-            Claim(text=f"closer than MeanFlow (FID {published}, arXiv:2510.24474, second-hand)",
-                  lower="dmf", higher=("meanflow",), steps=n)
+            Claim(text=f"lower distance than MeanFlow (FID {published}, arXiv:2510.24474, "
+                  "second-hand)", lower="dmf", higher=("meanflow",), steps=n)
             for n, published in ((1, "19.3 and 20.6"), (2, "17.3 and 18.1"))
         ),
     ),
     "split": Study(
         title="Split depth",
-        text="How many of the 6 blocks see t; the others see r. The row of Decoupled MeanFlow is "
-        "4, two thirds.",
+        text="The number of blocks, of 6, that are conditioned on t; the others are conditioned on "
+        "r. Decoupled MeanFlow uses 4, two thirds.",
         measures=("split_0", "split_1", "split_2", "split_3", "dmf", "split_5", "split_6"),
         claims=(
-            Claim(text="two thirds to three quarters of the blocks is best (arXiv:2510.24474)",
-                  lower="dmf", higher=tuple(f"split_{depth}" for depth in (0, 1, 2, 3, 5, 6))),
+            Claim(text="a split at two thirds to three quarters of the blocks is best "
+                  "(arXiv:2510.24474)", lower="dmf",
+                  higher=tuple(f"split_{depth}" for depth in (0, 1, 2, 3, 5, 6))),
         ),
     ),
     "guidance": Study(
         title="Model guidance",
-        text="Strength kappa of the network's own guidance in training, at every time; the row of "
-        "Decoupled MeanFlow has none.",
+        text="The strength kappa of model guidance in training, at all times t. Decoupled MeanFlow "
+        "in the first row has none.",
         measures=("dmf", "kappa_0.3", "kappa_0.6"),
         claims=(
-            Claim(text="guidance 0.6 is closer than none (FID 19.3 to 4.53, arXiv:2510.24474, "
+            Claim(text="guidance 0.6 lowers the distance (FID 19.3 to 4.53, arXiv:2510.24474, "
                   "second-hand)", lower="kappa_0.6", higher=("dmf",)),
         ),
     ),
     "weighting": Study(
         title="Weighting",
-        text="What a sample's squared error weighs; the row of Decoupled MeanFlow is cauchy. "
-        "Released drifts to log m of the mean square m, which has adaptive's gradient.",
-        measures=("dmf", "released", "adaptive", "uniform"),
+        text="The weighting of the squared error of a sample; Decoupled MeanFlow in the first row "
+        "uses cauchy. published_cauchy drifts to log m of the mean squared error m, which has the "
+        "gradient of adaptive.",
+        measures=("dmf", "published_cauchy", "adaptive", "uniform"),
         claims=tuple(
-            Claim(text=f"cauchy is closer than {name} (arXiv:2510.24474 chooses it)", lower="dmf",
-                  higher=(name,))
-            for name in ("released", "adaptive", "uniform")
+            Claim(text=f"cauchy has a lower distance than {name} (arXiv:2510.24474 uses cauchy)",
+                  lower="dmf", higher=(name,))
+            for name in ("published_cauchy", "adaptive", "uniform")
         ),
     ),
     "untrained": Study(
         title="Converted without training",
-        text="The flow model, its last 2 of 6 blocks made to see r.",
+        text="The parameters of the flow model, with the last 2 of 6 blocks conditioned on r.",
         measures=("flow", "untrained"),
         claims=tuple(
-            Claim(text="as a flow map it is closer (at 16 to 128 steps, arXiv:2510.24474, "
-                  "second-hand)", lower="untrained", higher=("flow",), steps=n)
+            Claim(text="the flow map has the lower distance (at 16 to 128 steps, "
+                  "arXiv:2510.24474, second-hand)", lower="untrained", higher=("flow",), steps=n)
             for n in (16, 32)
         ),
     ),
     "teacher": Study(
         title="With a teacher",
-        text="The velocity that is regressed on is that of the frozen flow model, unguided, in "
-        "place of the path's own. What is published of teachers is of guided ones.",
+        text="The network regresses on the unguided velocity of the frozen flow model instead of "
+        "the velocity of the path. Published results use guided teachers.",
         measures=("dmf", "teacher"),
         claims=(
-            Claim(text="a teacher helps (L/2, guided: FID 3.31 by a third party, and 4.53 without "
-                  "one, second-hand)", lower="teacher", higher=("dmf",)),
+            Claim(text="a teacher lowers the distance (L/2, guided: FID 3.31 by a third party, and "
+                  "4.53 without a teacher, second-hand)", lower="teacher", higher=("dmf",)),
         ),
     ),
-    "own_tangent": Study(
+    "predicted_tangent": Study(
         title="The loss of improved MeanFlow",
-        text="The derivative along the network's own velocity, in fine-tuning.",
-        measures=("dmf", "own_tangent"),
+        text="Fine-tuning with the derivative along the velocity that the network predicts.",
+        measures=("dmf", "predicted_tangent"),
         claims=(
-            Claim(text="it is closer (MeanFlow-XL/2: FID 3.43 to 2.99, arXiv:2512.02012)",
-                  lower="own_tangent", higher=("dmf",)),
+            Claim(text="it lowers the distance (MeanFlow-XL/2: FID 3.43 to 2.99, arXiv:2512.02012)",
+                  lower="predicted_tangent", higher=("dmf",)),
         ),
     ),
 }
 
 
-def _of_length(config: ConfigDict, steps: int) -> ConfigDict:
+def _with_steps(config: ConfigDict, steps: int) -> ConfigDict:
     config.run.update(steps=steps, checkpoint_every=steps, sample_every=0, keep_last=1)
     config.optimizer.decay_steps = steps
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 2)
@@ -178,8 +205,8 @@ def _of_length(config: ConfigDict, steps: int) -> ConfigDict:
 
 
 def _cost(config: ConfigDict) -> float:
-    """Operations that a run takes for each sample of a batch."""
-    return config.run.steps * build.objective(config).flops(build.network(config))
+    """The operations of a run, per sample of a batch."""
+    return config.run.steps * objective(config.objective).flops(network(config.model))
 
 
 def config_of(run: str, folder: pathlib.Path, seed: int, scale: Scale) -> ConfigDict:
@@ -187,18 +214,18 @@ def config_of(run: str, folder: pathlib.Path, seed: int, scale: Scale) -> Config
 
     Args:
       run: one of `RUNS`.
-      folder: where the runs of its seed lie, each in a folder of its name.
-      seed: of all draws.
-      scale: how long it is.
+      folder: folder of the seed, which holds a workdir for each run.
+      seed: random seed of the run.
+      scale: length of the run.
     """
     if run == "flow":
-        config = _of_length(digits_sit.get_config(), scale.steps(FLOW_STEPS))
+        config = _with_steps(digits_sit.get_config(), scale.steps(FLOW_STEPS))
     elif run == "meanflow":
-        spent = sum(_cost(config_of(part, folder, seed, scale)) for part in ("flow", "dmf"))
-        one = _cost(_of_length(digits_meanflow.get_config(), 1))
-        config = _of_length(digits_meanflow.get_config(), max(2, round(spent / one)))
+        total_cost = sum(_cost(config_of(part, folder, seed, scale)) for part in ("flow", "dmf"))
+        step_cost = _cost(_with_steps(digits_meanflow.get_config(), 1))
+        config = _with_steps(digits_meanflow.get_config(), max(2, round(total_cost / step_cost)))
     else:
-        config = _of_length(digits_dmf.get_config(), scale.steps(TUNING_STEPS))
+        config = _with_steps(digits_dmf.get_config(), scale.steps(TUNING_STEPS))
         config.init.checkpoint = str(folder / "flow")
         config.update_from_flattened_dict(copy.deepcopy(TUNED[run]))
         if config.objective.guidance.name == "teacher":

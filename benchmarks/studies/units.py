@@ -1,4 +1,4 @@
-"""The units of the work, each of which is done once: a training, or a measurement."""
+"""The units of a study, each of which is done once: a training run or an evaluation."""
 
 import json
 import pathlib
@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Iterator
 
 from benchmarks.studies.plan import MEASURES, RUNS, Measure, Scale, config_of
-from dmf.checkpoint import latest_step
+from dmf.checkpoints.params import latest_step
 from dmf.cli import evaluate
-from dmf.training import train
+from dmf.training.loop import train
 
-# A line for each unit that was done here, with what it took.
+# A line for each unit that is done, with its seconds.
 TIMES = "times.jsonl"
 
 
-def _trained(run: str, folder: pathlib.Path, seed: int, scale: Scale) -> bool:
-    """Trains a run to its end; whether there was anything to do."""
+def _train(run: str, folder: pathlib.Path, seed: int, scale: Scale) -> bool:
+    """Trains a run to its end; returns whether it was not done before."""
     config = config_of(run, folder, seed, scale)
     if latest_step(folder / run) == config.run.steps:
         return False
@@ -23,17 +23,17 @@ def _trained(run: str, folder: pathlib.Path, seed: int, scale: Scale) -> bool:
     return True
 
 
-def _measured(name: str, measure: Measure, folder: pathlib.Path, seed: int, scale: Scale) -> bool:
-    """Measures a run; whether there was anything to do."""
+def _evaluate(name: str, measure: Measure, folder: pathlib.Path, seed: int, scale: Scale) -> bool:
+    """Evaluates a run; returns whether it was not done before."""
     output, step = folder / f"{name}.json", latest_step(folder / measure.run)
     if output.exists():
-        found = json.loads(output.read_text())
-        if (found["step"], found["count"]) == (step, scale.count):
+        evaluation = json.loads(output.read_text())
+        if (evaluation["step"], evaluation["count"]) == (step, scale.count):
             return False
     evaluate.main("evaluate", [
         f"--checkpoint={folder / measure.run}", f"--output={output}", f"--count={scale.count}",
         f"--steps={','.join(map(str, measure.steps))}", f"--config.evaluation.seed={seed}",
-        *(f"--config.{field}={value}" for field, value in measure.seen.items()),
+        *(f"--config.{field}={value}" for field, value in measure.overrides.items()),
     ])
     return True
 
@@ -41,34 +41,34 @@ def _measured(name: str, measure: Measure, folder: pathlib.Path, seed: int, scal
 def units(
     folder: pathlib.Path, seed: int, scale: Scale
 ) -> Iterator[tuple[str, Callable[[], bool]]]:
-    """The units of a seed in an order in which they can be done, by name.
+    """Yields the name and the function of each unit of a seed, in an order in which they can run.
 
     Args:
-      folder: of this seed.
-      seed: of all draws.
-      scale: how long runs are.
+      folder: folder of the seed.
+      seed: random seed of training and evaluation.
+      scale: length of the runs.
     """
     for run in RUNS:
-        yield f"train {run}", lambda run=run: _trained(run, folder, seed, scale)
+        yield f"train {run}", lambda run=run: _train(run, folder, seed, scale)
     for name, measure in MEASURES.items():
-        yield f"measure {name}", lambda name=name, measure=measure: _measured(
+        yield f"measure {name}", lambda name=name, measure=measure: _evaluate(
             name, measure, folder, seed, scale
         )
 
 
-def work(folder: pathlib.Path, seed: int, scale: Scale) -> None:
-    """Does what is left to do of a seed."""
+def run_units(folder: pathlib.Path, seed: int, scale: Scale) -> None:
+    """Runs the units of a seed that are not done."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, do in units(folder, seed, scale):
+    for name, run in units(folder, seed, scale):
         start = time.perf_counter()
-        if do():
-            took = time.perf_counter() - start
+        if run():
+            elapsed = time.perf_counter() - start
             with open(folder / TIMES, "a") as file:
-                file.write(json.dumps({"unit": name, "seconds": round(took, 1)}) + "\n")
-            print(f"seed {seed}: {name}, {took:.0f} s", flush=True)
+                file.write(json.dumps({"unit": name, "seconds": round(elapsed, 1)}) + "\n")
+            print(f"seed {seed}: {name}, {elapsed:.0f} s", flush=True)
 
 
 def seconds(folder: pathlib.Path) -> float:
-    """What the units of a seed took, those of interrupted ones left out."""
+    """The seconds of all units of a seed, without interrupted attempts."""
     lines = (folder / TIMES).read_text().splitlines()
     return sum(json.loads(line)["seconds"] for line in lines)

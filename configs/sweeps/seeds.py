@@ -1,4 +1,4 @@
-"""The same run from several seeds: how much of a difference is chance.
+"""The same run with several seeds, to measure the variation by chance.
 
     dmf sweep --config=configs/digits_sit.py --sweep=configs/sweeps/seeds.py --workdir=runs/seeds
 
@@ -8,9 +8,9 @@ For every config.
 from collections.abc import Iterator
 from typing import Any
 
-from dmf.sweeping import grid
+from dmf.experiments.sweeps import grid
 
 
 def get_sweep() -> Iterator[dict[str, Any]]:
-    """Five of them."""
+    """Five seeds."""
     return grid({"seed": range(5)})

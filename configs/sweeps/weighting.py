@@ -1,4 +1,4 @@
-"""How squared errors become losses in Decoupled MeanFlow.
+"""The weighting of squared errors in Decoupled MeanFlow.
 
     dmf sweep --config=configs/digits_dmf.py --sweep=configs/sweeps/weighting.py \\
       --workdir=runs/weighting
@@ -9,10 +9,10 @@ For every config of Decoupled MeanFlow, whose log-variance head the last two do 
 from collections.abc import Iterator
 from typing import Any
 
-from dmf.sweeping import grid
+from dmf.experiments.sweeps import grid
 
 
 def get_sweep() -> Iterator[dict[str, Any]]:
-    """The paper's, the one of its published code, MeanFlow's, and none."""
-    names = ("cauchy", "released", "adaptive", "uniform")
+    """The weightings of the paper, of its published code, of MeanFlow, and none."""
+    names = ("cauchy", "published_cauchy", "adaptive", "uniform")
     return grid({"objective.weighting.name": names})

@@ -4,136 +4,188 @@
        dmf evaluate --images=IMAGES --make-reference=FILE --protocol=adm --inception=DIR
 
 Measures how far images are from a reference, by a protocol: adm, edm2, meanflow, or pixels, which
-needs no network and is the default. The images are those of a flow map, for each number of steps
-and each average, or a set: a folder, .zip or .tar of files, an .npz (arr_0), or a TFDS name. The
-reference is a file of statistics (ADM's or a plain .npz, EDM2's .pkl, or what --make-reference
-wrote), a set of images, or, without one, the dataset that the checkpoint was trained on. Writes
-JSON with every setting beside the numbers; the same command goes on where it was interrupted.
+needs no network and is the default. The images are those of a flow map, for each number of sampling
+steps and each set of EMA parameters, or a set: a folder, .zip or .tar of files, an .npz (arr_0), or
+a TFDS name. The reference is a file of statistics (ADM's or a plain .npz, EDM2's .pkl, or one that
+--make-reference wrote), a set of images, or, without one, the dataset that the checkpoint was
+trained on. Writes JSON with every setting beside the numbers; the same command resumes where it was
+interrupted.
 
-Settings of the checkpoint can be overridden: with --config.model.conditioning=decoupled
+Fields of the checkpoint's config can be overridden: with --config.model.conditioning=decoupled
 --config.model.split_depth=4 a flow model is measured as a flow map before any training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
 from etils import epath
 
-from dmf import cli
-from dmf.typing import InputError
+from dmf.cli import config_flag, flags
+from dmf.errors import InputError
 
-_FIELDS = ("protocol", "reference", "inception", "dinov2", "labels", "rounding")
+# Flags, and the fields of `config.evaluation` that they set.
+_FIELDS = {
+    "protocol": "protocol",
+    "reference": "reference",
+    "inception": "inception",
+    "dinov2": "dinov2",
+    "label-sampling": "label_sampling",
+    "rounding": "rounding",
+    "count": "count",
+}
+
+
+def _define(values: absl_flags.FlagValues) -> None:
+    """Defines the flags."""
+    text, number, several = (
+        absl_flags.DEFINE_string, absl_flags.DEFINE_integer, absl_flags.DEFINE_list
+    )
+    text("checkpoint", "", "a run, one of its checkpoints/STEP, or an export", flag_values=values)
+    text("images", "", "a set of images in place of a flow map", flag_values=values)
+    number("resolution", 0, "side of a centre crop of --images; 0 for none", flag_values=values)
+    text("reference", None, "statistics or images to compare with", flag_values=values)
+    text("make-reference", "", "an .npz of reference statistics to write", flag_values=values)
+    text("protocol", None, "adm, edm2, meanflow or pixels", flag_values=values)
+    text("inception", None, "Inception, an export of dmf convert", flag_values=values)
+    text("dinov2", None, "DINOv2, an export of dmf convert", flag_values=values)
+    several("metrics", None, "metrics; those of the protocol by default", flag_values=values)
+    text("label-sampling", None, "random or balanced labels; as the protocol by default",
+         flag_values=values)
+    text("rounding", None, "nearest, half_up or down; as the protocol by default",
+         flag_values=values)
+    several("steps", None, "numbers of sampling steps, as 1,2,4", flag_values=values)
+    number("count", None, "number of samples", flag_values=values)
+    several("ema", ["main"], "EMA parameters to use; '' for the raw parameters",
+            flag_values=values)
+    text("output", "", "a .json file; evaluation.json in the run by default", flag_values=values)
+    absl_flags.DEFINE_boolean("keep-features", False, "also write the features",
+                              flag_values=values)
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
     """Evaluates a run, an export or a set of images into one JSON file, or makes a reference."""
-    values = flags.FlagValues()
-    text, number = flags.DEFINE_string, flags.DEFINE_integer
-    text("checkpoint", "", "a run, one of its checkpoints/STEP, or an export", flag_values=values)
-    text("images", "", "a set of images in place of a flow map", flag_values=values)
-    number("resolution", 0, "side of a centre crop of --images; 0 is none", flag_values=values)
-    text("reference", None, "statistics or images to compare with", flag_values=values)
-    text("make-reference", "", "an .npz of statistics to write", flag_values=values)
-    text("protocol", None, "adm, edm2, meanflow or pixels", flag_values=values)
-    text("inception", None, "Inception, as dmf convert wrote it", flag_values=values)
-    text("dinov2", None, "DINOv2, as dmf convert wrote it", flag_values=values)
-    flags.DEFINE_list("metrics", None, "what is measured; the protocol's by default",
-                      flag_values=values)
-    text("labels", None, "random or balanced; the protocol's by default", flag_values=values)
-    text("rounding", None, "nearest, half_up or down; the protocol's by default",
-         flag_values=values)
-    flags.DEFINE_list("steps", None, "numbers of steps, as 1,2,4", flag_values=values)
-    number("count", None, "number of samples", flag_values=values)
-    flags.DEFINE_list("ema", ["main"], "which averages of a run; '' for none", flag_values=values)
-    text("output", "", "a .json file; by default evaluation.json in the run", flag_values=values)
-    flags.DEFINE_boolean("keep-features", False, "also write the features", flag_values=values)
-    others = cli.parse_beside_overrides(verb, arguments, values, __doc__)
+    values = absl_flags.FlagValues()
+    _define(values)
+    overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
+    makes_reference = values["make-reference"].value
     if bool(values.checkpoint) == bool(values.images) and not (
-        values.checkpoint and values["make-reference"].value
+        values.checkpoint and makes_reference
     ):
-        raise InputError("--checkpoint or --images: give one of them; --help says what they are")
-
-    from dmf import checkpoint, loading
-    from dmf.defaults import get_config
-
-    config = loading.read_config(values.checkpoint) if values.checkpoint else get_config()
-    config = cli.overridden(config, others)
-    for field in _FIELDS:
-        if values[field].value is not None:
-            config.evaluation[field] = values[field].value
-    if values.count is not None:
-        config.evaluation.count = values.count
-    if values.metrics:
-        config.evaluation.metrics = tuple(values.metrics)
-    if values["make-reference"].value:
-        _make_reference(config, values)
-        return
-    if not values.output and values.images:
-        raise InputError("--output: give a .json file to write")
-    run, step = checkpoint.run_of(values.checkpoint or ".")
-    name = "evaluation.json" if step is None else f"evaluation_{step}.json"
-    output = epath.Path(values.output or run / name)
-    (_of_images if values.images else _of_checkpoint)(config, values, output)
+        raise InputError("--checkpoint or --images", remedy="give one of them; --help says what "
+                         "they are")
+    config = _config(values, overrides)
+    if makes_reference:
+        output = epath.Path(makes_reference)
+        _make_reference(config, values, output)
+    elif values.images:
+        flags.require(values, "output")
+        output = epath.Path(values.output)
+        _evaluate_images(config, values, output)
+    else:
+        output = _output(values)
+        _evaluate_checkpoint(config, values, output)
     print(output)
 
 
-def _evaluator(config, values: flags.FlagValues, output: epath.Path, *, labelled: bool):
-    from dmf.evaluator import Evaluator
+def _config(values: absl_flags.FlagValues, overrides: Sequence[str]) -> Any:
+    """The config of the checkpoint, or the default one, with flags and overrides applied."""
+    from dmf.checkpoints import load
+    from dmf.default_config import get_config
+
+    stored = load.read_config(values.checkpoint) if values.checkpoint else get_config()
+    config = config_flag.overridden_stored(stored, overrides)
+    for flag, field in _FIELDS.items():
+        if values[flag].value is not None:
+            config.evaluation[field] = values[flag].value
+    if values.metrics:
+        config.evaluation.metrics = tuple(values.metrics)
+    return config
+
+
+def _output(values: absl_flags.FlagValues) -> epath.Path:
+    """The file for the scores of a checkpoint."""
+    from dmf.checkpoints.params import split_step
+
+    run, step = split_step(values.checkpoint)
+    name = "evaluation.json" if step is None else f"evaluation_{step}.json"
+    return epath.Path(values.output or run / name)
+
+
+def _evaluator(
+    config: Any, values: absl_flags.FlagValues, output: epath.Path, *, labelled: bool
+) -> Any:
+    from dmf.evaluation.evaluator import Evaluator
 
     stem = output.name.removesuffix(".json")
-    keep = output.parent / f"{stem}_features" if values["keep-features"].value else None
+    features = output.parent / f"{stem}_features" if values["keep-features"].value else None
     parts = output.parent / f".{output.name}.parts"
-    return Evaluator(config, parts, labelled=labelled, features_folder=keep)
+    return Evaluator(config, parts, labelled=labelled, features_folder=features)
 
 
-def _of_checkpoint(config, values: flags.FlagValues, output: epath.Path) -> None:
-    from dmf import checkpoint, components, evaluation, loading
-    from dmf.files import write_json
-    from dmf.generation import Generator
+def _evaluate_checkpoint(
+    config: Any, values: absl_flags.FlagValues, output: epath.Path
+) -> None:
+    from dmf.checkpoints import load
+    from dmf.checkpoints.params import latest_step
+    from dmf.evaluation import flow_map_evaluation
+    from dmf.evaluation.build import evaluation
+    from dmf.models.build import network
+    from dmf.objectives.build import interpolant
+    from dmf.runtime.files import write_json
+    from dmf.runtime.progress import log
+    from dmf.sampling.build import sampling
+    from dmf.sampling.generator import Generator
 
-    steps = cli.whole_numbers("steps", values.steps or list(map(str, config.sampling.steps)))
-    network = components.network(config)
-    evaluator = _evaluator(config, values, output, labelled=bool(network.num_classes))
-    generator = Generator(network, config, on=evaluator.on)
-    params = (
-        (ema, loading.load_network(values.checkpoint, ema, on=evaluator.on, config=config)[2])
-        for ema in values.ema or [""]
-    )
-    rows = evaluation.evaluate(evaluator, generator, config, params, steps=steps)
-    made_of = {"checkpoint": values.checkpoint, "step": checkpoint.latest_step(values.checkpoint)}
-    described = evaluation.described(config, generator)
-    evaluator.finish(write_json, output, evaluator.result(rows, **made_of, **described))
+    steps = flags.whole_numbers("steps", values.steps or list(config.sampling.steps))
+    flow_network, settings = network(config.model), evaluation(config.evaluation)
+    evaluator = _evaluator(config, values, output, labelled=bool(flow_network.num_classes))
+    generator = Generator(
+        flow_network, sampling(config.sampling, interpolant(config.objective)),
+        load.load_latent_space(config), mesh=evaluator.mesh,
+    )  # fmt: skip
+
+    def params() -> Iterator[tuple[str, Any]]:
+        for ema in values.ema or [""]:
+            log(f"loading {values.checkpoint}, {ema or 'raw'} parameters")
+            yield ema, load.load_network(
+                values.checkpoint, ema, mesh=evaluator.mesh, config=config
+            )[2]
+
+    rows = flow_map_evaluation.evaluate(evaluator, generator, settings, params(), steps=steps)
+    source = {"checkpoint": values.checkpoint, "step": latest_step(values.checkpoint)}
+    description = flow_map_evaluation.sample_description(settings, generator)
+    evaluator.finish(write_json, output, evaluator.result(rows, **source, **description))
 
 
-def _image_set(values: flags.FlagValues):
-    from dmf import logs
+def _image_set(values: absl_flags.FlagValues) -> Any:
     from dmf.data.image_sets import open_image_set
+    from dmf.runtime.progress import log
 
     images = open_image_set(values.images, side=values.resolution)
-    logs.say(f"{len(images):,} images of shape {tuple(images.shape)} in {images.name}"
-             + (f"; {images.notes}" if images.notes else ""))
+    log(f"{len(images):,} images of shape {tuple(images.shape)} in {images.name}"
+        + (f"; {images.notes}" if images.notes else ""))
     return images
 
 
-def _of_images(config, values: flags.FlagValues, output: epath.Path) -> None:
-    from dmf.evaluator import image_set_of
-    from dmf.files import write_json
+def _evaluate_images(config: Any, values: absl_flags.FlagValues, output: epath.Path) -> None:
+    from dmf.evaluation.evaluated_images import evaluated_image_set
+    from dmf.runtime.files import write_json
 
     images = _image_set(values)
     evaluator = _evaluator(config, values, output, labelled=images.labels() is not None)
-    row = evaluator.measure(image_set_of(images))
+    row = evaluator.measure(evaluated_image_set(images))
     evaluator.finish(write_json, output, evaluator.result([row], images=values.images))
 
 
-def _make_reference(config, values: flags.FlagValues) -> None:
-    from dmf.evaluator import image_set_of
-    from dmf.references import write_reference
+def _make_reference(config: Any, values: absl_flags.FlagValues, output: epath.Path) -> None:
+    from dmf.evaluation.evaluated_images import evaluated_image_set
+    from dmf.evaluation.reference_statistics import write_reference
 
-    output = epath.Path(values["make-reference"].value)
     if output.suffix != ".npz":
-        raise InputError(f"--make-reference={output}: give an .npz file to write")
+        raise InputError("--make-reference", output, "give an .npz file to write")
     evaluator = _evaluator(config, values, output, labelled=True)
     images = _image_set(values) if values.images else evaluator.dataset()
-    subject = image_set_of(images)
-    evaluator.finish(write_reference, output, evaluator.surveyed(subject))
-    print(output)
+    evaluator.finish(
+        write_reference, output, evaluator.collect_reference(evaluated_image_set(images))
+    )

@@ -1,36 +1,43 @@
 """dmf export --checkpoint=DIR --output=DIR [--format=orbax] [--ema=main]
 
-Writes one set of parameters, the config and a model card as a directory of their own:
---format=orbax for JAX, safetensors for PyTorch (--spelling chooses whose names), or stablehlo: one
-function (weights, labels, seed) -> uint8 images with --steps steps of the sampler, for cpu, cuda
-and tpu, that runs without dmf. Settings of the checkpoint can be overridden, as
+Exports one set of parameters with the config and a model card as a directory: --format=orbax for
+JAX, safetensors for PyTorch (--naming chooses the parameter naming scheme), or stablehlo: one
+function (weights, labels, seed) -> uint8 images with --steps sampling steps, for cpu, cuda and tpu,
+that runs without dmf. Fields of the checkpoint's config can be overridden, for example
 --config.sampling.guidance.scale=1.5 or --config.latents.autoencoder=DIR.
 """
 
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags as absl_flags
 
-from dmf import cli
+from dmf.cli import config_flag, flags
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
-    """Exports an average of a run, an export in another format, or a frozen network."""
-    values = flags.FlagValues()
-    flags.DEFINE_string("checkpoint", None, "a run or an export", flag_values=values)
-    flags.DEFINE_string("output", None, "a directory to make", flag_values=values)
-    flags.DEFINE_string("format", "orbax", "orbax, safetensors or stablehlo", flag_values=values)
-    flags.DEFINE_string("ema", "main", "which average of a run; '' for none", flag_values=values)
-    flags.DEFINE_string("spelling", "", "whose names, for safetensors", flag_values=values)
-    flags.DEFINE_integer("steps", 4, "of the sampler, for stablehlo", flag_values=values)
-    others = cli.parse_beside_overrides(verb, arguments, values, __doc__)
-    cli.require(values, "checkpoint", "output")
+    """Exports the parameters of a run, an export in another format, or a frozen network."""
+    values = absl_flags.FlagValues()
+    text = absl_flags.DEFINE_string
+    text("checkpoint", None, "a run, one of its checkpoints/STEP, or an export", flag_values=values)
+    text("output", None, "directory to make", flag_values=values)
+    text("format", "orbax", "orbax, safetensors or stablehlo", flag_values=values)
+    text("ema", "main", "EMA parameters to use; '' for the raw parameters", flag_values=values)
+    text("naming", "", "parameter naming scheme of a safetensors file; the network's own by "
+         "default", flag_values=values)
+    absl_flags.DEFINE_integer("steps", 4, "sampling steps of a stablehlo function",
+                              flag_values=values)
+    overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
+    flags.require(values, "checkpoint", "output")
 
-    from dmf import exports, loading
+    from dmf.checkpoints import export, load
+    from dmf.runtime.progress import log
 
-    config = cli.overridden(loading.read_config(values.checkpoint), others) if others else None
-    parts = exports.opened(values.checkpoint, values.ema, config)
-    exports.write(
-        values.output, parts, form=values.format, spelling=values.spelling, steps=values.steps
+    log(f"loading {values.checkpoint}")
+    config = None
+    if overrides:
+        config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
+    parts = export.open_parts(values.checkpoint, values.ema, config)
+    export.write(
+        values.output, parts, form=values.format, naming=values.naming, steps=values.steps
     )
     print(values.output)

@@ -1,123 +1,145 @@
-"""dmf prepare --source=IMAGES --output=DIR --resolution=256 --vae=DIR
+"""dmf prepare --source=IMAGES --output=DIR --resolution=256 --autoencoder=DIR
 
-Makes a dataset to train on: centre crops of images, as latents of the autoencoder that --vae names
-(what dmf convert wrote), or as they are without one. IMAGES is a folder of class folders, a flat
-folder with a labels file (--labels) or without labels, a .zip or .tar of such, or a TFDS name. The
-same command goes on where it was interrupted; several processes share the work with --process=0
---processes=4, 1 and 4, and so on, each with the same other flags. With --reference=FILE.npz,
---protocol and --inception, statistics of the crops are written in the same pass, for dmf evaluate.
-For representation alignment (REPA), --features=DIR stores the patch features of a DINOv2 that dmf
-convert made, and --keep-images what they can be computed from while training.
+Makes a dataset to train on: centre crops of images, as latents of the autoencoder that
+--autoencoder names (an export of dmf convert), or as they are without one. IMAGES is a folder of
+class folders, a flat folder with a labels file (--labels-file) or without labels, a .zip or .tar of
+such, or a TFDS name. The same command resumes where it was interrupted; several processes share the
+work with --process=0 --processes=4, --process=1 --processes=4, and so on, each with the same other
+flags. With --reference=FILE.npz, --protocol and --inception, statistics of the crops are written in
+the same pass, for dmf evaluate. For representation alignment (REPA), --features=DIR stores the
+patch features of a DINOv2 (an export of dmf convert), and --keep-images stores the crops that they
+can be computed from while training.
 """
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
-from absl import flags
+from absl import flags as absl_flags
+from etils import epath
 
-from dmf import cli
-from dmf.typing import InputError
+from dmf.cli import flags
+from dmf.errors import InputError
 
 
-def main(verb: str, arguments: Sequence[str]) -> None:
-    """Prepares a dataset of latents or crops."""
-    values = flags.FlagValues()
-    text, number, switch = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_boolean
-    text("source", None, "where the images are", flag_values=values)
-    text("output", None, "a directory to make", flag_values=values)
-    number("resolution", None, "side of the crops", flag_values=values)
-    text("vae", "", "an autoencoder, as dmf convert wrote it", flag_values=values)
-    text("labels", "", "labels file of a flat folder", flag_values=values)
-    text("split", "train", "of a TFDS name", flag_values=values)
+def _define(values: absl_flags.FlagValues) -> None:
+    """Defines the flags."""
+    text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
+    switch = absl_flags.DEFINE_boolean
+    text("source", None, "the images: a folder, .zip, .tar or TFDS name", flag_values=values)
+    text("output", None, "directory to make", flag_values=values)
+    number("resolution", None, "height and width of the crops", flag_values=values)
+    text("autoencoder", "", "autoencoder, an export of dmf convert", flag_values=values)
+    text("labels-file", "", "labels file of a flat folder", flag_values=values)
+    text("split", "train", "split of a TFDS name", flag_values=values)
     text("data-directory", "", "where TFDS keeps its datasets", flag_values=values)
-    text("reference", "", "an .npz of statistics to write", flag_values=values)
-    text("protocol", "adm", "that the reference is for", flag_values=values)
-    text("inception", "", "Inception, as dmf convert wrote it", flag_values=values)
-    text("dinov2", "", "DINOv2, as dmf convert wrote it", flag_values=values)
-    text("features", "", "a DINOv2 whose patch features to store, for REPA", flag_values=values)
-    number("features-side", 0, "patches along a side; resolution / 16 if 0", flag_values=values)
-    text("name", "latents", "of the dataset", flag_values=values)
-    text("dtype", "float32", "of the encoding, float32 or bfloat16", flag_values=values)
-    text("unreadable", "skip", "skip or fail: images that cannot be read", flag_values=values)
+    text("reference", "", "an .npz of reference statistics to write", flag_values=values)
+    text("protocol", "adm", "protocol of the reference", flag_values=values)
+    text("inception", "", "Inception, an export of dmf convert", flag_values=values)
+    text("dinov2", "", "DINOv2 of FD-DINOv2, an export of dmf convert", flag_values=values)
+    text("features", "", "DINOv2 whose patch features are stored (REPA)", flag_values=values)
+    number("features-side", 0, "patches along a side; 0 for one per 2 x 2 latents (16 x 16 pixels)",
+           flag_values=values)
+    text("name", "latents", "dataset name", flag_values=values)
+    text("dtype", "float32", "dtype of the encoding, float32 or bfloat16", flag_values=values)
+    text("unreadable", "skip", "what to do with unreadable images: skip or fail",
+         flag_values=values)
     switch("mirror", True, "also encode mirror images", flag_values=values)
     switch("keep-images", False, "also store the crops, as PNG", flag_values=values)
     number("batch-size", 32, "images encoded at once", flag_values=values)
     number("shard-size", 1024, "images of a shard", flag_values=values)
-    number("process", 0, "which of the processes this is", flag_values=values)
-    number("processes", 1, "how many share the work", flag_values=values)
-    cli.parse(verb, arguments, values, __doc__)
-    cli.require(values, "source", "output", "resolution")
+    number("process", 0, "number of this process, from 0", flag_values=values)
+    number("processes", 1, "number of processes that share the work", flag_values=values)
+
+
+def main(verb: str, arguments: Sequence[str]) -> None:
+    """Prepares a dataset of latents or crops."""
+    values = absl_flags.FlagValues()
+    _define(values)
+    flags.no_arguments(flags.parse(verb, arguments, values, __doc__))
+    flags.require(values, "source", "output", "resolution")
     if values.unreadable not in ("skip", "fail"):
-        raise InputError(f"--unreadable={values.unreadable}: choose skip or fail")
+        raise InputError("--unreadable", values.unreadable, "choose skip or fail")
 
-    import dataclasses
+    from dmf.data.prepare import prepare
+    from dmf.data.raw_images import open_raw_images
+    from dmf.data.shard_writer import PrepareSettings
 
-    from dmf import loading
-    from dmf.data.originals import open_originals
-    from dmf.preparation import prepare
-    from dmf.shards import Preparation
-
-    autoencoder, params = None, None
-    if values.vae:
-        autoencoder, params = loading.load_encoder(values.vae, "autoencoder")
-        autoencoder = dataclasses.replace(autoencoder, dtype=values.dtype)
-    alignment, alignment_params = None, None
-    if values.features:
-        alignment, alignment_params = _alignment(values)
-    images = open_originals(
+    autoencoder, params = _autoencoder(values)
+    patch_features, encoder_params = _patch_features(values, autoencoder)
+    settings = PrepareSettings(
+        resolution=values.resolution,
+        autoencoder=autoencoder,
+        mirror=values.mirror,
+        keep_images=values["keep-images"].value,
+        patch_features=patch_features,
+        shard_size=values["shard-size"].value,
+        batch_size=values["batch-size"].value,
+        skip_unreadable=values.unreadable == "skip",
+        name=values.name,
+    )
+    images = open_raw_images(
         values.source,
-        labels=values.labels,
+        labels=values["labels-file"].value,
         split=values.split,
         directory=values["data-directory"].value,
     )
     prepare(
-        images,
-        values.output,
-        Preparation(
-            resolution=values.resolution,
-            autoencoder=autoencoder,
-            mirror=values.mirror,
-            keep_images=values["keep-images"].value,
-            alignment=alignment,
-            shard_size=values["shard-size"].value,
-            batch_size=values["batch-size"].value,
-            skip_unreadable=values.unreadable == "skip",
-            name=values.name,
-        ),
-        params,
-        alignment_params=alignment_params,
-        evaluator=_evaluator(values) if values.reference else None,
-        reference=values.reference,
+        images, values.output, settings,
+        autoencoder_params=params,
+        encoder_params=encoder_params,
+        collector=_collector(values, len(images)) if values.reference else None,
         process=values.process,
         processes=values.processes,
-    )
+    )  # fmt: skip
     print(values.output)
 
 
-def _alignment(values: flags.FlagValues):
-    """What gives the features to store, and its parameters."""
-    import dataclasses
+def _autoencoder(values: absl_flags.FlagValues) -> tuple[Any, Any]:
+    """The autoencoder and its parameters; None without one."""
+    if not values.autoencoder:
+        return None, None
+    from dmf.checkpoints import load
+    from dmf.models.encoders.autoencoder import with_dtype
 
-    from dmf import loading
-    from dmf.alignment import PatchFeatures
+    autoencoder, params = load.load_autoencoder(values.autoencoder)
+    return with_dtype(autoencoder, values.dtype), params
+
+
+def _patch_features(values: absl_flags.FlagValues, autoencoder: Any) -> tuple[Any, Any]:
+    """What computes the patch features to store, and its parameters; None without one."""
+    if not values.features:
+        return None, None
+    from dmf.checkpoints import load
+    from dmf.models.encoders.patch_features import PatchFeatures
 
     try:
-        encoder, params = loading.load_encoder(values.features, "dinov2")
+        encoder, params = load.load_encoder(values.features, "dinov2")
     except InputError as error:
-        raise InputError(f"--features={values.features}: it holds no DINOv2; give the directory "
+        raise InputError("--features", values.features, "it holds no DINOv2; give the directory "
                          "that dmf convert made of one") from error
     encoder = dataclasses.replace(encoder, dtype=values.dtype)
-    # What a latent of the published autoencoders and a patch of two by two of them stand for.
-    side = values["features-side"].value or values.resolution // 16
+    # The tokens of a network whose patches are 2 x 2 latents (without an autoencoder, 16 x 16
+    # pixels).
+    token_pixels = 16 if autoencoder is None else 2 * autoencoder.factor
+    side = values["features-side"].value or values.resolution // token_pixels
     return PatchFeatures(encoder=encoder, side=side), params
 
 
-def _evaluator(values: flags.FlagValues):
-    from dmf.defaults import get_config
-    from dmf.evaluator import Evaluator
+def _collector(values: absl_flags.FlagValues, count: int) -> Any:
+    """What collects reference statistics of the crops."""
+    from dmf.data.prepare import REPORTS
+    from dmf.default_config import get_config
+    from dmf.evaluation.crop_statistics import CropStatistics
+    from dmf.evaluation.evaluator import Evaluator
 
     if not values.reference.endswith(".npz"):
-        raise InputError(f"--reference={values.reference}: give an .npz file to write")
+        raise InputError("--reference", values.reference, "give an .npz file to write")
     config = get_config()
     for field in ("protocol", "inception", "dinov2"):
         config.evaluation[field] = values[field].value
-    return Evaluator(config, "", labelled=False)
+    return CropStatistics(
+        Evaluator(config, "", labelled=False), epath.Path(values.output) / REPORTS,
+        side=values.resolution, count=count, reference=values.reference,
+        process=values.process,
+    )  # fmt: skip

@@ -1,93 +1,129 @@
 """dmf sample --checkpoint=DIR --output=FILE [--steps=4] [--count=40] [--labels=0,1,2] [--seed=0]
 
-Makes images: a grid as .png (of several numbers of steps, as --steps=1,2,4,8, each from the same
-noise), or all of them: as .npz (arr_0 uint8 [n, h, w, c], labels), as .array_record, or as a folder
-of .png files. Many are made in parts; the same command goes on where it was interrupted. Settings
-of the checkpoint can be overridden, as --config.sampling.guidance.scale=1.5.
+Generates images: a grid as .png (of several numbers of sampling steps, as --steps=1,2,4,8, each
+from the same noise), or all of them: as .npz (arr_0 uint8 [n, h, w, c], labels), as .array_record,
+or as a folder of .png files. Many images are written in parts; the same command resumes where it
+was interrupted. Fields of the checkpoint's config can be overridden, for example
+--config.sampling.guidance.scale=1.5.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
-from absl import flags
+from absl import flags as absl_flags
 from etils import epath
 
-from dmf import cli
-from dmf.typing import InputError
+from dmf.cli import config_flag, flags
+from dmf.errors import InputError
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
     """Samples from a run or an export into one file or folder."""
-    values = flags.FlagValues()
-    text, number = flags.DEFINE_string, flags.DEFINE_integer
+    values = absl_flags.FlagValues()
+    text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
     text("checkpoint", None, "a run, one of its checkpoints/STEP, or an export", flag_values=values)
     text("output", None, "a .png, .npz or .array_record file, or a folder", flag_values=values)
-    flags.DEFINE_list("steps", ["4"], "steps of the sampler, several for a grid",
-                      flag_values=values)
+    absl_flags.DEFINE_list("steps", ["4"], "sampling steps; several numbers for a grid",
+                           flag_values=values)
     number("count", 40, "number of samples", flag_values=values, lower_bound=1)
-    flags.DEFINE_list("labels", None, "labels to cycle through, or random; all by default",
-                      flag_values=values)
-    number("seed", 0, "of the noise", flag_values=values)
-    text("rounding", "nearest", "to 8 bits: nearest, half_up or down", flag_values=values)
-    text("ema", "main", "which average of a run; '' for none", flag_values=values)
-    others = cli.parse_beside_overrides(verb, arguments, values, __doc__)
-    cli.require(values, "checkpoint", "output")
-    output = epath.Path(values.output)
+    absl_flags.DEFINE_list("labels", None, "class labels to cycle through, or random; all by "
+                           "default", flag_values=values)
+    number("seed", 0, "random seed of the noise", flag_values=values, lower_bound=0,
+           upper_bound=2**31 - 1)
+    text("rounding", "nearest", "rounding to 8 bits: nearest, half_up or down", flag_values=values)
+    text("ema", "main", "EMA parameters to use; '' for the raw parameters", flag_values=values)
+    overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
+    flags.require(values, "checkpoint", "output")
+    _check(values)
+    _sample(values, overrides)
+    print(values.output)
 
-    from dmf import components, images, loading, outputs
-    from dmf.generation import Generator, chunks
-    from dmf.intact import fingerprint
-    from dmf.sharding import local_mesh
 
-    if output.suffix not in (".png", *outputs.FORMS):
-        raise InputError(f"--output={output}: give a .png for a grid, a .npz, a .array_record, or "
-                         "a folder to make")
-    if values.rounding not in images.ROUNDINGS:
-        raise InputError(f"--rounding={values.rounding}: choose one of "
-                         f"{', '.join(images.ROUNDINGS)}")
-    steps = cli.whole_numbers("steps", values.steps)
-    if len(steps) > 1 and output.suffix != ".png":
-        raise InputError(f"--steps={','.join(values.steps)}: several are for a .png grid; give one")
-    config = cli.overridden(loading.read_config(values.checkpoint), others)
+def _check(values: absl_flags.FlagValues) -> None:
+    """Raises InputError for a flag that is out of range, before anything is loaded."""
+    from dmf.data.pixels import ROUNDINGS
+    from dmf.sampling.image_writers import WRITERS
+
+    suffix = epath.Path(values.output).suffix
+    if suffix not in (".png", *WRITERS):
+        raise InputError("--output", values.output, "give a .png for a grid, a .npz, a "
+                         ".array_record, or a folder to make")
+    if values.rounding not in ROUNDINGS:
+        raise InputError("--rounding", values.rounding, f"choose one of {', '.join(ROUNDINGS)}")
+    steps = flags.whole_numbers("steps", values.steps)
+    if min(steps) < 1:
+        raise InputError("--steps", ",".join(values.steps), "sampling needs at least 1 step")
+    if len(steps) > 1 and suffix != ".png":
+        raise InputError("--steps", ",".join(values.steps), "several are for a .png grid; give one")
+
+
+def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
+    """Loads the checkpoint, generates the images and writes them."""
+    from dmf.checkpoints import load
+    from dmf.models.build import network
+    from dmf.objectives.build import interpolant
+    from dmf.runtime.checksums import fingerprint
+    from dmf.runtime.progress import log
+    from dmf.runtime.sharding import local_mesh
+    from dmf.sampling import image_writers
+    from dmf.sampling.build import sampling
+    from dmf.sampling.generator import Generator
+
+    config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
+    settings = sampling(config.sampling, interpolant(config.objective))
     chunk = min(config.evaluation.chunk_size, values.count)
     # No more devices than there are chunks: images do not depend on their number.
-    on = local_mesh(-(-values.count // chunk))
-    labels = _labels(values, components.network(config).num_classes)
-    network, config, params = loading.load_network(
-        values.checkpoint, values.ema, on=on, config=config
+    mesh = local_mesh(-(-values.count // chunk))
+    labels = _labels(values, network(config.model).num_classes)
+    log(f"loading {values.checkpoint}")
+    latents = load.load_latent_space(config)
+    flow_network, config, params = load.load_network(
+        values.checkpoint, values.ema, mesh=mesh, config=config
     )
-    generator = Generator(network, config, on=on)
+    generator = Generator(flow_network, settings, latents, mesh=mesh)
     options = {"seed": values.seed, "rounding": values.rounding}
+    steps = flags.whole_numbers("steps", values.steps)
     generates = [generator(params, steps=n, **options) for n in steps]
+    output = epath.Path(values.output)
     if output.suffix == ".png":
-        sheets = []
-        for generate in generates:
-            for indices in chunks(values.count, chunk * on.size):
-                made = generate(indices, labels[indices % len(labels)]).images
-                sheets.append(np.asarray(made)[: values.count - indices[0]])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        pictures = np.concatenate(sheets)
-        columns = min(len(set(labels.tolist())), 10) if network.num_classes else 10
-        zoom = images.fitting_zoom(pictures.shape[1])
-        images.write_png(output, images.grid(pictures, columns, zoom=zoom))
+        _write_grid(output, generates, labels, values.count, chunk * mesh.size, generator)
     else:
-        made_of = [fingerprint(params), steps, options, labels.tolist(), generator.identity]
-        outputs.write_images(
-            output, generates[0], labels, chunk_size=chunk, devices=on.size, identity=made_of
+        identity = [fingerprint(params), steps, options, labels.tolist(), generator.identity]
+        image_writers.write_images(
+            output, generates[0], labels, chunk_size=chunk, devices=mesh.size, identity=identity
         )
-    print(output)
 
 
-def _labels(values: flags.FlagValues, num_classes: int) -> np.ndarray:
-    from dmf.protocols import labels_of
+def _write_grid(
+    output: epath.Path, generates: Sequence, labels: np.ndarray, count: int, size: int, generator
+) -> None:
+    """Writes the images of each number of steps below each other."""
+    from dmf.data import pixels
+    from dmf.sampling.generator import chunks
+
+    sheets = []
+    for generate in generates:
+        for indices in chunks(count, size):
+            images = generate(indices, labels[indices % len(labels)]).images
+            sheets.append(np.asarray(images)[: count - indices[0]])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    images = np.concatenate(sheets)
+    columns = min(len(set(labels.tolist())), 10) if generator.num_classes else 10
+    zoom = pixels.zoom_factor(images.shape[1])
+    pixels.write_png(output, pixels.grid(images, columns, zoom=zoom))
+
+
+def _labels(values: absl_flags.FlagValues, num_classes: int) -> np.ndarray:
+    """The class label of each sample."""
+    from dmf.sampling.class_labels import class_labels
 
     indices = np.arange(values.count)
     if not values.labels:
-        return labels_of(indices, num_classes)
+        return class_labels(indices, num_classes)
     if values.labels == ["random"]:
-        return labels_of(indices, num_classes, "random", values.seed)
-    chosen = np.array(cli.whole_numbers("labels", values.labels), np.int32)
+        return class_labels(indices, num_classes, "random", values.seed)
+    chosen = np.array(flags.whole_numbers("labels", values.labels), np.int32)
     if chosen.min() < 0 or chosen.max() > num_classes:
-        raise InputError(f"--labels={','.join(values.labels)}: labels go from 0 to "
-                         f"{num_classes - 1}, and {num_classes} is no label")
+        raise InputError("--labels", ",".join(values.labels), f"labels go from 0 to "
+                         f"{num_classes - 1}, and {num_classes} is the null label")
     return chosen[indices % len(chosen)]

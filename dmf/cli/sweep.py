@@ -1,16 +1,16 @@
-"""dmf sweep --config=FILE --sweep=FILE --workdir=DIR [--on=local] [--parallel=N]
+"""dmf sweep --config=FILE --sweep=FILE --workdir=DIR [--launcher=local] [--parallel=N]
           [--plugins=FILE,...] [--config.a.b=value ...]
 
-Trains a run for each dictionary of overrides that get_sweep() of the sweep's file gives, in a
-directory below the workdir that is called after them; overrides given here hold for all. All
-configs are checked before the first run starts. The same command goes on: complete runs are left
-alone, others are taken up again. On SIGINT or SIGTERM the runs save, and this ends with 130 or 75;
-with 1 if some failed.
+Trains a run for each dictionary of overrides that get_sweep() of the sweep file returns, in a
+directory below the workdir that is named after them; overrides given here hold for all runs. All
+configs are checked before the first run starts. The same command resumes the sweep: complete runs
+are left alone, others resume. On SIGINT or SIGTERM the runs save, and the command exits with 130 or
+75; with 1 if some runs failed.
 
---on=local runs them on this machine, --parallel of them at a time, which share the GPUs or cores.
---on=slurm submits them as an array through submitit (pip install 'dmf-jax[sweep]'), at most
---parallel at a time if it is given; --slurm=timeout_min=600,gpus_per_node=8,slurm_partition=NAME.
---on=print prints the commands.
+--launcher=local trains on this machine, --parallel runs at a time, which share the GPUs or cores.
+--launcher=slurm submits an array through submitit (pip install 'dmf-jax[sweep]'), at most
+--parallel runs at a time if it is given;
+--slurm=timeout_min=600,gpus_per_node=8,slurm_partition=NAME. --launcher=print prints the commands.
 """
 
 import pathlib
@@ -18,159 +18,166 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
-from dmf import cli
-from dmf.sweeping import Variant
-from dmf.typing import InputError
+from dmf.cli import config_flag, flags
+from dmf.errors import InputError
+from dmf.experiments.sweeps import Variant
 
-PLACES = ("local", "slurm", "print")
+LAUNCHERS = ("local", "slurm", "print")
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
-    """Runs the sweep, or what is left of it."""
-    values = flags.FlagValues()
-    for name, default, what in (
-        ("config", None, "a file with get_config()"),
-        ("sweep", None, "a file with get_sweep()"),
-        ("workdir", None, "where the runs are kept, each in a directory of its own"),
-        ("on", "local", f"one of {', '.join(PLACES)}"),
+    """Trains the runs of a sweep that are not complete."""
+    values = absl_flags.FlagValues()
+    for name, default, meaning in (
+        ("config", None, "a Python file with get_config()"),
+        ("sweep", None, "a Python file with get_sweep()"),
+        ("workdir", None, "directory of the sweep; each run has a directory below it"),
+        ("launcher", "local", f"one of {', '.join(LAUNCHERS)}"),
         ("slurm", "", "submitit's parameters, as timeout_min=600,slurm_partition=gpu"),
     ):
-        flags.DEFINE_string(name, default, what, flag_values=values)
-    flags.DEFINE_integer("parallel", 0, "runs at a time; 1 on this machine by default",
-                         flag_values=values)  # fmt: skip
-    common = cli.parse_beside_overrides(verb, arguments, values, __doc__)
+        absl_flags.DEFINE_string(name, default, meaning, flag_values=values)
+    absl_flags.DEFINE_integer("parallel", 0, "runs at a time; 1 on this machine by default",
+                              flag_values=values)  # fmt: skip
+    common = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
     _check_flags(values)
-    cli.leave_accelerators()
+    flags.use_cpu_only()
     _sweep(values, common)
 
 
-def _check_flags(values: flags.FlagValues) -> None:
+def _check_flags(values: absl_flags.FlagValues) -> None:
     """Raises InputError for flags that are missing, or do not go together."""
-    cli.require(values, "config", "sweep", "workdir")
-    if values.on not in PLACES:
-        raise InputError(f"--on={values.on}: choose one of {', '.join(PLACES)}")
-    if values.slurm and values.on != "slurm":
-        raise InputError(f"--slurm={values.slurm}: it goes with --on=slurm")
-    if values.parallel < 0 or (values.on == "print" and values.parallel):
-        raise InputError(f"--parallel={values.parallel}: give a number of runs at a time, 1 or "
-                         "more, with --on=local or --on=slurm")
-    if "://" in values.workdir and values.on != "print":
-        raise InputError(f"--workdir={values.workdir}: the logs of a sweep need a file system")
+    flags.require(values, "config", "sweep", "workdir")
+    if values.launcher not in LAUNCHERS:
+        raise InputError("--launcher", values.launcher, f"choose one of {', '.join(LAUNCHERS)}")
+    if values.slurm and values.launcher != "slurm":
+        raise InputError("--slurm", values.slurm, "it goes with --launcher=slurm")
+    if values.parallel < 0 or (values.launcher == "print" and values.parallel):
+        raise InputError("--parallel", values.parallel, "give a number of runs at a time, 1 or "
+                         "more, with --launcher=local or --launcher=slurm")
+    if "://" in values.workdir and values.launcher != "print":
+        raise InputError("--workdir", values.workdir, "the logs of a sweep need a file system")
 
 
-def _sweep(values: flags.FlagValues, common: Sequence[str]) -> None:
-    from dmf import sweeping
+def _sweep(values: absl_flags.FlagValues, common: Sequence[str]) -> None:
+    from dmf.experiments import sweeps
 
-    sys.path.append(str(pathlib.Path.cwd()))  # A sweep file imports its neighbours from here.
-    variants = sweeping.variants(sweeping.read(values.sweep))
+    sys.path.append(str(pathlib.Path.cwd()))  # A sweep file may import its neighbours from here.
+    variants = sweeps.variants(sweeps.read_sweep(values.sweep))
     _check_apart(variants, common)
+    base = config_flag.load_config(values.config)
+    configs = {v.name: config_flag.overridden(base, [*common, *v.flags]) for v in variants}
+    sweeps.check_distinct(
+        [(v, configs[v.name].to_json_best_effort(sort_keys=True)) for v in variants]
+    )
+    _check_configs(variants, configs, launcher=values.launcher)
     shared = [f"--config={values.config}", *common]
-    configs = {v.name: _config([*shared, *v.flags]) for v in variants}
-    sweeping.same([(v, configs[v.name].to_json_best_effort(sort_keys=True)) for v in variants])
-    _check(variants, configs, on=values.on)
     workdir = values.workdir.rstrip("/")
     plugins = [f"--plugins={','.join(values.plugins)}"] if values.plugins else []
-    trains = {v.name: ["train", *shared, *plugins, *v.flags, f"--workdir={workdir}/{v.name}"]
-              for v in variants}
-    if values.on == "print":
-        for arguments in trains.values():
+    commands = {v.name: ["train", *shared, *plugins, *v.flags, f"--workdir={workdir}/{v.name}"]
+                for v in variants}
+    if values.launcher == "print":
+        for arguments in commands.values():
             print(shlex.join(["dmf", *arguments]))
     else:
-        _launch(values, trains, configs)
+        _launch(values, commands, configs)
 
 
 def _check_apart(variants: Sequence[Variant], common: Sequence[str]) -> None:
     """Raises InputError where a field is set both here and by the sweep."""
     for override in common:
-        field = override.removeprefix("--config.").partition("=")[0]
+        field = config_flag.overridden_field(override)
         if any(field in variant.overrides for variant in variants):
-            raise InputError(f"{override}: the sweep sets {field} too; leave out one of them")
+            raise InputError(override, remedy=f"the sweep sets {field} too; leave out one of them")
 
 
-def _config(arguments: Sequence[str]) -> ConfigDict:
-    """The config that `dmf train` makes of these arguments."""
-    values = flags.FlagValues()
-    cli.config_flag(values, arguments)
-    return cli.parse("train", arguments, values, "").config
-
-
-def _check(variants: Sequence[Variant], configs: dict[str, ConfigDict], *, on: str) -> None:
+def _check_configs(
+    variants: Sequence[Variant], configs: dict[str, ConfigDict], *, launcher: str
+) -> None:
     """Builds what each config asks for.
 
     Raises:
-      InputError: one cannot be; the message names the run and the field.
+      InputError: a field that cannot be used; the message names the run and the field.
     """
     for variant in variants:
         try:
-            _build(configs[variant.name], on=on)
+            _check_config(configs[variant.name], launcher=launcher)
         except InputError as error:
-            raise InputError(f"{variant.name}: {error}") from None
+            raise error.within(variant.name) from None
 
 
-def _build(config: ConfigDict, *, on: str) -> None:
+def _check_config(config: ConfigDict, *, launcher: str) -> None:
     """Builds the recipe of a config and, where it will run, opens its data and what it starts from.
 
-    The mesh is checked on the devices that runs will have, where those are this process's: CPUs.
+    The mesh is checked on the devices that the runs will have, where those are CPUs.
     """
     import jax
 
-    from dmf import build, launching, loading
-    from dmf.sharding import make_mesh
+    from dmf.checkpoints import load
+    from dmf.data.build import data, dataset
+    from dmf.experiments import local_launcher
+    from dmf.models.build import network
+    from dmf.registry import at
+    from dmf.runtime.sharding import make_mesh
+    from dmf.training import build
 
-    elsewhere, init, teacher = on == "print", config.init.checkpoint, config.teacher.checkpoint
-    here = on == "local" and launching.on_cpu()
-    mesh = build.mesh(config) if here else make_mesh(devices=jax.devices()[:1])
-    distilled = None
-    if teacher and build.distils(config):
-        with build.about("teacher"):
-            distilled = build.network(config if elsewhere else loading.read_config(teacher))
-    build.recipe(config, mesh, distilled)
-    if not elsewhere:
-        build.source(config)
-    if init and not elsewhere:
-        with build.about("init"):
-            loading.read_config(init)
+    elsewhere = launcher == "print"
+    here = launcher == "local" and local_launcher.uses_cpu()
+    mesh = build.mesh(config.mesh) if here else make_mesh(devices=jax.devices()[:1])
+    teacher_checkpoint, teacher = build.teacher_checkpoint(config).checkpoint, None
+    if teacher_checkpoint:
+        with at("teacher"):
+            its_config = config if elsewhere else load.read_config(teacher_checkpoint)
+        teacher = network(its_config.model)
+    recipe = build.recipe(config, mesh, teacher)
+    if elsewhere:
+        return
+    dataset(data(config.data), recipe.network)
+    if config.init.checkpoint:
+        with at("init"):
+            load.read_config(config.init.checkpoint)
 
 
 def _launch(
-    values: flags.FlagValues, trains: dict[str, list[str]], configs: dict[str, ConfigDict]
+    values: absl_flags.FlagValues, commands: dict[str, list[str]], configs: dict[str, ConfigDict]
 ) -> None:
-    """Starts the runs that are not complete, unless another sweep is at it."""
-    from dmf import launching, logs, runs
-    from dmf.training import check_claim
+    """Starts the runs that are not complete, unless another sweep is training them."""
+    from dmf.experiments import local_launcher, runs
+    from dmf.runtime.progress import log
+    from dmf.training.loop import check_workdir
 
     workdir = pathlib.Path(values.workdir)
     for name, config in configs.items():
-        check_claim(workdir / name, config)
-    found = launching.gpus() if values.on == "local" else []
-    shares = launching.shares(values.parallel or 1, found)
-    with launching.claimed(workdir) as lock:
-        left = [
-            launching.Job(name=name, directory=workdir / name,
-                          command=(sys.executable, "-m", "dmf", *arguments))
-            for name, arguments in trains.items()
-            if not runs.complete(workdir / name, configs[name].run.steps,
-                                 evaluates=configs[name].evaluation.every > 0)
+        check_workdir(workdir / name, config)
+    gpus = local_launcher.visible_gpus() if values.launcher == "local" else []
+    shares = local_launcher.device_shares(values.parallel or 1, gpus)
+    with local_launcher.sweep_lock(workdir) as lock:
+        jobs = [
+            local_launcher.Job(name=name, directory=workdir / name,
+                               command=(sys.executable, "-m", "dmf", *arguments))
+            for name, arguments in commands.items()
+            if not runs.is_complete(workdir / name, configs[name].run.steps,
+                                    evaluates=configs[name].evaluation.every > 0)
         ]  # fmt: skip
-        logs.say(f"{len(trains)} runs in {workdir}, {len(trains) - len(left)} of them complete")
-        if values.on == "slurm":
-            _submit(values, left)
+        log(f"{len(commands)} runs in {workdir}, {len(commands) - len(jobs)} of them complete")
+        if values.launcher == "slurm":
+            _submit(values, jobs)
             return
-        pool = launching.Pool(left, shares, lock)
+        pool = local_launcher.JobPool(jobs, shares, lock)
         pool.run()
-    launching.told_failures(pool.failures, len(trains))
+    local_launcher.report_failures(pool.failures, len(commands))
 
 
-def _submit(values: flags.FlagValues, jobs: Sequence) -> None:
-    from dmf import logs, slurm
+def _submit(values: absl_flags.FlagValues, jobs: Sequence) -> None:
+    from dmf.experiments import slurm_launcher
+    from dmf.runtime.progress import log
 
-    submitted = slurm.submit(
+    submitted = slurm_launcher.submit(
         jobs,
-        pathlib.Path(values.workdir) / slurm.FOLDER,
-        {**slurm.parameters(values.slurm), **slurm.at_most(values.parallel)},
+        pathlib.Path(values.workdir) / slurm_launcher.FOLDER,
+        slurm_launcher.parse_parameters(values.slurm) | slurm_launcher.parallelism(values.parallel),
     )
     for name, job in submitted.items():
-        logs.say(f"{name}: {job}")
+        log(f"{name}: {job}")

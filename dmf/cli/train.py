@@ -1,31 +1,30 @@
 """dmf train --config=FILE --workdir=DIR [--config.a.b=value ...]
 
-Started on several hosts, each takes its part: on TPU pods and under SLURM or Open MPI the processes
-find each other, elsewhere --coordinator, --processes and --process tell them. On SIGTERM the run
-saves and ends with 75; the same command goes on.
+Trains the run of a config in a directory, or resumes it there. To train on several hosts, run the
+same command on each: on TPU pods and under SLURM or Open MPI the processes find each other,
+elsewhere --coordinator, --processes and --process tell them. On SIGTERM the run saves and exits
+with 75; the same command resumes it.
 """
 
 from collections.abc import Sequence
 
-from absl import flags
+from absl import flags as absl_flags
 
-from dmf import cli
+from dmf.cli import config_flag, flags
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
-    """Trains, or goes on training, the run of a config in a directory."""
-    values = flags.FlagValues()
-    cli.config_flag(values, arguments)
-    flags.DEFINE_string("workdir", None, "where the run is kept", flag_values=values)
-    flags.DEFINE_string(
-        "coordinator", "", "host:port of the first of several processes", flag_values=values
-    )
-    flags.DEFINE_integer("processes", 0, "how many there are", flag_values=values)
-    flags.DEFINE_integer("process", -1, "which one this is, from 0", flag_values=values)
-    cli.parse(verb, arguments, values, __doc__)
-    cli.require(values, "config", "workdir")
-    from dmf import hosts
-    from dmf.training import train
+    """Trains, or resumes, the run of a config in a directory."""
+    values = absl_flags.FlagValues()
+    text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
+    text("workdir", None, "directory of the run", flag_values=values)
+    text("coordinator", "", "host:port of the first of several processes", flag_values=values)
+    number("processes", 0, "number of processes", flag_values=values)
+    number("process", -1, "number of this process, from 0", flag_values=values)
+    config = config_flag.parse_with_config(verb, arguments, values, __doc__)
+    flags.require(values, "workdir")
+    from dmf.runtime import processes
+    from dmf.training.loop import train
 
-    hosts.join(values.coordinator, values.processes, values.process)
-    train(values.config, values.workdir)
+    processes.initialize(values.coordinator, values.processes, values.process)
+    train(config, values.workdir)

@@ -1,4 +1,4 @@
-"""Sets of images of one size, by index: files, arrays, or the rows of a dataset."""
+"""Sets of images of one size, by index: image files, arrays, or the samples of a dataset."""
 
 import concurrent.futures
 import dataclasses
@@ -10,14 +10,17 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int, Int64, UInt8
 
-from dmf.data.crop import center_crop, upright_rgb
+from dmf.data.datasets import Dataset, open_dataset
 from dmf.data.image_files import ImageFiles, UnreadableImage, open_images
-from dmf.data.originals import TfdsImages, open_originals
-from dmf.data.sources import Source, is_dataset, open_source
-from dmf.typing import InputError
+from dmf.data.image_transforms import center_crop, upright_rgb
+from dmf.data.pixels import IMAGE_CHANNELS
+from dmf.data.raw_images import RawImages, open_raw_images
+from dmf.data.tfds_records import is_dataset
+from dmf.errors import InputError
 
 ARRAY = "arr_0"
-_GREY = ("1", "L")
+_GREY_MODES = ("1", "L")
+_GIVE_ARRAY = f"give an .npz with {ARRAY}, uint8 [n, h, w, c] of 1 or 3 channels"
 
 
 @runtime_checkable
@@ -25,9 +28,9 @@ class ImageSet(Protocol):
     """Images of one size.
 
     Attributes:
-      name: what to call it.
+      name: name of the set.
       shape: (h, w, c) of an image; c is 1 or 3.
-      notes: what a reader of numbers about it should know, empty if nothing.
+      notes: what a reader of measurements of the set should know; empty if nothing.
     """
 
     name: str
@@ -35,85 +38,105 @@ class ImageSet(Protocol):
     notes: str
 
     def __len__(self) -> int:
-        """How many there are."""
+        """Number of images."""
 
     def read(self, indices: Int[np.ndarray, "m"]) -> UInt8[np.ndarray, "m h w c"]:
-        """Some of them; raises InputError where one cannot be read, or is of another size."""
+        """Several images.
+
+        Raises:
+          InputError: an image cannot be read or is of another size.
+        """
 
     def labels(self) -> Int64[np.ndarray, "n"] | None:
-        """The label of each, None without labels."""
+        """The label of each image; None without labels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ArrayImages:
-    """Images of an `.npz`, which stays on disk if it is not compressed."""
+    """Images of an `.npz`, which stay on disk if they are not compressed.
+
+    Attributes:
+      name: name of the set.
+      array: all images.
+      all_labels: the label of each image; None without labels.
+      notes: see `ImageSet`.
+    """
 
     name: str
     array: UInt8[np.ndarray, "n h w c"]
-    classes: Int64[np.ndarray, "n"] | None
+    all_labels: Int64[np.ndarray, "n"] | None
     notes: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an image."""
+        """(h, w, c) of an image."""
         return self.array.shape[1:]
 
     def __len__(self) -> int:
         return len(self.array)
 
     def read(self, indices: Int[np.ndarray, "m"]) -> UInt8[np.ndarray, "m h w c"]:
-        """Some of the images."""
+        """Several images."""
         return np.asarray(self.array[indices])
 
     def labels(self) -> Int64[np.ndarray, "n"] | None:
-        """The label of each."""
-        return self.classes
+        """The label of each image; None without labels."""
+        return self.all_labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DatasetImages:
-    """The rows of a dataset of images."""
+    """The samples of a dataset of images.
 
-    source: Source
+    Attributes:
+      dataset: the dataset, whose "x" are images.
+      notes: see `ImageSet`.
+    """
+
+    dataset: Dataset
     notes: str = ""
 
     @property
     def name(self) -> str:
-        """That of the dataset."""
-        return self.source.name
+        """Name of the dataset."""
+        return self.dataset.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of an image."""
-        return self.source.shape
+        """(h, w, c) of an image."""
+        return self.dataset.shape
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.dataset)
 
     def read(self, indices: Int[np.ndarray, "m"]) -> UInt8[np.ndarray, "m h w c"]:
-        """Some of the images."""
-        return self.source.read(indices.tolist())[0]
+        """Several images."""
+        return self.dataset.read(indices.tolist())["x"]
 
     def labels(self) -> Int64[np.ndarray, "n"] | None:
-        """The label of each."""
-        return self.source.labels() if self.source.num_classes else None
+        """The label of each image; None without labels."""
+        return self.dataset.labels() if self.dataset.num_classes else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class FileImages:
-    """Image files, or images that a TFDS dataset stores; all of one size, or cut to it.
+    """Image files, or images that a TFDS dataset stores: all of one size, or cropped to one.
 
     Attributes:
-      name, shape, notes: as of every set.
-      images: that are decoded.
-      about: what messages begin with.
-      side: of the centre crop; 0 where images are taken as they are.
+      name: name of the set.
+      images: the images as they are stored.
+      shape: (h, w, c) of an image; c is 1 if all images are grey.
+      source: the source of the images, as the user gave it.
+      field: name of the field or flag that gave the source, for messages.
+      side: side of the centre crop; 0 for no crop.
+      notes: see `ImageSet`.
     """
 
     name: str
-    images: ImageFiles | TfdsImages
+    images: RawImages
     shape: tuple[int, ...]
-    about: str
+    source: str
+    field: str
     side: int = 0
     notes: str = ""
 
@@ -121,122 +144,143 @@ class FileImages:
         return len(self.images)
 
     def read(self, indices: Int[np.ndarray, "m"]) -> UInt8[np.ndarray, "m h w c"]:
-        """Some of the images, decoded in threads."""
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
-            return np.stack(list(pool.map(self._one, indices.tolist())))
+        """Several images, decoded in threads, see `ImageSet`."""
+        try:
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
+                return np.stack(list(pool.map(self._read_one, indices.tolist())))
+        except InputError as error:
+            raise InputError(self.field, self.source, str(error)) from None
 
-    def _one(self, index: int) -> UInt8[np.ndarray, "h w c"]:
-        pixels = _pixels(self.images, index, self.side, self.about, grey=self.shape[2] == 1)
+    def _read_one(self, index: int) -> UInt8[np.ndarray, "h w c"]:
+        pixels = _decode(self.images, index, self.side, keep_grey=self.shape[2] == 1)
         if pixels.shape != self.shape:
-            first, this = self.images.names[0], self.images.names[index]
-            raise InputError(f"{self.about}: {this} has the shape {pixels.shape}, and {first} has "
-                             f"{self.shape}; give images of one size, or --resolution=SIDE, which "
-                             "cuts squares")
+            raise InputError(
+                "", remedy=f"{self.images.names[index]} has the shape {pixels.shape}, and "
+                f"{self.images.names[0]} has {self.shape}; give images of one size, or "
+                "--resolution=SIDE, which crops squares",
+            )
         return pixels
 
     def labels(self) -> Int64[np.ndarray, "n"] | None:
-        """The label of each."""
+        """The label of each image; None without labels."""
         return self.images.labels
 
 
-def _pixels(
-    images: ImageFiles | TfdsImages, index: int, side: int, about: str, *, grey: bool
+def _decode(
+    images: RawImages, index: int, side: int, *, keep_grey: bool
 ) -> UInt8[np.ndarray, "h w c"]:
-    """An image as an array; a grey one has one channel only where all are meant to."""
-    file = images.names[index]
+    """An image as an array; grey images have one channel if `keep_grey` is set."""
     try:
         image = images.image(index)
         if side:
             return center_crop(image, side)
     except UnreadableImage as error:
-        raise InputError(f"{about}: {error}; take it out, or make it anew") from None
+        raise InputError("", remedy=f"{error}; take it out, or make it anew") from None
     except InputError as error:
-        raise InputError(f"{about}: {file}: {error}") from None
+        raise error.within(images.names[index]) from None
     pixels = np.asarray(upright_rgb(image))
-    return pixels[..., :1] if grey and image.mode in _GREY else pixels
+    return pixels[..., :1] if keep_grey and image.mode in _GREY_MODES else pixels
 
 
 def open_image_set(source: str, *, side: int = 0, field: str = "images") -> ImageSet:
     """Opens a set of images.
 
     Args:
-      source: an `.npz` with `arr_0`, uint8 [n, h, w, c] (and `labels`); a folder, .zip or .tar of
-        image files; a dataset of crops that `dmf prepare` wrote; or a TFDS name. Files that are no
-        images are passed over, and noted.
-      side: of the centre crop that images are cut to; 0 takes them as they are. Where the first
-        file is grey and is not cut, so are all, and have one channel; else all have three.
-      field: what messages call the source.
+      source: an `.npz` with `arr_0`, uint8 [n, h, w, c], and perhaps `labels` [n]; a folder, .zip
+        or .tar of image files; a dataset of crops that `dmf prepare` wrote; or a TFDS name. Files
+        that are no images are left out, which the notes of the set say.
+      side: side of the centre crop; 0 for no crop. Without a crop, if the first file is grey, all
+        files must be, and have one channel; otherwise all images have three.
+      field: name of the field or flag that gave the source, for messages.
 
     Raises:
       InputError: there is no such set, or it has no images.
     """
-    path, about = epath.Path(source), f"{field}={source}"
-    if path.suffix == ".npz":
-        if side:
-            raise InputError(f"resolution={side}: the images of {source} are taken as they are; "
-                             "leave it out")
-        return _open_array(path, about)
-    if is_dataset(source):
-        rows = open_source(path.name, directory=source)
-        if len(rows.shape) != 3:
-            raise InputError(f"{about}: its rows are latents; give images")
-        return DatasetImages(source=rows)
+    path = epath.Path(source)
+    if path.suffix == ".npz" and side:
+        raise InputError(
+            "resolution", side, f"the images of {source} are taken as they are; leave it out"
+        )
     try:
-        if path.exists() or source.startswith(("/", ".", "~")):
-            images, name = open_images(source), path.name
-        else:
-            images, name = open_originals(source), source
+        if path.suffix == ".npz":
+            return _open_array(path)
+        if is_dataset(source):
+            return _open_dataset(path)
+        return _open_files(source, side, field)
     except InputError as error:
-        told = str(error).removeprefix(f"source={source}: ")
-        raise InputError(f"{about}: {told}") from None
-    others = images.others if isinstance(images, ImageFiles) else ()
-    notes = ""
-    if others:
-        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-        notes = f"passed over {len(others)} that are no images: {some}"
-    shape = _pixels(images, 0, side, about, grey=True).shape
-    return FileImages(name=name, images=images, shape=shape, about=about, side=side, notes=notes)
+        is_about_source = error.field in ("", "source", "name")
+        reason = error.remedy if is_about_source else str(error)
+        raise InputError(field, source, reason) from None
 
 
-def _open_array(path: epath.Path, about: str) -> ArrayImages:
-    remedy = f"give an .npz with {ARRAY}, uint8 [n, h, w, c] of 1 or 3 channels"
+def _open_dataset(path: epath.Path) -> DatasetImages:
+    dataset = open_dataset(path.name, directory=str(path))
+    if len(dataset.shape) != 3:
+        raise InputError("", remedy="its samples are latents; give images")
+    return DatasetImages(dataset=dataset)
+
+
+def _open_files(source: str, side: int, field: str) -> FileImages:
+    path = epath.Path(source)
+    if path.exists() or source.startswith(("/", ".", "~")):
+        images, name = open_images(source), path.name
+    else:
+        images, name = open_raw_images(source), source
+    shape = _decode(images, 0, side, keep_grey=True).shape
+    return FileImages(
+        name=name, images=images, shape=shape, source=source, field=field, side=side,
+        notes=_notes(images.other_files) if isinstance(images, ImageFiles) else "",
+    )  # fmt: skip
+
+
+def _notes(other_files: tuple[str, ...]) -> str:
+    """What a set says about the files that are left out."""
+    if not other_files:
+        return ""
+    some = ", ".join(other_files[:3]) + ", ..." * (len(other_files) > 3)
+    return f"left out {len(other_files)} files that are no images: {some}"
+
+
+def _open_array(path: epath.Path) -> ArrayImages:
     if not path.is_file():
-        raise InputError(f"{about}: there is no such file; {remedy}")
+        raise InputError("", remedy=f"there is no such file; {_GIVE_ARRAY}")
     try:
         with np.load(os.fspath(path), allow_pickle=False) as file:
             names = file.files
             labels = file["labels"] if "labels" in names else None
-        array = _mapped(path) if ARRAY in names else None
-    except Exception as error:  # what zipfile, zlib and numpy raise is not all documented
-        raise InputError(f"{about}: no .npz, or a damaged one ({error})") from None
+        array = _memory_map(path) if ARRAY in names else None
+    except Exception as error:  # Python does not document all that zipfile, zlib and NumPy raise.
+        raise InputError("", remedy=f"no .npz, or a damaged one ({error})") from None
     if array is None:
-        raise InputError(f"{about}: it has {', '.join(names) or 'nothing'}; {remedy}")
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3) or not len(array):
-        raise InputError(f"{about}: {ARRAY} is {array.dtype} {array.shape}; {remedy}")
+        raise InputError("", remedy=f"it has {', '.join(names) or 'nothing'}; {_GIVE_ARRAY}")
+    is_valid = array.dtype == np.uint8 and array.ndim == 4 and array.shape[3] in IMAGE_CHANNELS
+    if not is_valid or not len(array):
+        raise InputError("", remedy=f"{ARRAY} is {array.dtype} {array.shape}; {_GIVE_ARRAY}")
     if labels is not None and (labels.shape != (len(array),) or labels.dtype.kind not in "iu"):
-        raise InputError(f"{about}: labels are {labels.dtype} {labels.shape}; give {len(array)} "
+        raise InputError("", remedy=f"labels are {labels.dtype} {labels.shape}; give {len(array)} "
                          "whole numbers, or none")
-    classes = None if labels is None else labels.astype(np.int64)
-    return ArrayImages(name=path.name, array=array, classes=classes)
+    return ArrayImages(
+        name=path.name, array=array,
+        all_labels=None if labels is None else labels.astype(np.int64),
+    )  # fmt: skip
 
 
-def _mapped(path: epath.Path) -> np.ndarray:
-    """The array as it lies in the file, or in memory if it is compressed there."""
-    name = f"{ARRAY}.npy"
+def _memory_map(path: epath.Path) -> np.ndarray:
+    """The array of an .npz as it lies in the file; in memory if it is compressed."""
     with zipfile.ZipFile(os.fspath(path)) as archive:
-        entry = archive.getinfo(name)
-        with archive.open(name) as member:
+        entry = archive.getinfo(f"{ARRAY}.npy")
+        with archive.open(entry) as member:
             version = np.lib.format.read_magic(member)
-            read = (np.lib.format.read_array_header_1_0 if version == (1, 0)
-                    else np.lib.format.read_array_header_2_0)
-            shape, fortran, dtype = read(member)
-            start = member.tell()
+            read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0)
+                           else np.lib.format.read_array_header_2_0)
+            shape, fortran, dtype = read_header(member)
+            header_size = member.tell()
     if entry.compress_type != zipfile.ZIP_STORED or dtype.hasobject:
         with np.load(os.fspath(path), allow_pickle=False) as file:
             return file[ARRAY]
     with path.open("rb") as file:
         file.seek(entry.header_offset + 26)
         lengths = np.frombuffer(file.read(4), "<u2")
-    start += entry.header_offset + 30 + int(lengths.sum())
+    start = entry.header_offset + 30 + int(lengths.sum()) + header_size
     order = "F" if fortran else "C"
     return np.memmap(os.fspath(path), dtype, "r", offset=start, shape=shape, order=order)

@@ -1,16 +1,16 @@
 """The diffusion transformer of SiT, MeanFlow and Decoupled MeanFlow.
 
-One network; conditioning is what makes the three models, and nothing else does:
+The three models are one network and differ in its conditioning alone:
 
-- "flow" (SiT): T(t) + Y(y) everywhere, r is ignored.
-- "meanflow": T(t) + H(t - r) + Y(y) everywhere, H a second time embedding; or another choice of
-  t, r and t - r.
-- "decoupled" (DMF): T(t) + Y(y) in the first `split_depth` blocks, T(r) + Y(y) in the others and
-  in the final layer. At r = t this is the flow model, with the same parameters. `pattern` gives
-  blocks their times in other ways.
+- "flow" (SiT): every block is conditioned on T(t) + Y(y); r is ignored.
+- "meanflow": every block is conditioned on T(t) + H(t - r) + Y(y), with H a second time embedding;
+  `embedded_times` chooses other times.
+- "decoupled" (Decoupled MeanFlow): the first `split_depth` blocks are conditioned on T(t) + Y(y),
+  the others and the final layer on T(r) + Y(y). At r = t this is the flow model with the same
+  parameters. `block_times` assigns times to blocks in other ways.
 
-The network is cut in two where r comes in: `encode` is what depends on x_t, t and y alone, and
-`decode` the rest, so that several velocities at one x_t share the first part.
+The network is cut in two before the first block that depends on r: `encode` depends on x_t, t and y
+alone, and `decode` is the rest, so that several velocities at one x_t share the first part.
 """
 
 import dataclasses
@@ -19,19 +19,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from dmf.kernels.flash import IMPLEMENTATIONS
-from dmf.models import layers
-from dmf.models.layers import Tokens, Vectors
-from dmf.models.stack import REMAT_POLICIES, run_blocks
-from dmf.typing import (
+from dmf.errors import InputError
+from dmf.models.attention.attention import IMPLEMENTATIONS
+from dmf.models.block_stack import REMAT_POLICIES
+from dmf.models.layers import FLOAT32_PARTS
+from dmf.models.transformer import TIME_EMBEDDINGS, Transformer
+from dmf.types import (
+    ClassLabels,
     Condition,
     Features,
     Flops,
-    GuidedLabels,
     Images,
-    InputError,
     Params,
     PerSample,
     PRNGKey,
@@ -39,11 +38,9 @@ from dmf.typing import (
 )
 
 CONDITIONINGS = ("flow", "meanflow", "decoupled")
-# What a block may see, by a letter: t, r, or both (r, and t - r by an embedding of its own).
-SEEN = "trb"
-PATTERNS = ("split", "interleaved", "both")
-# The embedding of each time that a MeanFlow network may take.
-EMBEDDINGS = {"t": "time_embedding", "r": "target_embedding", "t-r": "interval_embedding"}
+# The time that a block is conditioned on, by letter: t, r, or both (r and t - r).
+TIME_LETTERS = "trb"
+BLOCK_TIME_PATTERNS = ("split", "interleaved", "both")
 # DiT, arXiv:2212.09748, table 1; M as in MeanFlow, arXiv:2505.13447.
 SIZES = {
     "S": {"depth": 12, "width": 384, "heads": 6},
@@ -55,7 +52,12 @@ SIZES = {
 
 
 class Hidden(NamedTuple):
-    """What the decoder takes of x_t: tokens [b, l, d] in the dtype of the residual; and t."""
+    """The output of `DiT.encode`.
+
+    Attributes:
+      tokens: [b, l, d] in the dtype of the residual stream.
+      t: [b] times of x_t.
+    """
 
     tokens: jax.Array
     t: jax.Array
@@ -63,31 +65,55 @@ class Hidden(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DiT:
-    """A diffusion transformer over square images or latents; a `Network`.
+    """A diffusion transformer over square images or latents; a `dmf.types.Network`.
+
+    >>> model = DiT(input_size=4, channels=4, depth=2, width=16, heads=2, num_classes=10,
+    ...             conditioning="decoupled", split_depth=1)
+    >>> params = jax.jit(model.init)(jax.random.key(0))
+    >>> x_t, t, r = jnp.ones((3, 4, 4, 4)), jnp.ones(3), jnp.zeros(3)
+    >>> u = jax.jit(model.apply)(params, x_t, t, r, jnp.array([0, 7, 10]))
+    >>> u.shape
+    (3, 4, 4, 4)
 
     Attributes:
-      input_size: height and width of its input.
-      channels: channels of its input and output.
-      patch_size: height and width of a patch.
-      depth, width, heads, mlp_ratio: of the transformer; `SIZES` holds the published ones.
-      num_classes: number of labels; the label table has one row more, for no label.
-      conditioning: "flow", "meanflow" or "decoupled".
-      split_depth: how many blocks see t when decoupled; the others see r.
-      pattern: which time each block sees when decoupled: "split" at `split_depth`; "both", split,
-        the decoder seeing r and t - r; "interleaved", t and r in turn; or a letter a block, t, r
-        or b for both. The final layer sees r, and t - r too if the last block does.
-      embedded_times: which times a MeanFlow network embeds, of "t", "r" and "t-r".
-      guidance_input: whether labels may come with a guidance, as `GuidedLabels`.
-      qk_norm: RMSNorm on queries and keys.
-      learned_variance: whether there is a log-variance head (for the cauchy weighting).
-      alignment_depth: number of blocks before the projected tokens leave (REPA); 0 for none.
-      alignment_width, alignment_hidden: of the projector.
-      scan: run the blocks by `lax.scan`, for short compilation, or unrolled.
-      remat: what the backward pass recomputes: "none", "dots" (all but matrix products), "full".
-      dtype: of the computation, "float32" or "bfloat16"; parameters are float32 always.
-      float32: parts of it that are in float32 all the same, some of `layers.FLOAT32`.
-      attention: "xla" (the formula), "flash" (kernels), or "auto" for what the device and the
-        number of tokens ask for; see `dmf.kernels.flash`.
+      input_size: height and width of the input, a multiple of `patch_size`.
+      channels: channels of the input and of the output, >= 1.
+      patch_size: height and width of a patch, which becomes one token; >= 1.
+      depth: number of transformer blocks, >= 1; published: S and B 12, M 16, L 24, XL 28.
+      width: width of the tokens, a multiple of 4 and of `heads`; published: S 384, B 768, M and L
+        1024, XL 1152.
+      heads: number of attention heads, which divides `width`; published: S 6, B 12, M, L and XL 16.
+      mlp_ratio: hidden width of the MLPs over `width`, > 0.
+      num_classes: number of class labels, 0 for an unconditional network. The label embedding has
+        one more row, for the null label.
+      conditioning: how blocks are conditioned on the times: "flow" (SiT: on t), "meanflow" (on
+        `embedded_times`) or "decoupled" (Decoupled MeanFlow: the first blocks on t, the last on r).
+      split_depth: number of blocks conditioned on t, 0 to `depth`; the other blocks are conditioned
+        on r. Required with conditioning="decoupled" and block_times="split" or "both"; None
+        otherwise.
+      block_times: the time that each block is conditioned on, with conditioning="decoupled":
+        "split" (t in the first `split_depth` blocks, then r); "both" (the same, with t - r embedded
+        beside r); "interleaved" (t and r in turn); or one letter per block, "t", "r" or "b" for r
+        and t - r, for example "ttrrbb". The final layer is conditioned on r, and on t - r too if
+        the last block is.
+      embedded_times: the times that a network with conditioning="meanflow" embeds: one or more of
+        "t", "r" and "t-r", each once.
+      guidance_input: whether the network takes the guidance scale and interval as an input.
+      qk_norm: whether queries and keys pass an RMSNorm.
+      learned_variance: whether the network has a log-variance head, which the weighting "cauchy"
+        needs.
+      alignment_depth: number of blocks before the tokens that are aligned with an encoder's
+        features (REPA), 0 to `depth`; 0 for no alignment.
+      alignment_width: width of the encoder's features, to which the projector maps; >= 1.
+      alignment_hidden: hidden width of the projector, >= 1.
+      scan: whether blocks run in a `lax.scan`, which compiles faster than unrolled blocks.
+      remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full"
+        (everything).
+      dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
+      float32_parts: parts computed in float32 where dtype is "bfloat16": any of "time_embedding",
+        "modulation", "residual" and "final_layer".
+      attention: implementation of attention: "xla" (plain JAX operations), "flash" (kernels, on
+        TPUs and NVIDIA GPUs) or "auto" (the faster one for the device and the number of tokens).
     """
 
     input_size: int
@@ -100,7 +126,7 @@ class DiT:
     num_classes: int
     conditioning: str = "flow"
     split_depth: int | None = None
-    pattern: str = "split"
+    block_times: str = "split"
     embedded_times: tuple[str, ...] = ("t", "t-r")
     guidance_input: bool = False
     qk_norm: bool = False
@@ -111,10 +137,16 @@ class DiT:
     scan: bool = True
     remat: str = "none"
     dtype: str = "float32"
-    float32: tuple[str, ...] = ()
+    float32_parts: tuple[str, ...] = ()
     attention: str = "auto"
 
     def __post_init__(self):
+        self._check_sizes()
+        self._check_conditioning()
+        self._check_times()
+        self._check_computation()
+
+    def _check_sizes(self) -> None:
         check = self._check
         for name in ("input_size", "channels", "patch_size", "depth", "width", "heads",
                      "alignment_width", "alignment_hidden"):
@@ -123,278 +155,165 @@ class DiT:
               f"it must divide model.input_size={self.input_size}")
         check(self.width % self.heads == 0, "heads", f"it must divide model.width={self.width}")
         check(self.width % 4 == 0, "width", "the position table needs a multiple of 4")
-        check(self.mlp_ratio > 0, "mlp_ratio", "it is positive")
+        check(self.mlp_ratio > 0, "mlp_ratio", "give a positive number")
         check(self.num_classes >= 0, "num_classes", "give 0 (unconditional) or more")
-        for name, choices in (("conditioning", CONDITIONINGS), ("remat", REMAT_POLICIES),
-                              ("attention", IMPLEMENTATIONS)):
-            check(getattr(self, name) in choices, name, f"choose one of {', '.join(choices)}")
-        self._check_times()
         check(0 <= self.alignment_depth <= self.depth, "alignment_depth",
               f"give a whole number from 0 (none) to model.depth={self.depth}")
-        check(self.dtype in ("float32", "bfloat16"), "dtype", "choose float32 or bfloat16")
-        check(set(self.float32) <= set(layers.FLOAT32), "float32",
-              f"choose some of {', '.join(layers.FLOAT32)}")
 
-    def _check_times(self) -> None:
-        check, conditioning = self._check, self.conditioning
-        decoupled = conditioning == "decoupled"
-        splits = decoupled and self.pattern in ("split", "both")
+    def _check_conditioning(self) -> None:
+        check, block_times = self._check, self.block_times
+        check(self.conditioning in CONDITIONINGS, "conditioning",
+              f"choose one of {', '.join(CONDITIONINGS)}")
+        splits = self.conditioning == "decoupled" and block_times in ("split", "both")
         check(splits or self.split_depth is None, "split_depth",
-              f"model.conditioning={conditioning} with model.pattern={self.pattern} has none; set "
-              "them to decoupled and split")
+              f"model.conditioning={self.conditioning} with model.block_times={block_times} takes "
+              "none; set them to decoupled and split")
         check(not splits or self.split_depth is not None, "split_depth",
               f"the decoupled conditioning needs one, from 0 to model.depth={self.depth}")
         check(not splits or 0 <= self.split_depth <= self.depth, "split_depth",
               f"give a whole number from 0 to model.depth={self.depth}")
-        letters = len(self.pattern) == self.depth and set(self.pattern) <= set(SEEN)
-        check(self.pattern in PATTERNS or letters, "pattern",
-              f"choose one of {', '.join(PATTERNS)}, or give model.depth={self.depth} letters of "
-              "t, r and b")
-        check(decoupled or self.pattern == "split", "pattern",
-              f"model.conditioning={conditioning} has none; set it to decoupled")
+
+    def _check_times(self) -> None:
+        check, conditioning, block_times = self._check, self.conditioning, self.block_times
+        spelled_out = len(block_times) == self.depth and set(block_times) <= set(TIME_LETTERS)
+        check(block_times in BLOCK_TIME_PATTERNS or spelled_out, "block_times",
+              f"choose one of {', '.join(BLOCK_TIME_PATTERNS)}, or give model.depth={self.depth} "
+              "letters, each t, r or b")
+        check(conditioning == "decoupled" or block_times == "split", "block_times",
+              f"model.conditioning={conditioning} has no choice; set it to decoupled")
         times = self.embedded_times
-        check(bool(times) and set(times) <= set(EMBEDDINGS) and len(set(times)) == len(times),
-              "embedded_times", f"give some of {', '.join(EMBEDDINGS)}, each once")
+        check(bool(times) and set(times) <= set(TIME_EMBEDDINGS) and len(set(times)) == len(times),
+              "embedded_times", f"give one or more of {', '.join(TIME_EMBEDDINGS)}, each once")
         check(conditioning == "meanflow" or tuple(times) == ("t", "t-r"), "embedded_times",
               f"model.conditioning={conditioning} has no choice; set it to meanflow")
 
-    def _check(self, good: bool, field: str, remedy: str) -> None:
-        if not good:
-            raise InputError(f"model.{field}={getattr(self, field)}: {remedy}")
+    def _check_computation(self) -> None:
+        for name, choices in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
+            self._check(getattr(self, name) in choices, name,
+                        f"choose one of {', '.join(choices)}")
+        self._check(self.dtype in ("float32", "bfloat16"), "dtype", "choose float32 or bfloat16")
+        self._check(set(self.float32_parts) <= set(FLOAT32_PARTS), "float32_parts",
+                    f"choose any of {', '.join(FLOAT32_PARTS)}")
+
+    def _check(self, valid: bool, field: str, remedy: str) -> None:
+        if not valid:
+            raise InputError(field, getattr(self, field), remedy)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """(h, w, c) of one sample."""
+        """Shape (h, w, c) of one sample."""
         return self.input_size, self.input_size, self.channels
 
     @property
-    def sources(self) -> str:
-        """What each block sees, one letter a block; the final layer sees the output's."""
+    def resolved_block_times(self) -> str:
+        """The time letter of each block: `block_times` written out."""
         if self.conditioning != "decoupled":
             return "t" * self.depth
-        if self.pattern == "interleaved":
+        if self.block_times == "interleaved":
             return ("tr" * self.depth)[: self.depth]
-        if self.pattern in PATTERNS:
-            last = "r" if self.pattern == "split" else "b"
+        if self.block_times in BLOCK_TIME_PATTERNS:
+            last = "r" if self.block_times == "split" else "b"
             return "t" * self.split_depth + last * (self.depth - self.split_depth)
-        return self.pattern
+        return self.block_times
 
     @property
-    def last_source(self) -> str:
-        """What the final layer sees."""
+    def final_layer_time(self) -> str:
+        """The time letter of the final layer."""
         if self.conditioning != "decoupled":
             return "t"
-        return "b" if self.pattern == "both" or self.sources[-1] == "b" else "r"
+        return "b" if self.block_times == "both" or self.resolved_block_times[-1] == "b" else "r"
+
+    @property
+    def embeds_both_times(self) -> bool:
+        """Whether a block or the final layer is conditioned on both r and t - r."""
+        return "b" in self.resolved_block_times + self.final_layer_time
 
     @property
     def encoder_depth(self) -> int:
-        """How many blocks come before r does: those of MeanFlow all see it."""
-        blocks_of_t = itertools.takewhile(lambda source: source == "t", self.sources)
-        return 0 if self.conditioning == "meanflow" else len(list(blocks_of_t))
+        """Number of blocks before the first that depends on r; 0 for a MeanFlow network."""
+        if self.conditioning == "meanflow":
+            return 0
+        return len(list(itertools.takewhile(lambda time: time == "t", self.resolved_block_times)))
 
     @property
-    def recomputes(self) -> bool:
-        """Whether remat is full."""
+    def full_remat(self) -> bool:
+        """Whether the backward pass recomputes the whole forward pass."""
         return self.remat == "full"
 
     @property
     def flops(self) -> Flops:
-        """Of one sample: 2 for each multiply-add of the products of matrices.
+        """Operations of the matmuls of one sample, 2 for a multiply-add.
 
-        Of embeddings one in each part counts. The projector and the log-variance head, which do
-        not belong to the flow map, are left out.
+        Each of the two parts counts one time embedding. The projector and the log-variance head,
+        which are no part of the flow map, are left out.
         """
         width, length = self.width, (self.input_size // self.patch_size) ** 2
         linears, modulation = 2 * width**2 * (4 + 2 * self.mlp_ratio) * length, 12 * width**2
         block = linears + 4 * width * length**2 + modulation
         patches = 2 * width * length * self.patch_size**2 * self.channels
-        early, times = self.encoder_depth, 2 * (256 + width) * width
+        early, time_embedding = self.encoder_depth, 2 * (256 + width) * width
         return Flops(
-            encode=patches + early * block + (times if early else 0),
-            decode=patches + (self.depth - early) * block + times + 2 * 2 * width**2,
+            encode=patches + early * block + (time_embedding if early else 0),
+            decode=patches + (self.depth - early) * block + time_embedding + 2 * 2 * width**2,
         )
 
+    def condition(self, y: Any) -> Condition:
+        """Class labels [b] as a condition; a condition is returned as it is."""
+        return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)
+
     def init(self, key: PRNGKey) -> Params:
-        """Random parameters in float32: a nested dictionary, block parameters stacked by depth."""
+        """Random parameters, float32: a nested dictionary, block parameters stacked by depth."""
         x, t = jnp.zeros((1, *self.sample_shape)), jnp.zeros((1,))
         y = jnp.zeros((1,), jnp.int32)
-        return _Transformer(self).init(key, x, t, t, y, method="everything")["params"]
+        return Transformer(self).init(key, x, t, t, y, method="everything")["params"]
 
-    def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Condition) -> Images:
-        """u(x_t, t, r, y) [b, h, w, c], in the dtype of x_t."""
-        self._check_input(x_t)
-        return _Transformer(self).apply({"params": params}, x_t, t, r, y).astype(x_t.dtype)
+    def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Any) -> Images:
+        """The average velocity u(x_t, t, r, y).
 
-    def encode(self, params: Params, x_t: Images, t: Times, y: Condition) -> Hidden:
-        """The part of the network that r plays no part in."""
+        Args:
+          params: parameters, as `init` returns them.
+          x_t: [b, input_size, input_size, channels].
+          t: [b] times of x_t, in [0, 1].
+          r: [b] target times, 0 <= r <= t.
+          y: [b] int labels in [0, num_classes], where num_classes is the null label; or a
+            `dmf.types.Condition`.
+
+        Returns:
+          [b, input_size, input_size, channels] in the dtype of x_t.
+
+        Raises:
+          InputError: x_t is of another shape.
+        """
         self._check_input(x_t)
-        tokens = _Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
+        return Transformer(self).apply({"params": params}, x_t, t, r, y).astype(x_t.dtype)
+
+    def encode(self, params: Params, x_t: Images, t: Times, y: Any) -> Hidden:
+        """The part of the network that does not depend on r; arguments as of `apply`."""
+        self._check_input(x_t)
+        tokens = Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
         return Hidden(tokens, t)
 
-    def decode(self, params: Params, hidden: Hidden, r: Times, y: Condition) -> Images:
+    def decode(self, params: Params, hidden: Hidden, r: Times, y: Any) -> Images:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
-        return _Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
+        return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
 
     def apply_with_features(
-        self, params: Params, x_t: Images, t: Times, r: Times, y: Condition
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Features]:
-        """u, and the tokens after block `alignment_depth`, projected, in float32."""
+        """u as `apply` returns it, and the projected tokens [b, l, alignment_width] after block
+        `alignment_depth`, float32."""
         self._check_input(x_t)
-        transformer, variables = _Transformer(self), {"params": params}
+        transformer, variables = Transformer(self), {"params": params}
         u, projected = transformer.apply(variables, x_t, t, r, y, method="with_features")
         return u.astype(x_t.dtype), projected.astype(jnp.float32)
 
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
-        """phi(t, r), in float32."""
-        return _Transformer(self).apply({"params": params}, t, r, method="variance")
+        """The learned log of the expected squared error at (t, r): [b] float32."""
+        return Transformer(self).apply({"params": params}, t, r, method="variance")
 
     def _check_input(self, x_t: Images) -> None:
         if x_t.shape[1:] != self.sample_shape:
-            raise InputError(f"x_t has shape {x_t.shape}: this network takes [b, "
-                             f"{', '.join(map(str, self.sample_shape))}]")
-
-
-class _Transformer(nn.Module):
-    config: DiT
-
-    def setup(self):
-        config, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.patch_embedding = nn.Dense(config.width, kernel_init=layers.xavier, dtype=dtype)
-        of_times = self._dtype("time_embedding")
-        self.time_embedding = layers.TimeEmbedding(config.width, of_times)
-        self.label_embedding = nn.Embed(
-            config.num_classes + 1, config.width, embedding_init=layers.small_normal, dtype=dtype
-        )
-        if config.conditioning == "meanflow":
-            self.interval_embedding = layers.TimeEmbedding(config.width, of_times)
-            self.target_embedding = layers.TimeEmbedding(config.width, of_times)
-        if "b" in config.sources + config.last_source:
-            self.both_embedding = layers.TimeEmbedding(config.width, of_times, silent=True)
-        if config.guidance_input:
-            self.guidance_embedding = layers.GuidanceEmbedding(config.width, of_times)
-        self.blocks = self.param("blocks", self._init_blocks)
-        values = config.patch_size**2 * config.channels
-        self.final = layers.FinalLayer(values, self._dtype("final_layer"))
-        if config.learned_variance:
-            self.log_variance = layers.LogVariance()
-        if config.alignment_depth:
-            self.projector = layers.Projector(
-                config.alignment_hidden, config.alignment_width, dtype
+            raise InputError(
+                f"x_t has shape {x_t.shape}",
+                remedy=f"this network takes [b, {', '.join(map(str, self.sample_shape))}]",
             )
-
-    def __call__(self, x_t: Images, t: Times, r: Times, y: Condition) -> Images:
-        """u, in float32."""
-        conditions = self._conditions(t, r, y)
-        tokens = self._run(self._embed(x_t), conditions, 0, self.config.depth)
-        return self._finish(tokens, conditions)
-
-    def encode(self, x_t: Images, t: Times, y: Condition) -> Tokens:
-        """Tokens before the first block that sees r."""
-        tokens, depth = self._embed(x_t), self.config.encoder_depth
-        if depth == 0:
-            return tokens
-        return self._run(tokens, {"t": self.time_embedding(t) + self._asked(y)}, 0, depth)
-
-    def decode(self, tokens: Tokens, t: Times, r: Times, y: Condition) -> Images:
-        """u, in float32, from the tokens of `encode`."""
-        conditions, config = self._conditions(t, r, y), self.config
-        tokens = self._run(tokens, conditions, config.encoder_depth, config.depth)
-        return self._finish(tokens, conditions)
-
-    def with_features(
-        self, x_t: Images, t: Times, r: Times, y: Condition
-    ) -> tuple[Images, Features]:
-        """u, and the tokens after block `alignment_depth`, projected."""
-        conditions, cut = self._conditions(t, r, y), self.config.alignment_depth
-        inner = self._run(self._embed(x_t), conditions, 0, cut)
-        tokens = self._run(inner, conditions, cut, self.config.depth)
-        return self._finish(tokens, conditions), self.projector(inner)
-
-    def variance(self, t: Times, r: Times) -> PerSample:
-        return self.log_variance(t, r)
-
-    def everything(self, x_t: Images, t: Times, r: Times, y: Condition) -> Any:
-        """Touches every parameter, for initialisation."""
-        variance = self.variance(t, r) if self.config.learned_variance else None
-        if self.config.alignment_depth:
-            return self.with_features(x_t, t, r, y), variance
-        return self(x_t, t, r, y), variance
-
-    def _embed(self, x_t: Images) -> Tokens:
-        config = self.config
-        table = layers.position_table(config.input_size // config.patch_size, config.width)
-        tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
-        tokens = tokens.astype(self._dtype("residual"))
-        return tokens + jnp.asarray(table, tokens.dtype)[None]
-
-    def _finish(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
-        patches = self.final(tokens, conditions[self.config.last_source])
-        return layers.unpatchify(patches, self.config.patch_size).astype(jnp.float32)
-
-    def _conditions(self, t: Times, r: Times, y: Condition) -> dict[str, Vectors]:
-        """What blocks see, by the letter of their source."""
-        asked, config = self._asked(y), self.config
-        if config.conditioning == "meanflow":
-            values = {"t": t, "r": r, "t-r": t - r}
-            embedded = (getattr(self, EMBEDDINGS[name])(values[name])
-                        for name in config.embedded_times)
-            return {"t": sum(embedded, asked)}
-        conditions = {"t": self.time_embedding(t) + asked}
-        if config.conditioning == "decoupled":
-            conditions["r"] = self.time_embedding(r) + asked
-        if "b" in config.sources + config.last_source:
-            conditions["b"] = conditions["r"] + self.both_embedding(t - r)
-        return conditions
-
-    def _asked(self, y: Condition) -> Vectors:
-        """The label's vector, and that of the guidance that is asked for: none for bare labels."""
-        label = y.label if isinstance(y, GuidedLabels) else y
-        embedded = self.label_embedding(label)
-        if not self.config.guidance_input:
-            return embedded
-        if not isinstance(y, GuidedLabels):
-            whole = jnp.ones(label.shape)
-            y = GuidedLabels(label, whole, jnp.zeros_like(whole), whole)
-        return embedded + self.guidance_embedding(y.scale, y.low, y.high)
-
-    def _dtype(self, part: str) -> jnp.dtype:
-        """What a part of the network is computed in."""
-        return jnp.dtype("float32" if part in self.config.float32 else self.config.dtype)
-
-    def _block(self) -> layers.Block:
-        config = self.config
-        return layers.Block(
-            config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype),
-            config.attention, self._dtype("modulation"), parent=None,
-        )  # fmt: skip
-
-    def _init_blocks(self, key: PRNGKey) -> Params:
-        """Parameters of all blocks, each leaf stacked on a leading depth axis."""
-        tokens = jnp.zeros((1, 1, self.config.width))
-        condition = jnp.zeros((1, self.config.width))
-        return jax.vmap(lambda key: self._block().init(key, tokens, condition)["params"])(
-            jax.random.split(key, self.config.depth)
-        )
-
-    def _stack(self) -> Params:
-        """The parameters of all blocks, those of products in the type that products take them in.
-
-        Cast here, before each block takes its own, the gradients of a run of blocks come together
-        in that type too, in half the memory of float32 where it is bfloat16.
-        """
-        def cast(path: Any, leaf: jax.Array) -> jax.Array:
-            product = path[-1].key in ("kernel", "bias")
-            return leaf.astype(self._dtype(path[0].key)) if product else leaf
-
-        return jax.tree_util.tree_map_with_path(cast, self.blocks)
-
-    def _run(
-        self, tokens: Tokens, conditions: dict[str, Vectors], start: int, stop: int
-    ) -> Tokens:
-        """Blocks start..stop-1, scanned or unrolled, rematerialised as configured."""
-        config, block = self.config, self._block()
-        return run_blocks(
-            lambda own, tokens, condition: block.apply({"params": own}, tokens, condition),
-            self._stack(), tokens, conditions, config.sources, start, stop,
-            scan=config.scan, remat=config.remat,
-        )  # fmt: skip

@@ -1,9 +1,9 @@
-"""The parts of a diffusion transformer (DiT, arXiv:2212.09748), in Linen.
+"""The layers of a diffusion transformer (DiT, arXiv:2212.09748), in Flax Linen.
 
-Whatever `dtype` is, these are computed in float32, from inputs and to outputs of that type: the
-sinusoidal features of times, normalization (statistics, difference, division and scale), the logits
-of attention and their softmax, by the formula and by the kernels of flash attention, and the sums
-inside products; and all of the log-variance head. `FLOAT32` names what may be besides.
+Whatever `dtype` is, these are computed in float32, with inputs and outputs in `dtype`: the
+sinusoidal features of times; normalization (statistics, difference, division and scale); the logits
+and the softmax of attention, in every implementation; the sums inside matmuls; and the whole
+log-variance head. `FLOAT32_PARTS` names the further parts that a config can compute in float32.
 """
 
 import math
@@ -13,15 +13,16 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dmf.models.attention import attention
+from dmf.models.attention.attention import attention
 
 Tokens = Float[Array, "b l d"]
 Vectors = Float[Array, "b d"]
 
-# Parts of a network that may be in float32 where the rest is in bfloat16: the products of the time
-# embeddings and the sum with the label's; shift, scale and gate of the blocks, and what they are
-# applied to; the tokens between blocks, and the sums that make them; the whole final layer.
-FLOAT32 = ("time_embedding", "modulation", "residual", "final_layer")
+# Parts of a network that can be in float32 where the rest is in bfloat16: the matmuls of the time
+# embeddings and the sum with the label embedding; shift, scale and gate of the blocks, and the
+# tokens that they are applied to; the residual stream, with the sums that update it; the whole
+# final layer.
+FLOAT32_PARTS = ("time_embedding", "modulation", "residual", "final_layer")
 
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
@@ -29,9 +30,11 @@ zeros = nn.initializers.zeros
 
 
 def sinusoidal_features(t: Float[Array, "b"], count: int) -> Float[Array, "b count"]:
-    """[cos(w t), sin(w t)] with w from 1 down to 1e-4; `count` values in float32.
+    """[cos(w t), sin(w t)] with w from 1 down to 1e-4: `count` values per time, float32.
 
-    t is taken as it is, in [0, 1], not scaled to 1000.
+    Args:
+      t: [b] times in [0, 1], which are not scaled to 1000.
+      count: number of features, even.
     """
     half = count // 2
     frequencies = jnp.asarray(10000.0 ** (-np.arange(half) / half), jnp.float32)
@@ -40,14 +43,14 @@ def sinusoidal_features(t: Float[Array, "b"], count: int) -> Float[Array, "b cou
 
 
 def position_table(side: int, width: int) -> np.ndarray:
-    """[side * side, width] float32 sines and cosines of each token's place, row by row.
+    """[side * side, width] float32 sines and cosines of the position of each token, row by row.
 
     The first half of the channels encodes the column, the second half the row, each as
-    [sin, cos] of place / 10000^(i / (width / 4)); computed in float64.
+    [sin, cos] of position / 10000^(i / (width / 4)), computed in float64.
     """
     frequencies = 10000.0 ** (-np.arange(width // 4) / (width / 4))
     row, column = np.divmod(np.arange(side * side), side)
-    angles = [place[:, None] * frequencies for place in (column, row)]
+    angles = [position[:, None] * frequencies for position in (column, row)]
     return np.concatenate([f(a) for a in angles for f in (np.sin, np.cos)], 1).astype(np.float32)
 
 
@@ -67,44 +70,50 @@ def unpatchify(tokens: Tokens, patch: int) -> Float[Array, "b h h c"]:
 
 
 def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
-    """x (1 + scale) + shift, one shift and scale a sample."""
+    """x (1 + scale) + shift, with one shift and scale vector per sample."""
     return x * (1 + scale[:, None, :]) + shift[:, None, :]
 
 
 class TimeEmbedding(nn.Module):
-    """256 sinusoidal features of a time, then Linear, SiLU, Linear; zero at first if `silent`."""
+    """256 sinusoidal features of a time, then Linear, SiLU, Linear.
+
+    With `zero_init` the embedding is zero at initialisation.
+    """
 
     width: int
     dtype: jnp.dtype
-    silent: bool = False
+    zero_init: bool = False
 
     @nn.compact
     def __call__(self, t: Float[Array, "b"]) -> Vectors:
         x = sinusoidal_features(t, 256).astype(self.dtype)
         x = nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="in")(x)
-        init = zeros if self.silent else small_normal
+        init = zeros if self.zero_init else small_normal
         return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(x))
 
 
 class GuidanceEmbedding(nn.Module):
-    """A vector of a guidance's scale and interval, zero at first, so that a network that learnt
-    without it starts as it was."""
+    """The embedding of a guidance scale and interval.
+
+    It is zero at initialisation, so that fine-tuning with it starts from the same function.
+    """
 
     width: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(
-        self, scale: Float[Array, "b"], low: Float[Array, "b"], high: Float[Array, "b"]
+        self, scale: Float[Array, "b"], start: Float[Array, "b"], end: Float[Array, "b"]
     ) -> Vectors:
-        # 1 / scale, like the others, lies in (0, 1] for all scales that guide.
-        embed = {"scale": 1 / scale, "low": low, "high": high}
-        return sum(TimeEmbedding(self.width, self.dtype, silent=True, name=name)(value)
-                   for name, value in embed.items())
+        # 1 / scale lies in (0, 1], like the times, for every scale >= 1.
+        # "low" and "high" are the names of the parameters in checkpoints.
+        inputs = {"scale": 1 / scale, "low": start, "high": end}
+        return sum(TimeEmbedding(self.width, self.dtype, zero_init=True, name=name)(value)
+                   for name, value in inputs.items())
 
 
 class Modulation(nn.Module):
-    """`count` vectors from the condition, Linear(SiLU(c)), zero at initialisation."""
+    """`count` modulation vectors Linear(SiLU(c)) of a condition c, zero at initialisation."""
 
     count: int
     dtype: jnp.dtype
@@ -121,7 +130,7 @@ class Modulation(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention; with `qk_norm`, q and k pass an RMSNorm over the head width.
 
-    `attention` is the implementation, see `dmf.models.attention`.
+    `attention` names the implementation, see `dmf.models.attention.attention`.
     """
 
     heads: int
@@ -140,7 +149,7 @@ class SelfAttention(nn.Module):
                 nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)(y)
                 for name, y in (("q_norm", q), ("k_norm", k))
             )
-        # Parameters are drawn from one token of one sample, and depend on no implementation.
+        # Initialisation runs on one token of one sample, and no kernel takes that.
         out = attention(q, k, v, "xla" if self.is_initializing() else self.attention)
         return nn.DenseGeneral(
             width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
@@ -148,7 +157,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Linear, tanh GELU, Linear."""
+    """Linear, GELU (tanh approximation), Linear."""
 
     ratio: float
     dtype: jnp.dtype
@@ -166,8 +175,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning (DiT, section 3.2).
 
-    Shift, scale and gate, and what they are applied to, are in `modulation_dtype` if it is given,
-    and in `dtype`, as the rest, if not. Tokens leave in the type they came in.
+    Shift, scale and gate, and the tokens that they are applied to, are in `modulation_dtype` (by
+    default `dtype`), the rest in `dtype`. The output has the dtype of the input.
     """
 
     heads: int
@@ -195,7 +204,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Modulated LayerNorm and the projection of each token to its patch, zero at first."""
+    """Modulated LayerNorm, then Linear from each token to its patch; zero at initialisation."""
 
     patch_values: int
     dtype: jnp.dtype
@@ -210,7 +219,10 @@ class FinalLayer(nn.Module):
 
 
 class LogVariance(nn.Module):
-    """phi(t, r): 128 sinusoidal features of each time and one Linear, in float32, zero at first."""
+    """The log-variance phi(t, r): 128 sinusoidal features of each time, then Linear.
+
+    It is computed in float32, and zero at initialisation.
+    """
 
     @nn.compact
     def __call__(self, t: Float[Array, "b"], r: Float[Array, "b"]) -> Float[Array, "b"]:
@@ -219,7 +231,7 @@ class LogVariance(nn.Module):
 
 
 class Projector(nn.Module):
-    """Three Linears with SiLU between, from tokens to the width of an encoder's features (REPA)."""
+    """Three Linears with SiLU between, from tokens to an encoder's features (REPA)."""
 
     hidden: int
     features: int

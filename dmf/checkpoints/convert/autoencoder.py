@@ -1,0 +1,169 @@
+"""Names of the published autoencoders of Stable Diffusion, those of `AutoencoderKL` in diffusers.
+
+diffusers renamed the tensors of the attention once; checkpoints come with either names.
+"""
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from dmf.checkpoints.convert.name_tables import (
+    CONVOLUTION,
+    PLAIN,
+    TRANSPOSED,
+    Layout,
+    Naming,
+    ParamSlice,
+    Shape,
+    Table,
+)
+from dmf.errors import InputError
+from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+
+# The names of query, key, value and out.
+_ATTENTIONS = {
+    "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),
+    "diffusers-old": ("query", "key", "value", "proj_attn"),
+}
+
+
+def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> AutoencoderKL:
+    """The network of a checkpoint; see `Naming.infer_network`.
+
+    The shapes do not tell the number of groups of the group normalisations, 32 as published unless
+    it is given.
+
+    Raises:
+      InputError: a tensor that tells a field is missing or of another rank, or no network has
+        these fields.
+    """
+    matches = [re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", name) for name in shapes]
+    levels, layers = ({match[i] for match in matches if match} for i in (1, 2))
+    first = (f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(len(levels)))
+    inferred = {
+        "channels": _kernel(shapes, "encoder.conv_in.weight")[1],
+        "latent_channels": _kernel(shapes, "decoder.conv_in.weight")[1],
+        "widths": tuple(_kernel(shapes, name)[0] for name in first),
+        "layers_per_block": len(layers),
+    }
+    return AutoencoderKL(**inferred | dict(fields))
+
+
+def _kernel(shapes: Mapping[str, Shape], name: str) -> Shape:
+    """The shape (out, in, row, column) of the kernel of a convolution."""
+    if name not in shapes:
+        raise InputError("", remedy=f"tensor {name!r} is missing from the checkpoint")
+    if len(shapes[name]) != 4:
+        raise InputError(
+            f"tensor {name!r} has shape {shapes[name]}",
+            remedy="a convolution has four axes",
+        )
+    return shapes[name]
+
+
+def _autoencoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
+    """The name table of a network.
+
+    Args:
+      network: the network.
+      attention: the names of query, key, value and out.
+    """
+    return _encoder(network, attention) | _decoder(network, attention)
+
+
+def _encoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
+    widths, outputs = network.widths, 2 * network.latent_channels
+    table = _convolution("encoder.conv_in", "encoder/in", network.channels, widths[0])
+    for i, width in enumerate(widths):
+        name, path = f"encoder.down_blocks.{i}", f"encoder/level_{i}"
+        before, count = widths[max(i - 1, 0)], network.layers_per_block
+        table |= _resnets(name, f"{path}_resnet", before, width, count)
+        if i != len(widths) - 1:
+            table |= _convolution(f"{name}.downsamplers.0.conv", f"{path}_resize", width, width)
+    return (
+        table
+        | _middle("encoder.mid_block", "encoder/middle", widths[-1], attention)
+        | _norm("encoder.conv_norm_out", "encoder/norm", widths[-1])
+        | _convolution("encoder.conv_out", "encoder/out", widths[-1], outputs)
+        | _convolution("quant_conv", "encoder/moments", outputs, outputs, 1)
+    )
+
+
+def _decoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
+    widths, inputs = network.widths[::-1], network.latent_channels
+    table = (
+        _convolution("post_quant_conv", "decoder/latents", inputs, inputs, 1)
+        | _convolution("decoder.conv_in", "decoder/in", inputs, widths[0])
+        | _middle("decoder.mid_block", "decoder/middle", widths[0], attention)
+    )
+    for i, width in enumerate(widths):
+        name, path = f"decoder.up_blocks.{i}", f"decoder/level_{i}"
+        before, count = widths[max(i - 1, 0)], network.layers_per_block + 1
+        table |= _resnets(name, f"{path}_resnet", before, width, count)
+        if i != len(widths) - 1:
+            table |= _convolution(f"{name}.upsamplers.0.conv", f"{path}_resize", width, width)
+    return (
+        table
+        | _norm("decoder.conv_norm_out", "decoder/norm", widths[-1])
+        | _convolution("decoder.conv_out", "decoder/out", widths[-1], network.channels)
+    )
+
+
+def _middle(name: str, path: str, width: int, attention: tuple[str, ...]) -> Table:
+    table = _norm(f"{name}.attentions.0.group_norm", f"{path}/attention/norm", width)
+    for layer, param in zip(attention, ("query", "key", "value", "out"), strict=True):
+        table |= _linear(f"{name}.attentions.0.{layer}", f"{path}/attention/{param}", width)
+    return table | _resnets(name, f"{path}/resnet", width, width, 2)
+
+
+def _resnets(name: str, path: str, inputs: int, width: int, count: int) -> Table:
+    """A chain of residual blocks, of which the first goes from `inputs` to `width` channels."""
+    table = {}
+    for i in range(count):
+        table |= _resnet(f"{name}.resnets.{i}", f"{path}_{i}", width if i else inputs, width)
+    return table
+
+
+def _resnet(name: str, path: str, inputs: int, width: int) -> Table:
+    table = (
+        _norm(f"{name}.norm1", f"{path}/norm_0", inputs)
+        | _convolution(f"{name}.conv1", f"{path}/convolution_0", inputs, width)
+        | _norm(f"{name}.norm2", f"{path}/norm_1", width)
+        | _convolution(f"{name}.conv2", f"{path}/convolution_1", width, width)
+    )
+    if inputs != width:
+        table |= _convolution(f"{name}.conv_shortcut", f"{path}/skip", inputs, width, 1)
+    return table
+
+
+def _convolution(name: str, path: str, inputs: int, outputs: int, size: int = 3) -> Table:
+    return _weighted(name, f"{path}/kernel", CONVOLUTION, (outputs, inputs, size, size))
+
+
+def _linear(name: str, path: str, width: int) -> Table:
+    return _weighted(name, f"{path}/kernel", TRANSPOSED, (width, width))
+
+
+def _norm(name: str, path: str, width: int) -> Table:
+    return _weighted(name, f"{path}/scale", PLAIN, (width,))
+
+
+def _weighted(name: str, path: str, layout: Layout, shape: Shape) -> Table:
+    """A weight with this path and shape, and the bias of the same layer."""
+    bias = f"{path.rpartition('/')[0]}/bias"
+    return {
+        f"{name}.weight": ParamSlice(path, layout, shape),
+        f"{name}.bias": ParamSlice(bias, PLAIN, shape[:1]),
+    }
+
+
+NAMINGS = tuple(
+    Naming(
+        name=name,
+        identifying_tensors=(f"encoder.mid_block.attentions.0.{attention[0]}.weight",),
+        infer_network=infer_network,
+        table=functools.partial(_autoencoder, attention=attention),
+    )
+    for name, attention in _ATTENTIONS.items()
+)

@@ -1,0 +1,172 @@
+"""All known namings: they recognise a published checkpoint, and convert it in both directions."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from dmf.checkpoints.convert import autoencoder, dinov2, dit, inception
+from dmf.checkpoints.convert.name_tables import (
+    Naming,
+    ParamSlice,
+    Shape,
+    Tensors,
+    Unused,
+    shapes_of,
+    strip_wrappers,
+    to_params,
+    to_tensors,
+)
+from dmf.errors import InputError
+from dmf.models.dit import DiT
+from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+from dmf.models.encoders.dinov2 import DinoV2
+from dmf.models.encoders.inception import Inception
+from dmf.types import Params
+
+NAMINGS_OF = {
+    DiT: dit.NAMINGS,
+    AutoencoderKL: autoencoder.NAMINGS,
+    Inception: inception.NAMINGS,
+    DinoV2: dinov2.NAMINGS,
+}
+NAMINGS = tuple(itertools.chain.from_iterable(NAMINGS_OF.values()))
+_LISTED = ", ".join(naming.name for naming in NAMINGS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint.
+
+    Attributes:
+      network: the network that the checkpoint is of.
+      params: parameters of the network, float32.
+      naming: the naming of the checkpoint.
+      unused: names of tensors of the checkpoint that the network has no use for.
+    """
+
+    network: Any
+    params: Params
+    naming: Naming
+    unused: tuple[str, ...]
+
+
+def detect_naming(tensors: Tensors, name: str = "") -> Naming:
+    """The naming of a checkpoint, by the names and the shapes of its tensors.
+
+    Args:
+      tensors: tensors by name, without the prefixes of wrapping modules.
+      name: name of the naming; empty to detect it.
+
+    Raises:
+      InputError: there is no such naming, or the checkpoint has none of the known ones.
+    """
+    if name:
+        return _check_naming(tensors, name)
+    shapes = shapes_of(tensors)
+    for naming in NAMINGS:
+        if shapes.keys() >= set(naming.identifying_tensors) and naming.matches_shapes(shapes):
+            return naming
+    some = ", ".join(repr(name) for name in sorted(tensors)[:3]) or "none at all"
+    raise InputError("", remedy=f"its tensors ({some}) belong to no known network; the known "
+                     f"namings are {_LISTED}")
+
+
+def _check_naming(tensors: Tensors, name: str) -> Naming:
+    """The naming of a name, whose tensors the checkpoint must have."""
+    by_name = {naming.name: naming for naming in NAMINGS}
+    if name not in by_name:
+        raise InputError("naming", name, f"choose one of {_LISTED}")
+    for tensor in by_name[name].identifying_tensors:
+        if tensor not in tensors:
+            raise InputError("naming", name, f"the checkpoint has no tensor {tensor!r}")
+    return by_name[name]
+
+
+def from_named_tensors(
+    tensors: Tensors, fields: Mapping[str, Any], *, naming: str = ""
+) -> Converted:
+    """A published checkpoint as a network and its parameters.
+
+    Args:
+      tensors: tensors by name, in memory or in a file; each is read once.
+      fields: fields of the network that the shapes do not tell, or that override them.
+      naming: name of the naming; empty to detect it.
+
+    Raises:
+      InputError: the checkpoint is of no known network, or a tensor is missing, unknown or of
+        another shape.
+    """
+    tensors = strip_wrappers(tensors)
+    detected = detect_naming(tensors, naming)
+    network = _infer_network(detected, shapes_of(tensors), fields)
+    table = detected.table(network)
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    params = to_params(table, tensors, abstract)
+    unused = {name for name, entry in table.items() if isinstance(entry, Unused)}
+    return Converted(network, params, detected, tuple(sorted(unused & tensors.keys())))
+
+
+def _infer_network(
+    naming: Naming, shapes: Mapping[str, Shape], fields: Mapping[str, Any]
+) -> Any:
+    """The network of a checkpoint.
+
+    Raises:
+      InputError: the shapes are not those of such a network, or contradict the fields.
+    """
+    try:
+        network = naming.infer_network(shapes, fields)
+    except InputError:
+        raise
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise InputError("", remedy=f"its tensors have the names of {naming.name}, but not the "
+                         f"shapes of such a network ({error})") from None
+    for field, value in fields.items():
+        if getattr(network, field, None) != value:
+            raise InputError(
+                field, value,
+                f"{naming.name} has no such field, or its tensors say "
+                f"{getattr(network, field, 'nothing of it')}",
+            )
+    return network
+
+
+def naming_of(network: Any, name: str = "") -> Naming:
+    """The naming that a network is written in.
+
+    Args:
+      network: a network.
+      name: name of the naming; empty for the first one of the network.
+
+    Raises:
+      InputError: there is no such naming, or it is of another network.
+    """
+    known = {naming.name: naming for naming in NAMINGS_OF.get(type(network), ())}
+    if not known:
+        raise InputError(
+            "format", "safetensors",
+            f"no project has names for {type(network).__name__}; choose orbax or stablehlo",
+        )
+    if name and name not in known:
+        raise InputError("naming", name, f"this network can be written as {', '.join(known)}")
+    return known[name] if name else next(iter(known.values()))
+
+
+def to_named_tensors(network: Any, params: Params, naming: Naming) -> dict[str, np.ndarray]:
+    """Parameters under the names and in the layouts of another project.
+
+    Raises:
+      InputError: the naming has no name for a parameter.
+    """
+    table = naming.table(network)
+    named = {entry.path for entry in table.values() if isinstance(entry, ParamSlice)}
+    unnamed = named ^ flatten_dict(params, sep="/").keys()
+    if unnamed:
+        raise InputError("naming", naming.name, f"it has no name for {min(unnamed)} of this "
+                         "network; choose --format=orbax or stablehlo")
+    return to_tensors(table, params)

@@ -1,0 +1,305 @@
+"""Exports of parameters, and conversion of the checkpoints of other projects to exports.
+
+An export is a directory that appears when it is complete: `config.json`, `README.md` (the model
+card), and by format `params/` (Orbax), `model.safetensors`, or a StableHLO function with its
+weights. No export holds a path of the machine that wrote it.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flatbuffers
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from safetensors.numpy import save_file
+
+from dmf.checkpoints import load, model_card
+from dmf.checkpoints import params as stored_params
+from dmf.checkpoints.convert import format_1, namings, open_checkpoint
+from dmf.errors import InputError
+from dmf.models import FROZEN_KINDS
+from dmf.objectives.build import interpolant
+from dmf.runtime import files, progress
+from dmf.sampling import stablehlo
+from dmf.sampling.build import sampling
+from dmf.types import Params
+
+FORMATS = ("orbax", "safetensors", "stablehlo")
+# Config fields that hold paths of the machine that trained the network.
+_LOCAL_PATHS = (
+    ("init", "checkpoint"), ("teacher", "checkpoint"), ("alignment", "encoder"),
+    ("data", "directory"), ("latents", "autoencoder"), ("evaluation", "reference"),
+    ("evaluation", "inception"), ("evaluation", "dinov2"),
+)  # fmt: skip
+
+
+class Parts(NamedTuple):
+    """The parts of an export.
+
+    Attributes:
+      network: a network that was trained, or a frozen network.
+      config: the config as JSON holds it; that of a frozen network has one section, its kind.
+      params: parameters of the network.
+      origin: one line that says where the parameters come from.
+      autoencoder: the autoencoder of the latents that the network makes; None without one.
+    """
+
+    network: Any
+    config: dict[str, Any]
+    params: Params
+    origin: str
+    autoencoder: "Parts | None" = None
+
+
+def convert(
+    source: str,
+    output: epath.PathLike,
+    *,
+    fields: Mapping[str, Any],
+    key: str = "",
+    naming: str = "",
+    autoencoder: str = "",
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Converts a checkpoint of another project to an export.
+
+    Args:
+      source: a file, a directory or `hf:OWNER/REPO/FILE`, see `open_checkpoint.open_checkpoint`; or
+        a run or an export of dmf.
+      output: the directory to make.
+      fields: fields of the network that its tensors do not tell.
+      key: part of a training file; empty for the EMA parameters if there are any.
+      naming: parameter naming scheme of the tensors; empty to detect it.
+      autoencoder: source of the autoencoder of the latents; empty for none.
+      defaults: a config with every field, for a network whose file states no config.
+
+    Raises:
+      InputError: the checkpoint cannot be read or is of no known network; nothing is written.
+      RunError: the disk is full or cannot be written.
+    """
+    with files.new_directory(output) as folder:
+        parts = _read(source, fields, key, naming, defaults)
+        if autoencoder:
+            decoder = _read(autoencoder, {}, "", "", None)
+            if "autoencoder" not in decoder.config:
+                raise InputError(
+                    "autoencoder", autoencoder,
+                    f"it holds another network, {type(decoder.network).__name__}",
+                )
+            parts = parts._replace(autoencoder=decoder)
+        _write_orbax(folder, parts)
+
+
+def _read(
+    source: str, fields: Mapping[str, Any], key: str, naming: str,
+    defaults: Mapping[str, Any] | None,
+) -> Parts:
+    """The parts of a run, an export, or a checkpoint of another project."""
+    if stored_params.is_dmf_checkpoint(source):
+        return _read_dmf(source, fields, key)
+    opened = open_checkpoint.open_checkpoint(source, key)
+    try:
+        stated, note = _stated_config(opened.config, defaults)
+        kind = next((kind for kind in ("model", *FROZEN_KINDS) if kind in stated), "model")
+        known = {name: tuple(value) if isinstance(value, list) else value
+                 for name, value in stated.get(kind, {}).items() if name != "name"}
+        converted = namings.from_named_tensors(opened.tensors, {**known, **fields}, naming=naming)
+        config = load.export_config(converted.network, stated, defaults)
+    except InputError as error:
+        raise error.within(source) from None
+    progress.log("; ".join(filter(None, [
+        f"{source}: read as {converted.naming.name}",
+        f"part {opened.part!r}" if opened.part else "",
+        converted.naming.notes,
+        str(converted.network),
+        f"dropped {', '.join(converted.unused)}" if converted.unused else "",
+        note,
+    ])))
+    origin = f"converted from {_public_name(source)} ({converted.naming.name})"
+    return Parts(converted.network, config, converted.params, origin, _read_autoencoder_of(source))
+
+
+def _read_autoencoder_of(source: str) -> Parts | None:
+    """The autoencoder that lies in a safetensors export over latents; None without one."""
+    folder = epath.Path(source)
+    inner = folder / load.AUTOENCODER
+    if not ((folder / stored_params.SAFETENSORS_FILE).exists() and inner.exists()):
+        return None
+    return _read(os.fspath(inner), {}, "", "", None)
+
+
+def _stated_config(
+    config: Mapping[str, Any], defaults: Mapping[str, Any] | None
+) -> tuple[Mapping[str, Any], str]:
+    """The config that a file states, in today's format, and a note for the user.
+
+    Raises:
+      InputError: the config is of a later format, or of an earlier one and incomplete.
+    """
+    if format_1.is_format_1(config):
+        return format_1.upgrade(config, defaults)
+    if config and config["format"] != stored_params.FORMAT:
+        raise InputError("", remedy=f"the config that it states has format {config['format']}, and "
+                         f"this dmf reads {stored_params.FORMAT}")
+    return {name: value for name, value in config.items() if name != "format"}, ""
+
+
+def _public_name(source: str) -> str:
+    """The name of a source without the folders of this machine."""
+    return source if source.startswith(open_checkpoint.HUB) else epath.Path(source).name
+
+
+def _read_dmf(directory: str, fields: Mapping[str, Any], key: str) -> Parts:
+    """The parts of a run or an export, whose parameters become those of a network with `fields`."""
+    if not fields:
+        return open_parts(directory, key or "main")
+    config = load.read_config(directory)
+    config.model.update(fields)
+    if "split_depth" in fields:
+        config.model.conditioning = "decoupled"
+    return open_parts(directory, key or "main", config)
+
+
+def open_parts(
+    directory: epath.PathLike, ema: str, config: ConfigDict | None = None
+) -> Parts:
+    """The parts of a run or an export.
+
+    Args:
+      directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
+        export.
+      ema: name of the EMA parameters of a run; empty for the raw parameters.
+      config: a config to use in place of the stored one.
+
+    Raises:
+      InputError: there is no checkpoint, or no such EMA parameters.
+      RunError: the checkpoint is damaged.
+    """
+    stored = stored_params.read_config(directory)
+    kind = load.frozen_kind(stored)
+    if kind:
+        network, params = load.load_encoder(directory, stored[kind]["name"])
+        return Parts(network, stored, params, stored_params.read_origin(directory))
+    network, config, params = load.load_network(directory, ema, config=config)
+    step = stored_params.latest_step(directory)
+    exported = load.config_to_json(config)
+    origin = stored_params.read_origin(directory) or model_card.trained(exported, step)
+    decoder = open_parts(config.latents.autoencoder, "") if config.latents.autoencoder else None
+    return Parts(network, exported, params, origin, decoder)
+
+
+def write(
+    output: epath.PathLike, parts: Parts, *, form: str = "orbax", naming: str = "", steps: int = 4
+) -> None:
+    """Writes an export.
+
+    >>> import jax, tempfile
+    >>> from dmf.models import AutoencoderKL
+    >>> network = AutoencoderKL(widths=(4,), layers_per_block=1, groups=2)
+    >>> shapes = jax.eval_shape(network.init, jax.random.key(0))
+    >>> params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     parts = Parts(network, load.export_config(network, {}), params, "zeros")
+    ...     write(f"{folder}/vae", parts, form="safetensors")
+    ...     sorted(os.listdir(f"{folder}/vae"))
+    ['README.md', 'config.json', 'model.safetensors']
+
+    Args:
+      output: the directory to make.
+      parts: the network, its config and its parameters.
+      form: one of `FORMATS`.
+      naming: parameter naming scheme of a safetensors file; empty for the first of the network.
+      steps: number of sampling steps of a StableHLO function.
+
+    Raises:
+      InputError: there is no such format or naming, or the directory is not empty.
+      RunError: the disk is full or cannot be written.
+    """
+    if form not in FORMATS:
+        raise InputError("format", form, f"choose one of {', '.join(FORMATS)}")
+    with files.new_directory(output) as folder:
+        if form == "orbax":
+            _write_orbax(folder, parts)
+        elif form == "safetensors":
+            _write_safetensors(folder, parts, naming)
+        else:
+            _write_stablehlo(folder, parts, steps)
+
+
+def _write_orbax(folder: epath.Path, parts: Parts) -> None:
+    stored_params.write_params(folder, parts.params)
+    if parts.autoencoder is not None:
+        _write_orbax(_autoencoder_folder(folder), parts.autoencoder)
+    usage = model_card.ORBAX + model_card.FLOW_MAP * ("model" in parts.config)
+    _write_config_and_card(folder, parts, usage)
+
+
+def _write_safetensors(folder: epath.Path, parts: Parts, naming: str) -> None:
+    chosen = namings.naming_of(parts.network, naming)
+    tensors = namings.to_named_tensors(parts.network, parts.params, chosen)
+    progress.log(f"written as {chosen.name}" + (f"; {chosen.notes}" if chosen.notes else ""))
+    stated = {"format": stored_params.FORMAT, **_without_local_paths(parts.config)}
+    metadata = {"format": "pt", open_checkpoint.CONFIG_KEY: json.dumps(stated)}
+    _save(tensors, folder / stored_params.SAFETENSORS_FILE, metadata)
+    if parts.autoencoder is not None:
+        _write_safetensors(_autoencoder_folder(folder), parts.autoencoder, "")
+    _write_config_and_card(folder, parts, model_card.SAFETENSORS.format(naming=chosen.name))
+
+
+def _autoencoder_folder(folder: epath.Path) -> epath.Path:
+    """The folder of the autoencoder in an export, which is made."""
+    inner = folder / load.AUTOENCODER
+    inner.mkdir()
+    return inner
+
+
+def _write_stablehlo(folder: epath.Path, parts: Parts, steps: int) -> None:
+    if "model" not in parts.config:
+        raise InputError(
+            "format", "stablehlo",
+            "the checkpoint holds a frozen network, which makes no images",
+        )
+    config = load.config_from_json(parts.config)
+    decoder = parts.autoencoder
+    space = load.build_latent_space(config, decoder.network) if decoder else None
+    settings = sampling(config.sampling, interpolant(config.objective))
+    function = stablehlo.image_function(parts.network, settings, space, steps=steps)
+    weights = stablehlo.flat_weights(parts.params, decoder.params if decoder else None)
+    (folder / stablehlo.FUNCTION_FILE).write_bytes(stablehlo.serialize(function, weights))
+    _save(weights, folder / stablehlo.WEIGHTS_FILE)
+    # `jax.export` reads functions with flatbuffers, a few files of Python (Apache-2.0), which JAX
+    # does not install.
+    package = os.path.dirname(flatbuffers.__file__)
+    unneeded = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, folder / flatbuffers.__name__, ignore=unneeded)
+    _write_config_and_card(folder, parts, stablehlo.usage(parts.network, space, steps=steps))
+
+
+def _save(
+    tensors: dict[str, np.ndarray], path: epath.Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file that all users may read; `save_file` lets only the owner."""
+    save_file(tensors, path, metadata=metadata)
+    os.chmod(path, 0o644)
+
+
+def _write_config_and_card(folder: epath.Path, parts: Parts, usage: str) -> None:
+    text = model_card.model_card(parts.config, parts.params, origin=parts.origin, usage=usage)
+    config = _without_local_paths(parts.config)
+    stored_params.write_config_and_card(folder, config, text, origin=parts.origin)
+
+
+def _without_local_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config whose paths of this machine are empty."""
+    public = copy.deepcopy(dict(config))
+    for section, field in _LOCAL_PATHS:
+        if field in public.get(section, {}):
+            public[section][field] = ""
+    for part in public.get("data", {}).get("mixture", {}).values():
+        part["directory"] = ""
+    return public

@@ -1,0 +1,303 @@
+"""Loads the network, the config and the parameters of a run or an export."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dmf import registry
+from dmf.checkpoints import params as stored_params
+from dmf.errors import InputError
+from dmf.models import FROZEN_KINDS
+from dmf.models.build import latents, network
+from dmf.models.dit import DiT
+from dmf.models.encoders.autoencoder import Autoencoder
+from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+from dmf.models.encoders.latent_space import LatentSpace
+from dmf.registry import at
+from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
+from dmf.sampling.build import Sampling
+from dmf.types import FlowMap, Network, Params
+
+# Parameters that a run may have and its initial checkpoint may lack: those of the objective,
+# embeddings that are zero at first, and the scales of qk-norm, which are one.
+QK_NORM = ("blocks/attention/q_norm", "blocks/attention/k_norm")
+ADDED_BY_TRAINING = ("log_variance", "interval_embedding", "target_embedding", "both_embedding",
+         "guidance_embedding", "projector", *QK_NORM)  # fmt: skip
+# Parameters that only training uses.
+_DROPPED_AFTER_TRAINING = ("log_variance", "projector")
+# The folder of the autoencoder in an export over latents.
+AUTOENCODER = "autoencoder"
+_LATENTS_OF_512 = 64
+
+
+def load_params(
+    network: Network,
+    directory: epath.PathLike,
+    ema: str,
+    *,
+    mesh: Mesh,
+    allow_missing: tuple[str, ...] = (),
+) -> Params:
+    """The parameters of a run or an export for a given network, sharded over a mesh.
+
+    Args:
+      network: the network, whose parameters may be fewer than those of the checkpoint: parameters
+        that only training uses are dropped.
+      directory: a workdir, one of its checkpoints/STEP, or an export.
+      ema: name of the EMA parameters; empty for the raw parameters.
+      mesh: the mesh to shard the parameters over.
+      allow_missing: parameters that the checkpoint may lack; they are left out of the result.
+
+    Raises:
+      InputError: there is no checkpoint, no such EMA parameters, or another architecture.
+      RunError: the checkpoint is damaged.
+    """
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    target = with_shardings(abstract, parameter_shardings(mesh, abstract))
+    return stored_params.restore_params(
+        directory, target, ema=ema, allow_missing=allow_missing,
+        allow_unexpected=_DROPPED_AFTER_TRAINING,
+    )
+
+
+def config_to_json(config: ConfigDict) -> dict[str, Any]:
+    """A config as JSON holds it: dictionaries, lists and plain values.
+
+    >>> config_to_json(ConfigDict({"steps": (1, 2), "guidance": {"scale": 1.5}}))
+    {'steps': [1, 2], 'guidance': {'scale': 1.5}}
+    """
+    return json.loads(config.to_json_best_effort())
+
+
+def read_config(directory: epath.PathLike) -> ConfigDict:
+    """The config of a run or an export.
+
+    Raises:
+      InputError: there is no config, it has another format, or it is of a frozen network.
+    """
+    stored = stored_params.read_config(directory)
+    if "model" not in stored:
+        name = stored.get(frozen_kind(stored), {}).get("name")
+        raise InputError("checkpoint", directory, f"it holds a frozen network ({name}), no flow "
+                         "map")
+    config = config_from_json(stored)
+    autoencoder = epath.Path(directory) / AUTOENCODER
+    if not config.latents.autoencoder and autoencoder.exists():
+        config.latents.autoencoder = str(autoencoder)
+    return config
+
+
+def config_from_json(stored: Mapping[str, Any]) -> ConfigDict:
+    """The config that JSON holds; fields of `sampling` that it lacks get their defaults."""
+    config = ConfigDict(stored)
+    config.sampling = {**registry.default_config(Sampling), **config.sampling}
+    return config
+
+
+def export_config(
+    network: Any, stated: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config of a network that was converted, for its export.
+
+    Args:
+      network: a network that is trained, or a frozen network.
+      stated: the config that the converted file states; empty if it states none.
+      defaults: a config with every field, for a network whose file states none.
+
+    Returns:
+      The config as JSON holds it; that of a frozen network has one section, its kind.
+
+    Raises:
+      InputError: the stated config lacks a section.
+    """
+    if not isinstance(network, DiT):
+        kind = next(kind for kind in FROZEN_KINDS
+                    if type(network) in registry.components(kind).values())
+        return {kind: registry.to_config(network, kind)}
+    missing = (defaults or {}).keys() - stated.keys()
+    if stated and missing:
+        raise InputError("", remedy=f"the checkpoint states a config without {min(missing)}")
+    config = config_from_json(stated or defaults)
+    config.model = registry.to_config(network, "model")
+    published = AutoencoderKL()
+    if not stated and network.channels == published.latent_channels:
+        config.latents.scale = published.default_scaling.scale
+        config.data.name = f"imagenet_latents_{published.factor * network.input_size}"
+        # Latents of images of 512 x 512 are sampled with a time shift, as published.
+        config.sampling.shift = 1.5 if network.input_size == _LATENTS_OF_512 else 1.0
+    return config_to_json(config)
+
+
+def frozen_kind(stored: Mapping[str, Any]) -> str:
+    """The kind of frozen network in a stored config, "autoencoder" or "encoder"; "" if none."""
+    return next((kind for kind in FROZEN_KINDS if kind in stored), "")
+
+
+def read_encoder(directory: epath.PathLike, name: str) -> Any:
+    """A frozen network of an export, without its parameters.
+
+    Args:
+      directory: an export.
+      name: the registered name of the network, for example "dinov2" or "autoencoder_kl".
+
+    Raises:
+      InputError: the directory holds no network of that name.
+    """
+    stored = stored_params.read_config(directory)
+    kind = frozen_kind(stored)
+    if not kind or stored[kind].get("name") != name:
+        raise InputError(name, directory, "it holds no such network; make one with dmf convert")
+    with at(kind):
+        return registry.build(kind, stored[kind])
+
+
+def load_encoder(
+    directory: epath.PathLike, name: str, *, mesh: Mesh | None = None
+) -> tuple[Any, Params]:
+    """A frozen network of an export, and its parameters.
+
+    Args:
+      directory: an export.
+      name: the registered name of the network, for example "dinov2" or "autoencoder_kl".
+      mesh: the mesh to shard the parameters over; one device holds them by default.
+
+    Raises:
+      InputError: the directory holds no network of that name.
+    """
+    return _with_params(directory, read_encoder(directory, name), mesh)
+
+
+def load_autoencoder(
+    directory: epath.PathLike, *, mesh: Mesh | None = None
+) -> tuple[Autoencoder, Params]:
+    """The autoencoder of an export and its parameters, whichever registered autoencoder it is.
+
+    Args:
+      directory: an export.
+      mesh: the mesh to shard the parameters over; one device holds them by default.
+
+    Raises:
+      InputError: the directory holds no autoencoder.
+    """
+    stored = stored_params.read_config(directory)
+    if "autoencoder" not in stored:
+        raise InputError(
+            "autoencoder", directory, "it holds no autoencoder; make one with dmf convert"
+        )
+    with at("autoencoder"):
+        autoencoder = registry.build("autoencoder", stored["autoencoder"])
+    return _with_params(directory, autoencoder, mesh)
+
+
+def _with_params(
+    directory: epath.PathLike, network: Any, mesh: Mesh | None
+) -> tuple[Any, Params]:
+    """A frozen network and its parameters in an export."""
+    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    if mesh is not None:
+        abstract = with_shardings(abstract, parameter_shardings(mesh, abstract))
+    return network, stored_params.restore_params(directory, abstract)
+
+
+def load_latent_space(config: ConfigDict) -> tuple[LatentSpace, Params] | None:
+    """Loads the autoencoder of `config.latents`.
+
+    Returns:
+      The latent space and the parameters of the autoencoder; None if samples are images.
+
+    Raises:
+      InputError: a field that cannot be used, or the autoencoder has another number of channels
+        than `config.model`.
+    """
+    directory = latents(config.latents).autoencoder
+    if not directory:
+        return None
+    autoencoder, params = load_autoencoder(directory)
+    return build_latent_space(config, autoencoder), params
+
+
+def build_latent_space(config: ConfigDict, autoencoder: Autoencoder) -> LatentSpace:
+    """The latent space of `config.latents` with a given autoencoder.
+
+    Raises:
+      InputError: the latents have another number of channels than `config.model`.
+    """
+    settings, channels = latents(config.latents), network(config.model).sample_shape[-1]
+    if autoencoder.latent_channels != channels:
+        raise InputError(
+            "latents.autoencoder", settings.autoencoder,
+            f"its latents have {autoencoder.latent_channels} channels, config.model has {channels}",
+        )
+    with at("sampling"):
+        return LatentSpace(
+            autoencoder=autoencoder,
+            scaling=settings.scaling,
+            decode_batch=config.sampling.decode_batch,
+            decode_dtype=config.sampling.decode_dtype,
+        )
+
+
+def load_network(
+    directory: epath.PathLike,
+    ema: str = "main",
+    *,
+    mesh: Mesh | None = None,
+    config: ConfigDict | None = None,
+) -> tuple[Network, ConfigDict, Params]:
+    """The network, the config and the parameters of a run or an export.
+
+        network, config, params = load_network("runs/digits_dmf")
+        velocity = network.apply(params, x_t, t, t, labels)
+
+    Args:
+      directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
+        export.
+      ema: name of the EMA parameters of a run; empty for the raw parameters. An export holds one
+        set of parameters.
+      mesh: the mesh to shard the parameters over; all devices along the axis "data" by default.
+      config: a config to use in place of the stored one, for example to load the parameters into
+        a network with another split depth.
+
+    Raises:
+      InputError: there is no checkpoint, no such EMA parameters, or another architecture.
+      RunError: the checkpoint is damaged.
+    """
+    config = read_config(directory) if config is None else config
+    built = network(config.model)
+    mesh = make_mesh() if mesh is None else mesh
+    params = load_params(built, directory, ema, mesh=mesh, allow_missing=("log_variance",))
+    return built, config, params
+
+
+def load(directory: epath.PathLike, *, ema: str = "main") -> tuple[FlowMap, ConfigDict]:
+    """The flow map of a run or an export, ready to call, and its config.
+
+    For example, one step of sampling from noise (t = 1) to images (r = 0):
+
+        flow_map, config = dmf.load("runs/digits_dmf")
+        noise = jax.random.normal(jax.random.key(0), (10, 8, 8, 1))
+        t, r = jnp.ones(10), jnp.zeros(10)
+        images = noise + (r - t)[:, None, None, None] * flow_map(noise, t, r, jnp.arange(10))
+
+    Args:
+      directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
+        export.
+      ema: name of the EMA parameters of a run; empty for the raw parameters. An export holds one
+        set of parameters.
+
+    Returns:
+      The flow map u(x_t, t, r, y) -> [b, h, w, c] without guidance, and the config. The flow map is
+      a pytree, to be passed as an argument to jitted functions: a function that closes over it
+      would have the parameters compiled in.
+
+    Raises:
+      InputError: there is no checkpoint, or no such EMA parameters.
+      RunError: the checkpoint is damaged.
+    """
+    built, config, params = load_network(directory, ema)
+    return jax.tree_util.Partial(built.apply, params), config

@@ -1,0 +1,146 @@
+"""The config of a command line: --config=FILE with overrides, or that of a checkpoint."""
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict
+
+from dmf import registry
+from dmf.cli import flags
+from dmf.errors import InputError
+
+PREFIX = "--config."
+NO_PREFIX = "--noconfig."
+_NEGATIVE_NUMBER = re.compile(r"-([\d.]|inf|nan)")
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The overrides among some arguments, each as one text, and the other arguments.
+
+    >>> split_overrides(["--workdir=x", "--config.run.steps", "5", "--config.model.scan"])
+    (['--config.run.steps=5', '--config.model.scan'], ['--workdir=x'])
+    """
+    overrides, others, remaining = [], [], list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not argument.startswith((PREFIX, NO_PREFIX)):
+            others.append(argument)
+            continue
+        alone = argument.startswith(PREFIX) and "=" not in argument
+        if alone and remaining and _is_value(remaining[0]):
+            argument += f"={remaining.pop(0)}"
+        overrides.append(argument)
+    return overrides, others
+
+
+def _is_value(argument: str) -> bool:
+    return not argument.startswith("-") or bool(_NEGATIVE_NUMBER.match(argument))
+
+
+def overridden_field(override: str) -> str:
+    """The dotted name of the field that an override sets.
+
+    >>> overridden_field("--config.run.steps=5")
+    'run.steps'
+    """
+    return override.removeprefix(NO_PREFIX).removeprefix(PREFIX).partition("=")[0]
+
+
+def parse_with_config(
+    verb: str, arguments: Sequence[str], values: absl_flags.FlagValues, usage: str
+) -> ConfigDict:
+    """Reads the flags of a verb that takes --config=FILE, and its config with overrides.
+
+    Args:
+      verb: name of the verb.
+      arguments: of the command line after the verb.
+      values: the defined flags, which are set.
+      usage: what `--help` prints above the flags.
+
+    Raises:
+      InputError: no config file, or one that has no `get_config`; a flag or a field that is unknown
+        or has a wrong value.
+    """
+    absl_flags.DEFINE_string("config", None, "a Python file with get_config(); FILE:ARG calls "
+                             "get_config(ARG)", flag_values=values)
+    overrides = parse_with_overrides(verb, arguments, values, usage)
+    flags.require(values, "config")
+    return overridden(load_config(values.config), overrides)
+
+
+def parse_with_overrides(
+    verb: str, arguments: Sequence[str], values: absl_flags.FlagValues, usage: str
+) -> list[str]:
+    """Reads the flags of a verb that takes a checkpoint; returns the overrides of its config.
+
+    Args:
+      verb: name of the verb.
+      arguments: of the command line after the verb.
+      values: the defined flags, which are set.
+      usage: what `--help` prints above the flags.
+
+    Raises:
+      InputError: a flag that is unknown or has a wrong value.
+    """
+    overrides, others = split_overrides(flags.expand_home(arguments))
+    flags.define_plugins(values)
+    flags.no_arguments(flags.parse(verb, others, values, usage))
+    return overrides
+
+
+def load_config(file: str) -> ConfigDict:
+    """The config that a file gives, with the defaults of all fields that it leaves out.
+
+    Args:
+      file: path of a Python file with `get_config()`, or PATH:ARG for `get_config(ARG)`.
+
+    Raises:
+      InputError: there is no such file, it has no `get_config`, or a field is unknown.
+    """
+    name, colon, argument = file.partition(":")
+    module = flags.run_file("--config", pathlib.Path(name))
+    if not hasattr(module, "get_config"):
+        raise InputError("--config", file, "it has no function get_config(), which returns the "
+                         "config; see configs/default.py")
+    with flags.errors_of_file("--config", pathlib.Path(name)):
+        config = module.get_config(argument) if colon else module.get_config()
+    if not isinstance(config, Mapping | ConfigDict):
+        raise InputError("--config", file, "get_config() must return a config, see "
+                         f"configs/default.py; it returned {type(config).__name__}")
+    try:
+        return complete(config)
+    except InputError as error:
+        raise error.within(f"--config={file}") from None
+
+
+def complete(config: ConfigDict | Mapping) -> ConfigDict:
+    """A config with the defaults of all fields that it leaves out.
+
+    Raises:
+      InputError: a field that is unknown.
+    """
+    from dmf.default_config import Config
+
+    return ConfigDict(registry.complete(Config, config))
+
+
+def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """A config with overrides applied, see `dmf.cli.overrides`.
+
+    Raises:
+      InputError: no such field, or a value that it cannot have.
+    """
+    from dmf.cli.overrides import apply
+
+    return apply(config, overrides)
+
+
+def overridden_stored(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """The config of a checkpoint with overrides applied.
+
+    Raises:
+      InputError: no such field, or a value that it cannot have.
+    """
+    return overridden(complete(config), overrides)

@@ -1,0 +1,164 @@
+"""What verbs share: reading flags, plugins, and values of flags."""
+
+import importlib.util
+import os
+import pathlib
+import sys
+import traceback
+import types
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from absl import flags
+
+from dmf.errors import InputError
+
+
+def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: str) -> list[str]:
+    """Reads the flags of a verb, and runs its plugins; `--help` prints them and exits.
+
+    Args:
+      verb: name of the verb.
+      arguments: of the command line after the verb.
+      values: the defined flags, which are set.
+      usage: what `--help` prints above the flags.
+
+    Returns:
+      The arguments that are no flags.
+
+    Raises:
+      InputError: an unknown flag, or a value of the wrong type.
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(f"{usage}\n{help_of_flags(values)}")
+        sys.exit(0)
+    values.set_gnu_getopt(True)  # Flags may stand behind arguments that are none.
+    try:
+        rest = values([f"dmf {verb}", *expand_home(arguments)])[1:]
+    except (TypeError, ValueError, flags.Error) as error:
+        raise InputError("", remedy=str(error)) from None
+    for file in values.plugins if "plugins" in values else ():
+        run_plugin(pathlib.Path(file))
+    return rest
+
+
+def expand_home(arguments: Sequence[str]) -> list[str]:
+    """The arguments with the home directory in place of a leading ~, also behind "FLAG=", where
+    shells leave it.
+
+    >>> expand_home(["--workdir=~/runs"])[0].startswith("--workdir=/")
+    True
+    """
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("~"):
+            argument = os.path.expanduser(argument)
+        elif value.startswith("~"):
+            argument = name + equals + os.path.expanduser(value)
+        expanded.append(argument)
+    return expanded
+
+
+def help_of_flags(values: flags.FlagValues) -> str:
+    """A line for each flag: its name, its meaning, and its default where it has one."""
+    lines = []
+    for name in values:
+        flag = values[name]
+        has_default = flag.default not in (None, "", [], 0, -1)
+        default = f" (default {flag.default_as_str})" if has_default else ""
+        lines.append((f"--[no]{name}" if flag.boolean else f"--{name}", f"{flag.help}{default}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"  {name:<{width}}  {meaning}" for name, meaning in lines)
+
+
+def no_arguments(rest: Sequence[str]) -> None:
+    """Raises InputError for an argument that is no flag."""
+    if rest:
+        raise InputError(rest[0], remedy="not a flag; --help lists them")
+
+
+def define_plugins(values: flags.FlagValues) -> None:
+    """Defines --plugins=FILE,...; these files are run, and may do whatever their user may."""
+    flags.DEFINE_list("plugins", [], "Python files to run first, which register components",
+                      flag_values=values)
+
+
+def run_plugin(file: pathlib.Path) -> None:
+    """Runs a file that registers components, see docs/extending.md."""
+    run_file("--plugins", file)
+
+
+def run_file(flag: str, file: pathlib.Path) -> types.ModuleType:
+    """Runs a Python file that a flag names; returns its module.
+
+    Raises:
+      InputError: there is no such file, or it raises an error.
+    """
+    if not file.is_file():
+        raise InputError(flag, file, "no such file")
+    allow_imports_beside(file)
+    spec = importlib.util.spec_from_file_location(f"dmf_file_{file.stem}", file)
+    if spec is None:
+        raise InputError(flag, file, "give a Python file, FILE.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look up their own module
+    with errors_of_file(flag, file):
+        spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def errors_of_file(flag: str, file: pathlib.Path) -> Iterator[None]:
+    """Turns an error of a user's file into one line that says where in the file it was raised.
+
+    Raises:
+      InputError: whatever was raised within.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # The file may raise anything.
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename) == file.absolute()
+                 or pathlib.Path(frame.filename) == file]
+        if isinstance(error, SyntaxError):
+            lines = [error.lineno]
+        where = f" (line {lines[-1]})" if lines else ""
+        raise InputError(flag, file, f"{type(error).__name__}: {error}{where}") from error
+
+
+def allow_imports_beside(file: pathlib.Path) -> None:
+    """Lets a file import its neighbours, as `from configs import default`, wherever it lies."""
+    sys.path.extend(map(str, [file.resolve().parent.parent, pathlib.Path.cwd()]))
+
+
+def require(values: flags.FlagValues, *names: str) -> None:
+    """Raises InputError for a flag that was not given."""
+    for name in names:
+        if values[name].value in (None, ""):
+            raise InputError(f"--{name}", remedy="it must be given; --help says what it is")
+
+
+def whole_numbers(flag: str, given: Sequence[Any]) -> list[int]:
+    """The numbers of a flag that takes several.
+
+    Raises:
+      InputError: there is none, or one is no whole number.
+    """
+    if not given:
+        raise InputError(f"--{flag}", "", "give whole numbers, as 1,2,4")
+    try:
+        return [int(number) for number in given]
+    except ValueError:
+        raise InputError(f"--{flag}", ",".join(map(str, given)), "give whole numbers") from None
+
+
+def use_cpu_only() -> None:
+    """Keeps JAX in this process, which computes nothing, off the accelerators that runs may be
+    using. It must be called before JAX is used; processes that are started later are unaffected."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")

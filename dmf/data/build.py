@@ -1,0 +1,198 @@
+"""From `config.data` to a dataset, its mixture and the data loader."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dmf.data.batch_transform import BatchTransform, sample_shape
+from dmf.data.data_loader import DataLoader
+from dmf.data.datasets import ConcatenatedDataset, Dataset, UnlabelledDataset, open_dataset
+from dmf.errors import InputError
+from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.registry import at, build, component_field, components
+from dmf.types import Network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixturePart:
+    """One more dataset of a mixture.
+
+    Attributes:
+      name: dataset name, as in data.name.
+      split: split of a TFDS dataset, or a slice of one, for example "train[:90%]".
+      directory: the directory of the dataset (for example the output of dmf prepare), or the
+        directory in which TFDS keeps its datasets; empty for TFDS's default.
+      weight: how often this dataset is drawn from, relative to data.weight and to the other parts;
+        positive.
+    """
+
+    name: str
+    split: str = "train"
+    directory: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self):
+        _check_weight(self.weight)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The dataset and its batches.
+
+    Attributes:
+      name: dataset name: "digits", "cache" (latents that another project cached), a TFDS name, or
+        the name of a registered dataset.
+      split: split of a TFDS dataset, or a slice of one, for example "train[:90%]".
+      directory: the directory of the dataset (for example the output of dmf prepare), or the
+        directory in which TFDS keeps its datasets; empty for TFDS's default.
+      batch_size: global batch size, over all devices; >= 1.
+      mirror: whether each sample is mirrored horizontally with probability 1/2.
+      classes: labels whose samples are used, also in the mixture; empty for all labels.
+      weight: how often this dataset is drawn from, relative to the weights of the mixture;
+        positive; without effect unless there is a mixture.
+      mixture: more datasets to draw from, by a name of your choice.
+    """
+
+    name: str = "digits"
+    split: str = "train"
+    directory: str = ""
+    batch_size: int = 128
+    mirror: bool = False
+    classes: tuple[int, ...] = ()
+    weight: float = 1.0
+    mixture: Mapping[str, MixturePart] = component_field(MixturePart, {}, by_name=True)
+
+    def __post_init__(self):
+        if self.batch_size < 1:
+            raise InputError("batch_size", self.batch_size, "give a whole number >= 1")
+        _check_weight(self.weight)
+
+    @property
+    def parts(self) -> dict[str, "Data | MixturePart"]:
+        """This dataset and the datasets of the mixture, by their place in the config."""
+        return {"data": self} | {f"data.mixture.{k}": part for k, part in self.mixture.items()}
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each part of the mixture; () without a mixture."""
+        return tuple(part.weight for part in self.parts.values()) if self.mixture else ()
+
+
+def _check_weight(weight: float) -> None:
+    if not weight > 0:
+        raise InputError("weight", weight, "give a positive number")
+
+
+def data(section: Any) -> Data:
+    """The settings of `config.data`.
+
+    Args:
+      section: `config.data`, a mapping.
+
+    Raises:
+      InputError: a field that cannot be used; the message names it.
+    """
+    with at("data"):
+        return build(Data, section)
+
+
+def dataset(settings: Data, network: Network, extra: str = "") -> Dataset:
+    """The dataset of `config.data`: one dataset, some classes of it, or a mixture.
+
+    Args:
+      settings: settings of `config.data`.
+      network: network that takes the samples and the labels.
+      extra: "images" or "features" if `Dataset.read` returns them too, for representation
+        alignment; otherwise empty.
+
+    Raises:
+      InputError: a dataset does not exist, or its samples, labels or extra do not fit the network.
+    """
+    parts = []
+    for place, part in settings.parts.items():
+        with at(place):
+            opened = _open(part, network, extra)
+        _check_network(place, part, opened, network)
+        with at("data"):
+            BatchTransform(scaling=LatentScaling(), mirror=settings.mirror).check(opened.shape)
+            indices = _of_classes(settings.classes, opened)
+        parts.append((opened if network.num_classes else UnlabelledDataset(opened), indices))
+    if extra:
+        _check_same_extra([part for part, _ in parts], extra)
+    if len(parts) == 1 and not settings.classes:
+        return parts[0][0]
+    return ConcatenatedDataset(parts=tuple(parts))
+
+
+def _open(part: Data | MixturePart, network: Network, extra: str) -> Dataset:
+    """A registered dataset, or a stored one where none is registered by that name."""
+    open_registered = components("dataset").get(part.name)
+    if open_registered is None:
+        return open_dataset(
+            part.name, split=part.split, directory=part.directory,
+            num_classes=network.num_classes or None, extra=extra,
+        )
+    if extra:
+        raise InputError("name", part.name, f"a registered dataset has no {extra} to align with; "
+                         "set objective.alignment_coefficient to 0")
+    return open_registered(split=part.split, directory=part.directory)
+
+
+def _check_network(
+    place: str, part: Data | MixturePart, opened: Dataset, network: Network
+) -> None:
+    """Raises InputError where a network does not take the samples or the labels of a dataset."""
+    shape = sample_shape(opened.shape)
+    if shape != network.sample_shape:
+        raise InputError(
+            f"{place}.name", part.name,
+            f"its images have shape {shape}, but config.model takes {network.sample_shape}; set "
+            "model.input_size and model.channels",
+        )
+    if network.num_classes and opened.num_classes != network.num_classes:
+        raise InputError(
+            "model.num_classes", network.num_classes,
+            f"{part.name} has {opened.num_classes} classes; 0 trains without labels",
+        )
+
+
+def _check_same_extra(parts: Sequence[Dataset], extra: str) -> None:
+    """Raises InputError where the images or features of the datasets have several shapes."""
+    shapes = {part.name: part.read([0])[extra].shape[1:] for part in parts}
+    if len(set(shapes.values())) > 1:
+        raise InputError(
+            "data.mixture",
+            remedy=f"its {extra} have several shapes, {shapes}; make them one with dmf prepare",
+        )
+
+
+def _of_classes(classes: Sequence[int], opened: Dataset) -> np.ndarray:
+    """The indices of the samples of some classes; of all samples if `classes` is empty."""
+    if not classes:
+        return np.arange(len(opened))
+    unknown = [label for label in classes if not 0 <= label < opened.num_classes]
+    if unknown:
+        raise InputError(
+            "classes", tuple(classes),
+            f"{opened.name} has the labels 0 to {opened.num_classes - 1}, and no {unknown[0]}"
+            if opened.num_classes else f"{opened.name} has no labels; leave it empty",
+        )
+    indices = np.flatnonzero(np.isin(opened.labels(), classes))
+    if not len(indices):
+        raise InputError("classes", tuple(classes), f"{opened.name} has no sample of them")
+    return indices
+
+
+def data_loader(settings: Data, dataset: Dataset, *, seed: int) -> DataLoader:
+    """The loader of shuffled batches of a dataset.
+
+    Args:
+      settings: settings of `config.data`.
+      dataset: the dataset that `dataset` opened.
+      seed: random seed of the shuffle.
+    """
+    return DataLoader(
+        dataset=dataset, batch_size=settings.batch_size, seed=seed, weights=settings.weights
+    )

@@ -1,0 +1,133 @@
+"""From a dataset to global batches. A batch is a pure function of (seed, step).
+
+Grain shuffles each epoch anew. Step s takes the batch_size samples of that endless order that start
+at s * batch_size, and each process reads only the samples of its own devices. The position of a run
+is therefore its step, whatever the number of devices or processes.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+from collections.abc import Iterator
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dmf.data.datasets import Dataset, Rows
+from dmf.types import Batch
+
+PREFETCH = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataLoader:
+    """Endless shuffled batches of a dataset.
+
+    >>> from dmf.data.datasets import open_dataset
+    >>> from dmf.runtime.sharding import batch_sharding, make_mesh
+    >>> loader = DataLoader(dataset=open_dataset("digits"), batch_size=16, seed=0)
+    >>> batch = loader.batch(0, batch_sharding(make_mesh(devices=jax.devices()[:1])))
+    >>> batch.x.shape, batch.y.shape
+    ((16, 8, 8, 1), (16,))
+
+    Attributes:
+      dataset: the dataset.
+      batch_size: global batch size, over all devices of all processes.
+      seed: random seed of the shuffle.
+      weights: how often each part of a `ConcatenatedDataset` is drawn from, relative to the others;
+        () for any other dataset, or to draw each sample once an epoch.
+    """
+
+    dataset: Dataset
+    batch_size: int
+    seed: int = 0
+    weights: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        lengths = self.dataset.lengths if self.weights else (len(self.dataset),)
+        starts = [sum(lengths[:i]) for i in range(len(lengths))]
+        orders = [
+            grain.MapDataset.range(start, start + length).seed(self.seed + i).shuffle().repeat()
+            for i, (start, length) in enumerate(zip(starts, lengths, strict=True))
+        ]
+        order = grain.MapDataset.mix(orders, self.weights) if self.weights else orders[0]
+        object.__setattr__(self, "_order", order)
+
+    def position(self, step: int) -> dict[str, int]:
+        """Where a run stands before a step.
+
+        Returns:
+          "step", "rows" (number of samples read before the step), "epoch" (number of whole epochs),
+          and what determines the order: "seed" and "dataset_rows" (length of the dataset).
+        """
+        rows = step * self.batch_size
+        return {
+            "step": step,
+            "rows": rows,
+            "epoch": rows // len(self.dataset),
+            "seed": self.seed,
+            "dataset_rows": len(self.dataset),
+        }
+
+    def batch(self, step: int, sharding: NamedSharding) -> Batch:
+        """The global batch of a step, as the dataset stores its samples.
+
+        `dmf.data.batch_transform` makes inputs of the network of it, on the device.
+
+        Args:
+          step: training step, from 0.
+          sharding: sharding of the batch axis over the mesh.
+
+        Returns:
+          A batch whose fields are those that `Dataset.read` returns, [batch_size, ...].
+        """
+        parts = {span: self._read(step, *span) for span in self.spans(sharding)}
+
+        def leaf(key: str) -> jax.Array:
+            shape = next(iter(parts.values()))[key].shape[1:]
+
+            def part(index: tuple[slice, ...]) -> np.ndarray:
+                return parts[index[0].indices(self.batch_size)[:2]][key]
+
+            return jax.make_array_from_callback((self.batch_size, *shape), sharding, part)
+
+        return Batch(**{key: leaf(key) for key in next(iter(parts.values()))})
+
+    def abstract_batch(self, sharding: NamedSharding) -> Batch:
+        """The shapes, dtypes and sharding of a global batch, from one sample of the dataset."""
+        return Batch(**{
+            key: jax.ShapeDtypeStruct(
+                (self.batch_size, *values.shape[1:]),
+                jax.dtypes.canonicalize_dtype(values.dtype),
+                sharding=sharding,
+            )
+            for key, values in self.dataset.read([0]).items()
+        })
+
+    def spans(self, sharding: NamedSharding) -> set[tuple[int, int]]:
+        """The spans (start, stop) of a global batch that the devices of this process hold."""
+        indices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
+        return {index[0].indices(self.batch_size)[:2] for index in indices}
+
+    def batches(self, start: int, sharding: NamedSharding) -> Iterator[Batch]:
+        """The batches of steps start, start + 1, ..., which a thread reads ahead."""
+        with concurrent.futures.ThreadPoolExecutor(1, "data") as pool:
+            ahead = collections.deque(
+                pool.submit(self.batch, start + i, sharding) for i in range(PREFETCH)
+            )
+            step = start + PREFETCH
+            while True:
+                ready = ahead.popleft().result()
+                ahead.append(pool.submit(self.batch, step, sharding))
+                step += 1
+                yield ready
+
+    def index(self, position: int) -> int:
+        """The index in the dataset of the sample at a position of the endless order."""
+        return int(self._order[position])
+
+    def _read(self, step: int, start: int, stop: int) -> Rows:
+        first = step * self.batch_size
+        return self.dataset.read([self.index(first + i) for i in range(start, stop)])

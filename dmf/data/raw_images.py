@@ -1,0 +1,179 @@
+"""Images of any size, which `dmf prepare` crops: files, archives, or a TFDS dataset."""
+
+import dataclasses
+import functools
+import importlib.util
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+from etils import epath
+
+from dmf.data.image_files import UnreadableImage, open_images
+from dmf.data.image_transforms import decode
+from dmf.data.tfds_records import open_builder, open_records
+from dmf.errors import InputError
+
+Record = Mapping[str, Any]
+BLOCK = 256
+
+
+@runtime_checkable
+class RawImages(Protocol):
+    """Images of any size, with labels, by their index.
+
+    `dmf.data.image_files.ImageFiles` and `TfdsImages` are such.
+
+    Attributes:
+      names: name of each image in reports.
+      labels: [n] indices into class_names; None for images without labels.
+      class_names: names of the labels; empty for images without labels.
+    """
+
+    names: Sequence[str]
+    labels: np.ndarray | None
+    class_names: Sequence[str]
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def image(self, index: int) -> PIL.Image.Image:
+        """One image, decoded. Any number of threads may call it at once.
+
+        Raises:
+          UnreadableImage: the file of the image is damaged.
+        """
+
+
+class SequentialRecords:
+    """Records by index, which TFDS and TensorFlow can only read one after the other.
+
+    Records are read in blocks of `BLOCK`, and two blocks stay in memory. Any number of threads may
+    read at once.
+    """
+
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, decoders: Any):
+        """Opens a split.
+
+        Args:
+          builder: builder of a prepared dataset.
+          split: a split, not a slice of one.
+          decoders: TFDS decoders by feature.
+        """
+        self._builder, self._split, self._decoders = builder, split, decoders
+        self._blocks: dict[int, list[Record]] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._builder.info.splits[self._split].num_examples
+
+    def __getitem__(self, index: int) -> Record:
+        number, offset = divmod(index, BLOCK)
+        with self._lock:
+            if number not in self._blocks:
+                first = number * BLOCK
+                self._blocks[number] = list(self._read(first, min(first + BLOCK, len(self))))
+                for far in sorted(self._blocks, key=lambda n: abs(n - number))[2:]:
+                    del self._blocks[far]
+            return self._blocks[number][offset]
+
+    def __iter__(self) -> Iterator[Record]:
+        return self._read(0, len(self))
+
+    def _read(self, start: int, stop: int) -> Iterator[Record]:
+        """Records start to stop - 1, in their order on disk."""
+        span = tfds.core.ReadInstruction(self._split, from_=start, to=stop, unit="abs")
+        return iter(tfds.as_numpy(self._builder.as_dataset(
+            split=span, decoders=self._decoders, read_config=tfds.ReadConfig(
+                interleave_cycle_length=1, try_autocache=False
+            ),
+        )))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsImages:
+    """The images of a split of a TFDS dataset.
+
+    Attributes:
+      records: records by index; "image" is the bytes of an image file, or pixels.
+      name: name of the dataset and the split, as "NAME/SPLIT".
+      class_names: names of the labels; empty for a dataset without labels.
+    """
+
+    records: SequentialRecords | Sequence[Record]
+    name: str
+    class_names: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @functools.cached_property
+    def names(self) -> list[str]:
+        """Name of each image in reports: that of the split, and the index of the image."""
+        return [f"{self.name}/{i}" for i in range(len(self))]
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray | None:
+        """Label of each image, [n] int64, which takes a pass over the dataset; None without."""
+        if not self.class_names:
+            return None
+        return np.array([record["label"] for record in self.records], np.int64)
+
+    def image(self, index: int) -> PIL.Image.Image:
+        """One image, decoded.
+
+        Raises:
+          UnreadableImage: the file of the image is damaged.
+        """
+        image = self.records[index]["image"]
+        if isinstance(image, np.ndarray):
+            return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        try:
+            return decode(image)
+        except ValueError as error:
+            raise UnreadableImage(self.names[index], str(error)) from error
+
+
+def open_raw_images(
+    source: str, *, labels: str = "", split: str = "train", directory: str = ""
+) -> RawImages:
+    """Opens images of any size, with their labels, in a fixed order.
+
+    Args:
+      source: a folder, a .zip or .tar archive, or a TFDS name.
+      labels: the labels file of a flat folder, see `dmf.data.image_files.open_images`.
+      split: split of a TFDS name.
+      directory: the directory in which TFDS keeps its datasets; empty for TFDS's default.
+
+    Raises:
+      InputError: the source does not exist or cannot be read; its field is "source", "labels" or
+        "split". Records other than ArrayRecord need TensorFlow, which reads them if installed.
+    """
+    if epath.Path(source).exists() or source.endswith((".zip", ".tar")):
+        return open_images(source, labels=labels)
+    try:
+        return _open_tfds(source, split, directory)
+    except InputError as error:
+        field = "source" if error.field == "name" else error.field
+        raise InputError(field, error.value, error.remedy) from None
+
+
+def _open_tfds(name: str, split: str, directory: str) -> TfdsImages:
+    builder = open_builder(name, directory)
+    features = builder.info.features
+    if "image" not in features:
+        raise InputError("name", name, f"it has no feature 'image', but {', '.join(features)}")
+    # TfdsImages decodes files itself, so that its error names the file that is damaged.
+    is_file = isinstance(features["image"], tfds.features.Image)
+    decoders = {"image": tfds.decode.SkipDecoding()} if is_file else None
+    class_names = tuple(features["label"].names) if "label" in features else ()
+    sequential = builder.info.file_format.value != "array_record" and split in builder.info.splits
+    if sequential and importlib.util.find_spec("tensorflow"):
+        records = SequentialRecords(builder, split, decoders)
+    else:
+        method = tfds.decode.DeserializeMethod.DESERIALIZE_AND_DECODE
+        records = open_records(builder, name, split, method, decoders=decoders)
+    return TfdsImages(records=records, name=f"{name}/{split}", class_names=class_names)

@@ -1,1 +1,0 @@
-"""Frozen networks: the autoencoder of latents, and what features are measured with."""

@@ -1,0 +1,66 @@
+"""The errors that a user may see. Each of them is one line.
+
+An `InputError` says which field, flag or file cannot be used, its value, and what would be right. A
+`RunError` says what happened to a run, at which step, and what to do.
+"""
+
+from typing import Any
+
+# Stands for the value of an error that concerns no single value.
+NO_VALUE = object()
+
+
+class InputError(ValueError):
+    """Something that a user gave cannot be used.
+
+    Its text is "FIELD=VALUE: REMEDY", or "FIELD: REMEDY" where no single value is wrong:
+
+    >>> print(InputError("std", -1.0, "a standard deviation is positive").at("objective.time"))
+    objective.time.std=-1.0: a standard deviation is positive
+
+    Attributes:
+      field: name of the config field, flag or file. A component names its own fields; whoever built
+        the component knows where it stands in the config, and adds that with `at`. A reader of
+        files leaves it empty; whoever opened the file adds its name with `within`.
+      value: what the user gave, or `NO_VALUE`.
+      remedy: what is wrong with it, and what would be right.
+    """
+
+    def __init__(self, field: str, value: Any = NO_VALUE, remedy: str = ""):
+        super().__init__(field, value, remedy)
+        self.field, self.value, self.remedy = field, value, remedy
+
+    def __str__(self) -> str:
+        given = "" if self.value is NO_VALUE else f"={self.value}"
+        return f"{self.field}{given}: {self.remedy}" if self.field else self.remedy
+
+    def at(self, prefix: str) -> "InputError":
+        """The same error with the field's place in front of its name: `prefix.field`."""
+        place = f"{prefix}.{self.field}" if self.field else prefix
+        return InputError(place, self.value, self.remedy)
+
+    def within(self, subject: Any) -> "InputError":
+        """The same error, said of a file or of another whole that it was found in."""
+        return InputError(str(subject), remedy=str(self))
+
+
+class RunError(RuntimeError):
+    """A run cannot continue. The text says what happened, at which step, and what to do."""
+
+
+class Stopped(RunError):
+    """A run received a signal to stop, and has saved a checkpoint; the same command resumes it.
+
+    Attributes:
+      exit_code: exit code of the process: what sysexits.h calls a temporary failure.
+    """
+
+    exit_code = 75
+
+
+class Lost(RunError):
+    """Another process of the run is gone."""
+
+
+class Damaged(RunError):
+    """The arrays on disk are not the arrays that were saved."""

@@ -1,0 +1,202 @@
+"""Several evaluations compared: a table and a plot of a metric against the sampling steps."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from dmf.errors import InputError
+from dmf.evaluation.metrics import find_metric
+from dmf.experiments.plots import new_figure, to_png
+
+Evaluation = dict[str, Any]
+# Rows of an evaluation by their number of sampling steps.
+Curve = dict[int, Mapping[str, Any]]
+
+
+def read_evaluation(path: epath.PathLike) -> Evaluation:
+    """Reads the evaluation of a flow map that `dmf evaluate` wrote.
+
+    Raises:
+      InputError: the file is no evaluation, or has no numbers of sampling steps.
+    """
+    try:
+        evaluation = json.loads(epath.Path(path).read_bytes().decode())
+    except ValueError:
+        evaluation = None
+    rows = evaluation["results"] if is_evaluation(evaluation) else []
+    if rows and not any("steps" in row for row in rows):
+        raise InputError(os.fspath(path), remedy="it measures a set of images, which has no "
+                         "numbers of steps")
+    if not rows or not all(map(_is_flow_map_row, rows)):
+        raise InputError(os.fspath(path), remedy="not a file that dmf evaluate wrote")
+    return evaluation
+
+
+def is_evaluation(value: Any) -> bool:
+    """Whether JSON has the parts of an evaluation: a protocol, a reference, and rows of results."""
+    parts = value if isinstance(value, dict) else {}
+    protocol, reference, rows = (parts.get(f) for f in ("protocol", "reference", "results"))
+    if not all(isinstance(part, dict) and "name" in part for part in (protocol, reference)):
+        return False
+    metrics = protocol.get("metrics")
+    named = isinstance(metrics, list) and metrics and all(isinstance(m, str) for m in metrics)
+    return bool(named) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+
+
+def _is_flow_map_row(row: Mapping[str, Any]) -> bool:
+    """Whether a row names its EMA parameters, sampling steps and number of samples."""
+    numbers = all(isinstance(row.get(field), int) for field in ("steps", "count"))
+    return numbers and isinstance(row.get("ema"), str)
+
+
+def check_comparable(evaluations: Mapping[str, Evaluation], metric: str) -> None:
+    """Raises InputError if an evaluation lacks the metric, or if two evaluations have different
+    protocols or references."""
+    first, *others = evaluations
+    for name, evaluation in evaluations.items():
+        if not all(isinstance(row.get(metric), int | float) for row in evaluation["results"]):
+            metrics = ", ".join(evaluation["protocol"]["metrics"])
+            raise InputError("metric", metric, f"{name} has {metrics}")
+    for field in ("protocol", "reference"):
+        for name in others:
+            a, b = (evaluations[n][field]["name"] for n in (first, name))
+            if a != b:
+                raise InputError(name, remedy=f"its {field} is {b}, and that of {first} is {a}; "
+                                 f"only evaluations with the same {field} can be compared")
+
+
+def _curves(evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, Curve]]:
+    """Yields a label and the rows of each evaluation, for each of its EMA parameters."""
+    for name, evaluation in evaluations.items():
+        rows = evaluation["results"]
+        emas = list(dict.fromkeys(row["ema"] for row in rows))
+        for ema in emas:
+            label = name if len(emas) == 1 else f"{name} ({ema or 'parameters'})"
+            curve = {row["steps"]: row for row in rows if row["ema"] == ema}
+            yield label, dict(sorted(curve.items()))
+
+
+def _steps(evaluations: Mapping[str, Evaluation]) -> list[int]:
+    return sorted({row["steps"] for e in evaluations.values() for row in e["results"]})
+
+
+def _title(name: str) -> str:
+    """The title of a metric; its name if the metric is not registered."""
+    metric = find_metric(name)
+    return name if metric is None else metric.title
+
+
+def _format(name: str, value: float) -> str:
+    metric = find_metric(name)
+    return f"{value:.2f}" if metric is None else metric.format(value)
+
+
+def markdown_table(evaluations: Mapping[str, Evaluation], metric: str) -> str:
+    """A Markdown table: a row for each evaluation, a column for each number of sampling steps.
+
+    Args:
+      evaluations: evaluations by the name of their row.
+      metric: name of the metric in the cells. The label agreement stands behind it, in parentheses.
+
+    Returns:
+      The table, and below it the protocol, the number of samples and the reference.
+    """
+    steps, curves = _steps(evaluations), dict(_curves(evaluations))
+    agreement = any("label_agreement" in row for curve in curves.values() for row in curve.values())
+    title = _title(metric)
+    title += " (label agreement)" * (agreement and metric != "label_agreement")
+    names = [f"{n} step" if n == 1 else f"{n} steps" for n in steps]
+    lines = [f"| {title} | " + " | ".join(names) + " |", "|" + "---|" * (len(steps) + 1)]
+    for name, curve in curves.items():
+        cells = [_cell(curve[n], metric) if n in curve else "" for n in steps]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", _note(next(iter(evaluations.values())), metric)])
+
+
+def _note(evaluation: Evaluation, metric: str) -> str:
+    counts = sorted({row["count"] for row in evaluation["results"]})
+    note = (f"Protocol {evaluation['protocol']['name']}, {', '.join(f'{n:,}' for n in counts)} "
+            f"samples, against {evaluation['reference']['name']}.")
+    baseline = _baseline(evaluation, metric)
+    if baseline is not None:
+        note += f"\nTwo random halves of the data differ by {baseline:.2f}."
+    return note
+
+
+def _baseline(evaluation: Evaluation, metric: str) -> float | None:
+    """The metric between two random halves of the reference, where the evaluation has it."""
+    known = find_metric(metric)
+    has_baseline = known is not None and known.baseline is not None
+    return evaluation["reference"].get("halves_distance") if has_baseline else None
+
+
+def _cell(row: Mapping[str, Any], metric: str) -> str:
+    agreement = row.get("label_agreement")
+    share = "" if agreement is None or metric == "label_agreement" else f" ({agreement:.0%})"
+    return _format(metric, row[metric]) + share
+
+
+def write_report(
+    directory: epath.PathLike, evaluations: Mapping[str, Evaluation], metric: str = ""
+) -> str:
+    """Writes report.md and distance.png.
+
+    Args:
+      directory: directory of the report.
+      evaluations: evaluations by their names in the report.
+      metric: name of the metric; the first metric of the first evaluation if empty.
+
+    Returns:
+      The text of report.md.
+
+    Raises:
+      InputError: an evaluation lacks the metric, or protocols or references differ.
+    """
+    metric = metric or next(iter(evaluations.values()))["protocol"]["metrics"][0]
+    check_comparable(evaluations, metric)
+    directory = epath.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    text = markdown_table(evaluations, metric)
+    (directory / "report.md").write_text(text + "\n")
+    plot_metric(directory / "distance.png", evaluations, metric)
+    return text
+
+
+def plot_metric(path: epath.Path, evaluations: Mapping[str, Evaluation], metric: str) -> None:
+    """Plots a metric against the sampling steps, with a curve for each evaluation.
+
+    Args:
+      path: PNG file to write.
+      evaluations: evaluations by the label of their curve.
+      metric: name of the metric; its axis is logarithmic unless it is a share, or a value is not
+        positive.
+    """
+    figure = new_figure(6, 4)
+    axes = figure.add_subplot()
+    for name, curve in _curves(evaluations):
+        axes.plot(list(curve), [row[metric] for row in curve.values()], marker="o", label=name)
+    baseline = _baseline(next(iter(evaluations.values())), metric)
+    if baseline is not None:
+        axes.axhline(baseline, color="grey", linestyle=":", label="two halves of the data")
+    values = [row[metric] for _, curve in _curves(evaluations) for row in curve.values()]
+    _scale_axes(axes, _steps(evaluations), metric, positive=min(values) > 0)
+    axes.set_xlabel("sampling steps")
+    axes.set_ylabel(_title(metric))
+    axes.legend()
+    path.write_bytes(to_png(figure))
+
+
+def _scale_axes(axes: Any, steps: list[int], metric: str, *, positive: bool) -> None:
+    from matplotlib.ticker import LogLocator
+
+    known = find_metric(metric)
+    axes.set_xscale("log")
+    if positive and (known is None or not known.is_share):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(steps, [str(n) for n in steps])
+    axes.minorticks_off()

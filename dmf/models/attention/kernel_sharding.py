@@ -1,0 +1,86 @@
+"""The device that a kernel is traced for, and its sharding over a mesh.
+
+Both come from the mesh in context (`with jax.set_mesh(mesh):` around the call, or around `lower`),
+which `jax.jit` uses to tell programs apart. So a program can be compiled on a CPU for a TPU that is
+not there: its mesh, from `jax.experimental.topologies`, names the device. Without a mesh in context
+the device is JAX's default device.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from dmf.errors import InputError
+from dmf.runtime.sharding import BATCH_AXES
+
+
+def target_platform() -> str:
+    """The platform that is being traced for: "cpu", "gpu" or "tpu"."""
+    target = jax.sharding.get_abstract_mesh().abstract_device
+    return target.platform if target else _default_device().platform
+
+
+def has_cudnn_attention() -> bool:
+    """Whether the target is an NVIDIA GPU with cuDNN's flash attention (Ampere or newer).
+
+    The architecture is that of the local GPU; a GPU of a topology counts as new enough.
+    """
+    target = jax.sharding.get_abstract_mesh().abstract_device or _default_device()
+    capability = getattr(_default_device(), "compute_capability", "8.0")
+    return target.device_kind.startswith("NVIDIA") and float(capability) >= 8
+
+
+def _default_device() -> jax.Device:
+    default = jax.config.jax_default_device
+    return default if isinstance(default, jax.Device) else jax.local_devices(backend=default)[0]
+
+
+def can_shard_kernels() -> bool:
+    """Whether the sharding of a kernel is determined: by a mesh in context, or by there being one
+    device."""
+    return not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
+
+
+def head_shards() -> int:
+    """Number of parts that the heads of a kernel are split into."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.manual_axes else mesh.shape.get("tensor", 1)
+
+
+def shard_kernel(
+    kernel: Callable[..., Any], batch: int, heads: int, head_axis: int = 2
+) -> Callable[..., Any]:
+    """A kernel over the mesh in context, each device with its own samples and heads.
+
+    The compiler can partition a large program over devices, but not a kernel in it. Samples are
+    sharded over the mesh axes "data" and "fsdp" if these divide the batch, and replicated if not;
+    heads are sharded over "tensor". Without a mesh in context, and within another `jax.shard_map`,
+    the kernel is returned as it is.
+
+    Args:
+      kernel: a function of arrays with the batch on axis 0.
+      batch: number of samples of the arrays.
+      heads: number of heads of the arrays.
+      head_axis: the axis of the heads.
+
+    Raises:
+      InputError: the mesh axis "tensor" does not divide the heads.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return kernel
+    if heads % head_shards():
+        raise InputError(
+            "mesh.tensor", head_shards(),
+            f"it must divide model.heads={heads}, or choose model.attention=xla",
+        )
+    batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
+    if batch % math.prod(mesh.shape[axis] for axis in batch_axes):
+        batch_axes = ()
+    head_axes = ("tensor",) if "tensor" in mesh.shape else ()
+    spec = PartitionSpec(batch_axes or None, *[None] * (head_axis - 1), *head_axes)
+    # Kernels do not declare how their outputs vary over the mesh, which check_vma would require.
+    return jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)

@@ -1,0 +1,224 @@
+"""The autoencoder of Stable Diffusion (diffusers' AutoencoderKL): images to latents and back.
+
+It is frozen here: latent diffusion is trained on the latents that `encode` returns, and `decode`
+turns samples into images. From arXiv:2112.10752; the default fields are those of the released
+`sd-vae-ft-mse` and `sd-vae-ft-ema`.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dmf.errors import InputError
+from dmf.models.encoders.autoencoder import Latents, Moments
+from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.types import Images, Params, PRNGKey
+
+# Published scale of the four-channel latents, after which they have about unit variance.
+STABLE_DIFFUSION_SCALE = 0.18215
+
+Maps = Float[Array, "b h w _"]
+
+Convolution = functools.partial(nn.Conv, kernel_size=(3, 3))
+# The variance is computed in two passes, as mean(x^2) - mean(x)^2 loses digits where the mean is
+# large. The statistics are float32 in every dtype of the computation.
+GroupNorm = functools.partial(nn.GroupNorm, epsilon=1e-6, use_fast_variance=False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderKL:
+    """A convolutional autoencoder whose encoder returns the distribution of the latents.
+
+    Attributes:
+      channels: channels of the images, >= 1.
+      latent_channels: channels of the latents, >= 1.
+      widths: channels of the resolution levels, finest first; each level halves the height and
+        width of the one before.
+      layers_per_block: residual blocks of each level of the encoder, >= 1; the decoder has one
+        more.
+      groups: groups of the group normalisations; it must divide each of `widths`.
+      dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
+    """
+
+    channels: int = 3
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    groups: int = 32
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("channels", "latent_channels", "layers_per_block", "groups"):
+            self._check(getattr(self, name) >= 1, name, "give a whole number >= 1")
+        self._check(len(self.widths) >= 1, "widths", "give the channels of at least one level")
+        self._check(min(self.widths) >= 1, "widths", "give whole numbers >= 1")
+        self._check(all(width % self.groups == 0 for width in self.widths), "groups",
+                    f"it must divide each of widths={self.widths}")
+        self._check(self.dtype in ("float32", "bfloat16"), "dtype", "choose float32 or bfloat16")
+
+    def _check(self, valid: bool, field: str, remedy: str) -> None:
+        if not valid:
+            raise InputError(field, getattr(self, field), remedy)
+
+    @property
+    def factor(self) -> int:
+        """The ratio of an image's height and width to those of its latents."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def default_scaling(self) -> LatentScaling:
+        """The published scaling of four-channel latents; none for others."""
+        return LatentScaling(scale=STABLE_DIFFUSION_SCALE if self.latent_channels == 4 else 1.0)
+
+    def init(self, key: PRNGKey) -> Params:
+        """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
+        encoder_key, decoder_key = jax.random.split(key)
+        images = jnp.zeros((1, self.factor, self.factor, self.channels))
+        latents = jnp.zeros((1, 1, 1, self.latent_channels))
+        return {
+            "encoder": Encoder(self).init(encoder_key, images)["params"],
+            "decoder": Decoder(self).init(decoder_key, latents)["params"],
+        }
+
+    def encode(self, params: Params, images: Images) -> Moments:
+        """The distribution of the latents of images.
+
+        Args:
+          params: parameters, as `init` returns them; only `encoder` is read.
+          images: [b, h, w, channels] in [-1, 1]; h and w are multiples of `factor`.
+
+        Raises:
+          InputError: the images do not have such a shape.
+        """
+        *_, height, width, channels = images.shape
+        if channels != self.channels or height % self.factor or width % self.factor:
+            raise InputError(
+                f"images have shape {images.shape}",
+                remedy=f"give [b, h, w, {self.channels}], h and w multiples of {self.factor}",
+            )
+        moments = Encoder(self).apply({"params": params["encoder"]}, images)
+        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+        return Moments(mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2))
+
+    def decode(self, params: Params, latents: Latents) -> Images:
+        """The images of latents: [b, h factor, w factor, channels] float32, not clipped.
+
+        Args:
+          params: parameters, as `init` returns them; only `decoder` is read.
+          latents: [b, h, w, latent_channels], unscaled, as `encode` returns them.
+
+        Raises:
+          InputError: the latents have another number of channels.
+        """
+        if latents.shape[-1] != self.latent_channels:
+            raise InputError(
+                f"latents have shape {latents.shape}",
+                remedy=f"give [b, h, w, {self.latent_channels}]",
+            )
+        images = Decoder(self).apply({"params": params["decoder"]}, latents)
+        return images.astype(jnp.float32)
+
+
+class Resnet(nn.Module):
+    """Twice norm, SiLU and convolution, plus a skip connection (1 x 1 where the width changes)."""
+
+    width: int
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Maps:
+        y = x
+        for i in range(2):
+            y = nn.silu(GroupNorm(self.groups, dtype=self.dtype, name=f"norm_{i}")(y))
+            y = Convolution(self.width, dtype=self.dtype, name=f"convolution_{i}")(y)
+        if x.shape[-1] != self.width:
+            x = nn.Conv(self.width, (1, 1), dtype=self.dtype, name="skip")(x)
+        return x + y
+
+
+class Attention(nn.Module):
+    """Norm and self-attention of one head over all pixels, plus a skip connection.
+
+    The softmax is in float32.
+    """
+
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Maps:
+        batch, height, width, channels = x.shape
+        pixels = GroupNorm(self.groups, dtype=self.dtype, name="norm")(x)
+        pixels = pixels.reshape(batch, height * width, channels)
+        q, k, v = (
+            nn.Dense(channels, dtype=self.dtype, name=name)(pixels)
+            for name in ("query", "key", "value")
+        )
+        logits = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits * channels**-0.5, axis=-1)
+        out = jnp.einsum("bqk,bkc->bqc", weights.astype(v.dtype), v)
+        return x + nn.Dense(channels, dtype=self.dtype, name="out")(out).reshape(x.shape)
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block, all of the input's width."""
+
+    groups: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Maps:
+        width = x.shape[-1]
+        x = Resnet(width, self.groups, self.dtype, name="resnet_0")(x)
+        x = Attention(self.groups, self.dtype, name="attention")(x)
+        return Resnet(width, self.groups, self.dtype, name="resnet_1")(x)
+
+
+class Encoder(nn.Module):
+    """Images to the mean and the log-variance of their latents, concatenated along channels."""
+
+    config: AutoencoderKL
+
+    @nn.compact
+    def __call__(self, images: Images) -> Latents:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        last, outputs = len(config.widths) - 1, 2 * config.latent_channels
+        x = Convolution(config.widths[0], dtype=dtype, name="in")(images)
+        for i, width in enumerate(config.widths):
+            for j in range(config.layers_per_block):
+                x = Resnet(width, config.groups, dtype, name=f"level_{i}_resnet_{j}")(x)
+            if i != last:
+                # Padding at the bottom and right alone, as in the training of the released weights.
+                x = Convolution(width, strides=2, padding=((0, 1), (0, 1)), dtype=dtype,
+                                name=f"level_{i}_resize")(x)
+        x = Middle(config.groups, dtype, name="middle")(x)
+        x = nn.silu(GroupNorm(config.groups, dtype=dtype, name="norm")(x))
+        x = Convolution(outputs, dtype=dtype, name="out")(x)
+        return nn.Conv(outputs, (1, 1), dtype=dtype, name="moments")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to images; levels are numbered from the coarsest."""
+
+    config: AutoencoderKL
+
+    @nn.compact
+    def __call__(self, latents: Latents) -> Images:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        last, widths = len(config.widths) - 1, config.widths[::-1]
+        x = nn.Conv(config.latent_channels, (1, 1), dtype=dtype, name="latents")(latents)
+        x = Convolution(widths[0], dtype=dtype, name="in")(x)
+        x = Middle(config.groups, dtype, name="middle")(x)
+        for i, width in enumerate(widths):
+            for j in range(config.layers_per_block + 1):
+                x = Resnet(width, config.groups, dtype, name=f"level_{i}_resnet_{j}")(x)
+            if i != last:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = Convolution(width, dtype=dtype, name=f"level_{i}_resize")(x)
+        x = nn.silu(GroupNorm(config.groups, dtype=dtype, name="norm")(x))
+        return Convolution(config.channels, dtype=dtype, name="out")(x)

@@ -1,0 +1,93 @@
+"""The base class of networks that define `init` and `apply` alone."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmf.errors import InputError
+from dmf.types import ClassLabels, Condition, Flops, Images, Params, Times
+
+Inputs = tuple[jax.Array, jax.Array]
+
+
+class SimpleNetwork:
+    """A base class for networks, with all of `dmf.types.Network` but `num_classes`, `sample_shape`,
+    `init` and `apply`.
+
+    It is for networks that are not divided into a part before r and a part after: `encode` returns
+    its inputs and `decode` runs the whole network. Every objective and sampler works with it, but
+    compute sharing saves nothing. `apply` receives class labels or a condition, so it begins with
+    `y = self.condition(y)`.
+
+    >>> class Linear(SimpleNetwork):
+    ...     num_classes, sample_shape = 0, (2, 2, 1)
+    ...
+    ...     def init(self, key):
+    ...         return {"w": jax.random.normal(key, ())}
+    ...
+    ...     def apply(self, params, x_t, t, r, y):
+    ...         return params["w"] * x_t
+    >>> network = Linear()
+    >>> params = network.init(jax.random.key(0))
+    >>> x_t, t, r, y = jnp.ones((3, 2, 2, 1)), jnp.ones(3), jnp.zeros(3), jnp.zeros(3, jnp.int32)
+    >>> hidden = network.encode(params, x_t, t, y)
+    >>> bool((network.decode(params, hidden, r, y) == network.apply(params, x_t, t, r, y)).all())
+    True
+    """
+
+    encoder_depth = 0
+    full_remat = False
+
+    def condition(self, y: Any) -> Condition:
+        """Class labels [b] as a condition; a condition is returned as it is."""
+        return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)
+
+    def encode(self, params: Params, x_t: Images, t: Times, y: Any) -> Inputs:
+        """The inputs (x_t, t), unchanged."""
+        del params, y
+        return x_t, t
+
+    def decode(self, params: Params, hidden: Inputs, r: Times, y: Any) -> Images:
+        """The average velocity u(x_t, t, r, y) [b, h, w, c] from hidden = (x_t, t)."""
+        x_t, t = hidden
+        return self.apply(params, x_t, t, r, y)
+
+    @functools.cached_property
+    def flops(self) -> Flops:
+        """Operations of one sample as XLA counts them, all in `decode`; 0 if XLA gives no count."""
+        x = jax.ShapeDtypeStruct((1, *self.sample_shape), jnp.float32)
+        t = jax.ShapeDtypeStruct((1,), jnp.float32)
+        params = jax.eval_shape(self.init, jax.random.key(0))
+        # Lowered for one fixed platform, so that it also works while a program is traced for
+        # another.
+        program = jax.jit(self.apply).trace(params, x, t, t, self.example_condition())
+        cost = program.lower(lowering_platforms=("cpu",)).cost_analysis() or {}
+        return Flops(encode=0.0, decode=float(cost.get("flops", 0.0)))
+
+    def example_condition(self) -> Condition:
+        """A condition of one sample, for tracing; override it if conditions are not labels."""
+        return self.condition(jnp.zeros((1,), jnp.int32))
+
+    def apply_with_features(self, *inputs: object) -> None:
+        """Not available.
+
+        Raises:
+          InputError: always, as there are no inner features to align.
+        """
+        raise InputError(
+            "objective.alignment_coefficient",
+            remedy=f"{type(self).__name__} has no features to align; set it to 0",
+        )
+
+    def log_variance(self, *inputs: object) -> None:
+        """Not available.
+
+        Raises:
+          InputError: always, as there is no log-variance head.
+        """
+        raise InputError(
+            "objective.weighting",
+            remedy=f"{type(self).__name__} learns no variance; choose uniform or adaptive",
+        )

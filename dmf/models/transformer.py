@@ -1,0 +1,182 @@
+"""The Flax module of the diffusion transformer; `dmf.models.dit.DiT` is its config."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dmf.models import layers
+from dmf.models.block_stack import run_blocks
+from dmf.models.layers import Tokens, Vectors
+from dmf.types import (
+    Features,
+    GuidanceInput,
+    GuidedCondition,
+    Images,
+    Params,
+    PerSample,
+    PRNGKey,
+    Times,
+)
+
+# The module that embeds each time of a MeanFlow network.
+TIME_EMBEDDINGS = {"t": "time_embedding", "r": "target_embedding", "t-r": "interval_embedding"}
+
+
+class Transformer(nn.Module):
+    """Patches, conditioned transformer blocks, final layer.
+
+    Attributes:
+      config: the `DiT` whose fields say how large the network is and how it is conditioned.
+    """
+
+    config: Any
+
+    def setup(self):
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        self.patch_embedding = nn.Dense(config.width, kernel_init=layers.xavier, dtype=dtype)
+        time_dtype = self._dtype("time_embedding")
+        self.time_embedding = layers.TimeEmbedding(config.width, time_dtype)
+        self.label_embedding = nn.Embed(
+            config.num_classes + 1, config.width, embedding_init=layers.small_normal, dtype=dtype
+        )
+        if config.conditioning == "meanflow":
+            self.interval_embedding = layers.TimeEmbedding(config.width, time_dtype)
+            self.target_embedding = layers.TimeEmbedding(config.width, time_dtype)
+        if config.embeds_both_times:
+            self.both_embedding = layers.TimeEmbedding(config.width, time_dtype, zero_init=True)
+        if config.guidance_input:
+            self.guidance_embedding = layers.GuidanceEmbedding(config.width, time_dtype)
+        self.blocks = self.param("blocks", self._init_blocks)
+        patch_values = config.patch_size**2 * config.channels
+        self.final = layers.FinalLayer(patch_values, self._dtype("final_layer"))
+        if config.learned_variance:
+            self.log_variance = layers.LogVariance()
+        if config.alignment_depth:
+            self.projector = layers.Projector(
+                config.alignment_hidden, config.alignment_width, dtype
+            )
+
+    def __call__(self, x_t: Images, t: Times, r: Times, y: Any) -> Images:
+        """The average velocity u [b, h, w, c], float32."""
+        conditions = self._conditions(t, r, y)
+        tokens = self._run(self._embed(x_t), conditions, 0, self.config.depth)
+        return self._velocity(tokens, conditions)
+
+    def encode(self, x_t: Images, t: Times, y: Any) -> Tokens:
+        """The tokens [b, l, d] before the first block that depends on r."""
+        tokens, depth = self._embed(x_t), self.config.encoder_depth
+        if depth == 0:
+            return tokens
+        condition = self.time_embedding(t) + self._embed_condition(y)
+        return self._run(tokens, {"t": condition}, 0, depth)
+
+    def decode(self, tokens: Tokens, t: Times, r: Times, y: Any) -> Images:
+        """The average velocity u [b, h, w, c], float32, from the tokens of `encode`."""
+        conditions, config = self._conditions(t, r, y), self.config
+        tokens = self._run(tokens, conditions, config.encoder_depth, config.depth)
+        return self._velocity(tokens, conditions)
+
+    def with_features(
+        self, x_t: Images, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Features]:
+        """The average velocity u, and the projected tokens after block `alignment_depth`."""
+        conditions, cut = self._conditions(t, r, y), self.config.alignment_depth
+        inner = self._run(self._embed(x_t), conditions, 0, cut)
+        tokens = self._run(inner, conditions, cut, self.config.depth)
+        return self._velocity(tokens, conditions), self.projector(inner)
+
+    def variance(self, t: Times, r: Times) -> PerSample:
+        """The learned log of the expected squared error at (t, r), float32."""
+        return self.log_variance(t, r)
+
+    def everything(self, x_t: Images, t: Times, r: Times, y: Any) -> Any:
+        """Every output, so that initialisation creates every parameter."""
+        variance = self.variance(t, r) if self.config.learned_variance else None
+        if self.config.alignment_depth:
+            return self.with_features(x_t, t, r, y), variance
+        return self(x_t, t, r, y), variance
+
+    def _embed(self, x_t: Images) -> Tokens:
+        """Patches embedded as tokens [b, l, d], with their positions."""
+        config = self.config
+        table = layers.position_table(config.input_size // config.patch_size, config.width)
+        tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
+        tokens = tokens.astype(self._dtype("residual"))
+        return tokens + jnp.asarray(table, tokens.dtype)[None]
+
+    def _velocity(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
+        """The average velocity u [b, h, w, c], float32, from the tokens after the last block."""
+        patches = self.final(tokens, conditions[self.config.final_layer_time])
+        return layers.unpatchify(patches, self.config.patch_size).astype(jnp.float32)
+
+    def _conditions(self, t: Times, r: Times, y: Any) -> dict[str, Vectors]:
+        """The condition vectors [b, d] by time letter; a MeanFlow network has one, under "t"."""
+        embedded_y, config = self._embed_condition(y), self.config
+        if config.conditioning == "meanflow":
+            times = {"t": t, "r": r, "t-r": t - r}
+            embedded = (getattr(self, TIME_EMBEDDINGS[name])(times[name])
+                        for name in config.embedded_times)
+            return {"t": sum(embedded, embedded_y)}
+        conditions = {"t": self.time_embedding(t) + embedded_y}
+        if config.conditioning == "decoupled":
+            conditions["r"] = self.time_embedding(r) + embedded_y
+        if config.embeds_both_times:
+            conditions["b"] = conditions["r"] + self.both_embedding(t - r)
+        return conditions
+
+    def _embed_condition(self, y: Any) -> Vectors:
+        """The embedding of the label and, for a network that takes guidance as an input, of the
+        guidance; a condition without guidance has scale 1 in the interval [0, 1]."""
+        condition = self.config.condition(y)
+        guided = isinstance(condition, GuidedCondition)
+        labels = (self.config.condition(condition.condition) if guided else condition).labels
+        embedded = self.label_embedding(labels)
+        if not self.config.guidance_input:
+            return embedded
+        ones = jnp.ones(labels.shape)
+        guidance = condition.guidance if guided else GuidanceInput(ones, jnp.zeros_like(ones), ones)
+        return embedded + self.guidance_embedding(*guidance)
+
+    def _dtype(self, part: str) -> jnp.dtype:
+        """The dtype that a part of the network is computed in."""
+        return jnp.dtype("float32" if part in self.config.float32_parts else self.config.dtype)
+
+    def _block(self) -> layers.Block:
+        config = self.config
+        return layers.Block(
+            config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype),
+            config.attention, self._dtype("modulation"), parent=None,
+        )  # fmt: skip
+
+    def _init_blocks(self, key: PRNGKey) -> Params:
+        """Parameters of all blocks, each leaf stacked on a leading depth axis."""
+        tokens = jnp.zeros((1, 1, self.config.width))
+        condition = jnp.zeros((1, self.config.width))
+        return jax.vmap(lambda key: self._block().init(key, tokens, condition)["params"])(
+            jax.random.split(key, self.config.depth)
+        )
+
+    def _cast_blocks(self) -> Params:
+        """The parameters of all blocks, those of matmuls cast to the dtype of the matmul.
+
+        They are cast before the stack is divided into blocks, so that the gradients of the blocks
+        are collected in that dtype too: in half the memory of float32 where it is bfloat16.
+        """
+        def cast(path: Any, leaf: jax.Array) -> jax.Array:
+            in_matmul = path[-1].key in ("kernel", "bias")
+            return leaf.astype(self._dtype(path[0].key)) if in_matmul else leaf
+
+        return jax.tree_util.tree_map_with_path(cast, self.blocks)
+
+    def _run(
+        self, tokens: Tokens, conditions: dict[str, Vectors], start: int, stop: int
+    ) -> Tokens:
+        """Runs the blocks start, ..., stop - 1."""
+        config, block = self.config, self._block()
+        return run_blocks(
+            lambda params, *inputs: block.apply({"params": params}, *inputs),
+            self._cast_blocks(), tokens, conditions, config.resolved_block_times, start, stop,
+            scan=config.scan, remat=config.remat,
+        )  # fmt: skip

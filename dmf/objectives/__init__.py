@@ -1,0 +1,61 @@
+"""The mathematics of training: objectives, and the components that they are made of.
+
+Flow matching, MeanFlow and Decoupled MeanFlow have a file each, which reads like the algorithm of
+its paper. An objective draws times, noise and dropped labels, and computes one loss a sample from
+them. For researchers who change the method. It imports `dmf.runtime`, `dmf.registry`, `dmf.errors`
+and `dmf.types`; it sees networks through the `Network` protocol alone.
+"""
+
+from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
+from dmf.objectives.flow_matching import FlowMatching
+from dmf.objectives.guidance import DrawnGuidance, NoGuidance, SelfGuidance, TeacherGuidance
+from dmf.objectives.interpolants import COSINE, LINEAR
+from dmf.objectives.loss_weighting import (
+    AdaptiveWeighting,
+    CauchyWeighting,
+    PublishedCauchyWeighting,
+    UniformWeighting,
+)
+from dmf.objectives.mean_flow import MeanFlow
+from dmf.objectives.objective import Objective
+from dmf.objectives.tangent import Tangent
+from dmf.objectives.time_samplers import LogitNormal, OrderedPair, UniformTime
+from dmf.registry import define_kind
+
+__all__ = [
+    "AdaptiveWeighting",
+    "CauchyWeighting",
+    "DecoupledMeanFlow",
+    "DrawnGuidance",
+    "FlowMatching",
+    "LogitNormal",
+    "MeanFlow",
+    "NoGuidance",
+    "Objective",
+    "OrderedPair",
+    "PublishedCauchyWeighting",
+    "SelfGuidance",
+    "Tangent",
+    "TeacherGuidance",
+    "UniformTime",
+    "UniformWeighting",
+]
+
+define_kind(
+    "objective", "What training minimises.",
+    flow_matching=FlowMatching, mean_flow=MeanFlow, decoupled_mean_flow=DecoupledMeanFlow,
+)
+define_kind("interpolant", "The path between data and noise.", linear=LINEAR, cosine=COSINE)
+define_kind(
+    "time_sampler", "The distribution of the time t.", logit_normal=LogitNormal, uniform=UniformTime
+)
+define_kind("time_pair", "The distribution of the times (t, r).", ordered_pair=OrderedPair)
+define_kind(
+    "guidance", "The guidance of the velocity that training regresses on.",
+    none=NoGuidance, self=SelfGuidance, teacher=TeacherGuidance, drawn=DrawnGuidance,
+)
+define_kind(
+    "weighting", "From the squared error of a sample to its loss.",
+    uniform=UniformWeighting, adaptive=AdaptiveWeighting, cauchy=CauchyWeighting,
+    published_cauchy=PublishedCauchyWeighting,
+)

@@ -1,0 +1,247 @@
+"""Guidance in training: the velocity that the losses regress on.
+
+Every method has one formula,
+
+    v_g = omega v_t + kappa u(x_t, t, t, y) + (1 - omega - kappa) u(x_t, t, t, null),
+
+with coefficients per sample. A kind of guidance chooses the coefficients, and whose velocities u
+are meant. Network velocities in v_g carry no gradient. The effective guidance scale is
+omega / (1 - kappa) (MeanFlow, arXiv:2505.13447).
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from dmf.errors import InputError
+from dmf.objectives.interpolants import check_interval, in_interval, per_sample
+from dmf.types import Dropped, GuidanceInput, Images, PerSample, PRNGKey, Times
+
+Coefficients = tuple[PerSample, PerSample]
+
+
+def check_finite(field: str, value: float) -> None:
+    """Raises InputError where a number is NaN or infinite."""
+    if not math.isfinite(value):
+        raise InputError(field, value, "give a finite number")
+
+
+def _check_kappa(kappa: float) -> None:
+    if not -math.inf < kappa < 1:
+        raise InputError("kappa", kappa, "the effective scale is omega / (1 - kappa), so give a "
+                         "finite kappa below 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoGuidance:
+    """No guidance: v_g = v_t."""
+
+    uses_teacher = is_drawn = False
+    needs_conditional = needs_unconditional = False
+
+    def coefficients(
+        self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None
+    ) -> Coefficients:
+        """(omega, kappa) = (1, 0) for every sample."""
+        return jnp.ones_like(t), jnp.zeros_like(t)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfGuidance:
+    """The network guides itself: (omega, kappa) where t lies in the closed interval and the
+    condition is not dropped, v_t elsewhere.
+
+    MeanFlow gives omega and kappa directly; the "model guidance" of strength w in Decoupled
+    MeanFlow is omega = 1 and kappa = w. With omega = 1 and kappa = 0 there is no guidance, at no
+    cost.
+
+    Attributes:
+      omega: coefficient of v_t.
+      kappa: coefficient of the network's own conditional velocity, below 1.
+      interval: (start, end) of the closed interval of times t that are guided.
+    """
+
+    omega: float = 1.0
+    kappa: float = 0.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    uses_teacher = is_drawn = False
+
+    def __post_init__(self):
+        check_interval("interval", self.interval)
+        check_finite("omega", self.omega)
+        _check_kappa(self.kappa)
+
+    @property
+    def needs_conditional(self) -> bool:
+        """Whether v_g contains the network's conditional velocity."""
+        return self.kappa != 0
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether v_g contains the network's unconditional velocity."""
+        return self.omega + self.kappa != 1
+
+    def coefficients(
+        self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None
+    ) -> Coefficients:
+        """(omega, kappa), each [b]."""
+        active = in_interval(t, self.interval) & ~dropped
+        return jnp.where(active, self.omega, 1.0), jnp.where(active, self.kappa, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherGuidance:
+    """Distillation: v_g is the classifier-free guided velocity of a frozen teacher, for every
+    sample, its condition dropped or not.
+
+    Attributes:
+      scale: guidance scale of the teacher where t lies in the closed interval; 1 elsewhere.
+      interval: (start, end) of the interval.
+    """
+
+    scale: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    uses_teacher = True
+    is_drawn = False
+    needs_conditional = True
+
+    def __post_init__(self):
+        check_interval("interval", self.interval)
+        check_finite("scale", self.scale)
+
+    @property
+    def needs_unconditional(self) -> bool:
+        """Whether v_g contains the teacher's unconditional velocity."""
+        return self.scale != 1
+
+    def coefficients(
+        self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None
+    ) -> Coefficients:
+        """(omega, kappa) = (0, scale) inside the interval and (0, 1) outside."""
+        active = in_interval(t, self.interval)
+        return jnp.zeros_like(t), jnp.where(active, self.scale, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawnGuidance:
+    """The network guides itself by a scale and in an interval that are drawn for each sample and
+    given to it as an input, to be chosen at sampling (improved MeanFlow, arXiv:2512.02012).
+
+    Attributes:
+      kappa: coefficient of the network's own conditional velocity, below 1; omega is
+        scale (1 - kappa), so that the drawn scale is the effective one.
+      max_scale: largest guidance scale, above 1; the scale is drawn from [1, max_scale].
+      power: exponent p of the density of the scale, which is in proportion to scale^-p.
+      start_range: (low, high) that the start of the interval is drawn from, uniformly.
+      end_range: (low, high) that the end of the interval is drawn from, uniformly.
+    """
+
+    kappa: float = 0.0
+    max_scale: float = 8.0
+    power: float = 1.0
+    start_range: tuple[float, float] = (0.0, 0.5)
+    end_range: tuple[float, float] = (0.5, 1.0)
+    uses_teacher = False
+    is_drawn = needs_unconditional = True
+
+    def __post_init__(self):
+        check_interval("start_range", self.start_range)
+        check_interval("end_range", self.end_range)
+        _check_kappa(self.kappa)
+        check_finite("power", self.power)
+        if not 1 < self.max_scale < math.inf:
+            raise InputError("max_scale", self.max_scale, "scales are drawn from 1 up to it; give "
+                             "more than 1")
+        if self.start_range[1] > self.end_range[0]:
+            raise InputError("start_range", self.start_range, "it must end before end_range="
+                             f"{self.end_range} begins")
+
+    @property
+    def needs_conditional(self) -> bool:
+        """Whether v_g contains the network's conditional velocity."""
+        return self.kappa != 0
+
+    def draw(self, key: PRNGKey, count: int) -> GuidanceInput:
+        """A scale and an interval for each of `count` samples."""
+        keys, shape = jax.random.split(key, 3), (count,)
+        z, log_max = jax.random.uniform(keys[0], shape), math.log(self.max_scale)
+        if self.power == 1:
+            scale = jnp.exp(z * log_max)
+        else:
+            exponent = 1 - self.power
+            scale = (1 + z * (self.max_scale**exponent - 1)) ** (1 / exponent)
+        ends = (jax.random.uniform(k, shape, minval=low, maxval=high)
+                for k, (low, high) in zip(keys[1:], (self.start_range, self.end_range),
+                                          strict=True))
+        return GuidanceInput(scale, *ends)
+
+    def coefficients(
+        self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None
+    ) -> Coefficients:
+        """(omega, kappa), each [b], of the guidance drawn for each sample."""
+        active = (guidance.start <= t) & (t <= guidance.end) & ~dropped
+        omega = guidance.scale * (1 - self.kappa)
+        return jnp.where(active, omega, 1.0), jnp.where(active, self.kappa, 0.0)
+
+
+Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance
+
+
+class GuidedVelocity(NamedTuple):
+    """v_g as a function of the conditional velocity: base + kappa u(x_t, t, t, y).
+
+    Attributes:
+      base: [b, h, w, c], omega v_t + (1 - omega - kappa) u(x_t, t, t, null).
+      kappa: [b], or None where v_g does not contain the conditional velocity.
+    """
+
+    base: jax.Array
+    kappa: jax.Array | None
+
+    def at(self, conditional: Images | None) -> Images:
+        """v_g [b, h, w, c], without gradient.
+
+        Args:
+          conditional: u(x_t, t, t, y); ignored where v_g does not contain it.
+        """
+        v_g = self.base
+        if self.kappa is not None:
+            v_g += per_sample(self.kappa, v_g) * conditional
+        return jax.lax.stop_gradient(v_g)
+
+
+def guided_velocity(
+    guidance: Guidance,
+    t: Times,
+    dropped: Dropped,
+    v_t: Images,
+    unconditional: Images | None,
+    guidance_input: GuidanceInput | None = None,
+) -> GuidedVelocity:
+    """v_g as a function of the conditional velocity of the network, or of its teacher.
+
+    Args:
+      guidance: chooses the coefficients.
+      t: [b] times.
+      dropped: [b] bool, where the condition was dropped.
+      v_t: [b, h, w, c] velocity of the path.
+      unconditional: u(x_t, t, t, null); ignored unless `guidance.needs_unconditional`.
+      guidance_input: the guidance drawn for each sample, where it is drawn.
+    """
+    omega, kappa = guidance.coefficients(t, dropped, guidance_input)
+    base = per_sample(omega, v_t) * v_t
+    if guidance.needs_unconditional:
+        base += per_sample(1 - omega - kappa, v_t) * unconditional
+    return GuidedVelocity(base, kappa if guidance.needs_conditional else None)
+
+
+def unconditional_needed(
+    guidance: Guidance, t: Times, dropped: Dropped, guidance_input: GuidanceInput | None = None
+) -> Bool[Array, "b"]:
+    """[b] bool: for which samples the unconditional velocity has a coefficient other than 0."""
+    omega, kappa = guidance.coefficients(t, dropped, guidance_input)
+    return omega + kappa != 1

@@ -1,0 +1,101 @@
+"""The path between data and noise: x_t = alpha(t) x + sigma(t) noise.
+
+Time runs from t = 0 (data) to t = 1 (standard normal noise), here and everywhere.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dmf.errors import InputError
+from dmf.types import Images, Times
+
+
+def per_sample(values: jax.Array, like: jax.Array) -> jax.Array:
+    """Reshapes values [b] to [b, 1, ...] with the rank of `like`, so that nothing broadcasts
+    by accident."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Interpolant:
+    """A path x_t = alpha(t) x + sigma(t) noise (Stochastic Interpolants, arXiv:2303.08797).
+
+    >>> x, noise = jnp.zeros((2, 8, 8, 1)), jnp.ones((2, 8, 8, 1))
+    >>> LINEAR.interpolate(x, noise, jnp.array([0.25, 1.0]))[:, 0, 0, 0].tolist()
+    [0.25, 1.0]
+
+    Attributes:
+      alpha: coefficient of the data as a function of t in [0, 1].
+      sigma: coefficient of the noise as a function of t in [0, 1].
+      alpha_derivative: derivative of alpha in t.
+      sigma_derivative: derivative of sigma in t.
+      time_of: t as a function of z = log(sigma / alpha), the inverse of the path's log ratio
+        of noise to data. A normal z gives the path's "logit-normal" time.
+    """
+
+    alpha: Callable[[jax.Array], jax.Array]
+    sigma: Callable[[jax.Array], jax.Array]
+    alpha_derivative: Callable[[jax.Array], jax.Array]
+    sigma_derivative: Callable[[jax.Array], jax.Array]
+    time_of: Callable[[jax.Array], jax.Array]
+
+    def interpolate(self, x: Images, noise: Images, t: Times) -> Images:
+        """x_t, the point of the path at t."""
+        t = per_sample(t, x)
+        return self.alpha(t) * x + self.sigma(t) * noise
+
+    def velocity(self, x: Images, noise: Images, t: Times) -> Images:
+        """v_t = alpha'(t) x + sigma'(t) noise, the derivative of `interpolate` in t."""
+        t = per_sample(t, x)
+        return self.alpha_derivative(t) * x + self.sigma_derivative(t) * noise
+
+    def score(self, velocity: Images, x_t: Images, t: Times) -> Images:
+        """Gradient of the log density at x_t, from the marginal velocity there; t > 0.
+
+        SiT, arXiv:2401.08740, score from velocity.
+        """
+        t = per_sample(t, x_t)
+        alpha, sigma = self.alpha(t), self.sigma(t)
+        alpha_derivative, sigma_derivative = self.alpha_derivative(t), self.sigma_derivative(t)
+        spread = alpha_derivative * sigma**2 - alpha * sigma_derivative * sigma
+        return (alpha * velocity - alpha_derivative * x_t) / spread
+
+
+_QUARTER_TURN = math.pi / 2
+
+LINEAR = Interpolant(
+    alpha=lambda t: 1 - t,
+    sigma=lambda t: t,
+    alpha_derivative=lambda t: -jnp.ones_like(t),
+    sigma_derivative=jnp.ones_like,
+    time_of=jax.nn.sigmoid,
+)
+COSINE = Interpolant(
+    alpha=lambda t: jnp.cos(_QUARTER_TURN * t),
+    sigma=lambda t: jnp.sin(_QUARTER_TURN * t),
+    alpha_derivative=lambda t: -_QUARTER_TURN * jnp.sin(_QUARTER_TURN * t),
+    sigma_derivative=lambda t: _QUARTER_TURN * jnp.cos(_QUARTER_TURN * t),
+    time_of=lambda z: jnp.arctan(jnp.exp(z)) / _QUARTER_TURN,
+)
+
+
+def check_interval(field: str, interval: Any) -> None:
+    """Raises InputError unless interval = (start, end) with 0 <= start <= end <= 1."""
+    try:
+        start, end = interval
+        good = 0 <= start <= end <= 1
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise InputError(field, interval, "give (start, end) with 0 <= start <= end <= 1")
+
+
+def in_interval(t: Times, interval: tuple[float, float]) -> jax.Array:
+    """[b] bool: whether t lies in the closed interval (start, end)."""
+    start, end = interval
+    return (t >= start) & (t <= end)

@@ -1,0 +1,79 @@
+"""From the squared error of a sample to its loss.
+
+Every weighting takes the summed squared errors [b], the number of values that were summed, and the
+learned log-variance phi [b] (None unless `learned`), and returns losses [b]. Nothing couples two
+samples.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dmf.errors import InputError
+from dmf.types import PerSample
+
+Weighting = Callable[[PerSample, int, PerSample | None], PerSample]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformWeighting:
+    """The mean squared error itself.
+
+    >>> UniformWeighting()(jnp.array([8.0]), size=4).tolist()
+    [2.0]
+    """
+
+    learned = False
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
+        return error / size
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveWeighting:
+    """e / sg((e + offset)^power) of the summed squared error e (MeanFlow, arXiv:2505.13447,
+    "adaptive loss weighting").
+
+    Attributes:
+      power: exponent p; 0 for the summed squared error itself.
+      offset: c > 0, so that no error divides by 0.
+    """
+
+    power: float = 1.0
+    offset: float = 0.01
+    learned = False
+
+    def __post_init__(self):
+        if not 0 <= self.power < math.inf:
+            raise InputError("power", self.power, "give 0, for the error itself, or more")
+        if not 0 < self.offset < math.inf:
+            raise InputError("offset", self.offset, "it is positive, so that no error divides by 0")
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
+        return error / jax.lax.stop_gradient((error + self.offset) ** self.power)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CauchyWeighting:
+    """log(m e^-phi + 1) + phi / 2 of the mean squared error m: the Cauchy negative log-likelihood
+    up to constants, minimal in phi at phi = log m (arXiv:2510.24474)."""
+
+    learned = True
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None) -> PerSample:
+        return jnp.log1p(error / size * jnp.exp(-phi)) + phi / 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PublishedCauchyWeighting:
+    """log(m e^-phi + 0.01) + phi, as the published code of Decoupled MeanFlow computes it, but per
+    sample. It grows with phi whatever m is, so phi drifts to minus infinity and the loss becomes
+    log m. Choose it to repeat that run, `CauchyWeighting` otherwise."""
+
+    learned = True
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None) -> PerSample:
+        return jnp.log(error / size * jnp.exp(-phi) + 0.01) + phi

@@ -1,0 +1,150 @@
+"""What an objective is: random draws, then a loss for each sample.
+
+An objective draws its randomness in one place, `draw(key, batch)`, and computes from it one loss a
+sample and a dictionary of metrics a sample: a pure function of its inputs, in which no sample sees
+another. `frozen_params` holds parameters that are not trained; {"teacher": ...} where the guidance
+is that of a teacher.
+
+A loss may be a weighted sum of terms, each with forward passes of its own. The training step then
+differentiates one term after the other, so that what a backward pass stores is that of one term.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from dmf.types import Batch, Features, Images, Metrics, Network, Params, PerSample, PRNGKey
+
+
+def squared_error(prediction: Images, target: Images) -> PerSample:
+    """[b] sum over h, w and c of the squared difference, in float32."""
+    difference = (prediction - target).astype(jnp.float32)
+    return jnp.sum(difference**2, axis=(1, 2, 3))
+
+
+def values_per_sample(x: Images) -> int:
+    """Number of values h w c of one sample."""
+    return x[0].size
+
+
+def cosine_distance(tokens: Features, features: Features) -> PerSample:
+    """[b] minus the mean cosine similarity of tokens and features (REPA, arXiv:2410.06940)."""
+    unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (tokens, features)]
+    return -jnp.mean(jnp.sum(unit[0] * unit[1], axis=-1), axis=-1)
+
+
+class Term(NamedTuple):
+    """One term of a loss.
+
+    Attributes:
+      loss: (params, *inputs) -> [b] losses, and metrics of each sample.
+      inputs: pytrees of arrays that carry no gradient.
+      weight: factor of the term in the sum.
+    """
+
+    loss: Callable[..., tuple[PerSample, Metrics]]
+    inputs: tuple[Any, ...]
+    weight: float = 1.0
+
+
+class Sum(tuple[Term, ...]):
+    """A sum of terms, written as in the papers: `(Sum([a]) + Sum([b])) / 2`.
+
+    >>> loss = lambda params, x: (params["scale"] * x, {"x": x})
+    >>> a, b = (Sum([Term(loss, (jnp.array([x]),))]) for x in (1.0, 3.0))
+    >>> losses, metrics = ((a + b) / 2).value({"scale": 2.0})
+    >>> losses.tolist()
+    [4.0]
+    """
+
+    def __add__(self, other: "Sum") -> "Sum":
+        return Sum((*self, *other))
+
+    def __truediv__(self, divisor: float | int) -> "Sum":
+        return Sum(term._replace(weight=term.weight / divisor) for term in self)
+
+    def value(self, params: Params) -> tuple[PerSample, Metrics]:
+        """[b] losses, and the metrics of all terms."""
+        losses, metrics = zip(*(term.loss(params, *term.inputs) for term in self), strict=True)
+        total = sum(term.weight * each for term, each in zip(self, losses, strict=True))
+        return total, {name: value for each in metrics for name, value in each.items()}
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """Draws, then losses. A class that is derived from this needs `draw`, `loss` and `flops`; or
+    `terms` in place of `loss`, where the loss is a sum.
+
+    Attributes:
+      learned_variance: whether the network needs its log-variance head.
+      alignment: whether batches need features to align with.
+      needs_teacher: whether `frozen_params` must hold a teacher, of the network `teacher`.
+    """
+
+    learned_variance: bool = False
+    alignment: bool = False
+    needs_teacher: bool = False
+
+    def draw(
+        self, key: PRNGKey, batch: Batch, step: jax.Array | None = None
+    ) -> Any:
+        """All that is random in a loss, and what depends on the training step.
+
+        Args:
+          key: of this step; it determines all draws.
+          batch: the samples.
+          step: number of the training step; None stands for one after every warm-up.
+
+        Returns:
+          A pytree of arrays [b, ...], such as `Draws`, which `loss` and `terms` are given.
+        """
+        ...
+
+    def loss(
+        self,
+        network: Network,
+        params: Params,
+        batch: Batch,
+        draws: Any,
+        frozen_params: Mapping[str, Params],
+    ) -> tuple[PerSample, Metrics]:
+        """One loss a sample [b], and metrics of each sample."""
+        if type(self).terms is Objective.terms:
+            raise NotImplementedError(f"{type(self).__name__} needs a loss, or its terms")
+        return self.terms(network, params, batch, draws, frozen_params).value(params)
+
+    def terms(
+        self,
+        network: Network,
+        params: Params,
+        batch: Batch,
+        draws: Any,
+        frozen_params: Mapping[str, Params],
+    ) -> Sum:
+        """The terms of the loss; by default the loss is the only one. `params` are here for what
+        carries no gradient, such as the velocities of the guidance."""
+
+        def loss(params: Params, batch: Batch, draws: Any) -> tuple[PerSample, Metrics]:
+            return self.loss(network, params, batch, draws, frozen_params)
+
+        return Sum([Term(loss, (batch, draws))])
+
+    def flops(self, network: Network) -> float:
+        """Operations that the loss and the gradient of a sample take, with nothing computed twice
+        and nothing recomputed."""
+        ...
+
+
+def terms_of(objective: Objective, *inputs: Any) -> Sum:
+    """The terms of an objective's loss, each to be differentiated by itself.
+
+    A class that is derived from a sum of terms and has a `loss` of its own is differentiated whole.
+    """
+    classes = type(objective).__mro__
+    rank = {name: next(i for i, cls in enumerate(classes) if name in vars(cls))
+            for name in ("loss", "terms")}
+    if rank["terms"] <= rank["loss"]:
+        return objective.terms(*inputs)
+    return Objective.terms(objective, *inputs)

@@ -1,0 +1,81 @@
+"""The random times of training: t, or a pair (t, r)."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from dmf.errors import InputError
+from dmf.objectives.interpolants import Interpolant
+from dmf.registry import component_field
+from dmf.types import PRNGKey, Times
+
+# From a key, a number of samples and the path to times [count], or to times (t, r).
+TimeSampler = Callable[[PRNGKey, int, Interpolant], Times]
+TimePair = Callable[[PRNGKey, int, Interpolant], tuple[Times, Times]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogitNormal:
+    """Logit-normal t: log(sigma / alpha) ~ N(mean, std^2), the sigmoid of a normal on the linear
+    path and 2/pi atan(exp z) on the cosine path (arXiv:2403.03206).
+
+    >>> from dmf.objectives import LINEAR
+    >>> LogitNormal(mean=0.4)(jax.random.key(0), 5, LINEAR).shape
+    (5,)
+
+    Attributes:
+      mean: mean of the normal; larger values give noisier samples.
+      std: standard deviation of the normal, positive.
+    """
+
+    mean: float = 0.0
+    std: float = 1.0
+
+    def __post_init__(self):
+        if not self.std > 0:
+            raise InputError("std", self.std, "a logit-normal time sampler needs std > 0")
+
+    def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> Times:
+        return interpolant.time_of(self.mean + self.std * jax.random.normal(key, (count,)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UniformTime:
+    """Uniform t in [0, 1), whatever the path."""
+
+    def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> Times:
+        del interpolant
+        return jax.random.uniform(key, (count,))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrderedPair:
+    """(t, r) = (max, min) of one draw from each of two time samplers; some samples take r = t.
+
+    MeanFlow (arXiv:2505.13447) uses one distribution twice and r = t with probability 0.75;
+    Decoupled MeanFlow (arXiv:2510.24474) uses two distributions and never r = t.
+
+    Attributes:
+      first: one time sampler.
+      second: the other time sampler.
+      equal_probability: probability in [0, 1] that a sample takes r = t.
+    """
+
+    first: TimeSampler = component_field("time_sampler")
+    second: TimeSampler = component_field("time_sampler")
+    equal_probability: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.equal_probability <= 1:
+            raise InputError("equal_probability", self.equal_probability,
+                             "a probability lies in [0, 1]")
+
+    def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> tuple[Times, Times]:
+        first_key, second_key, equal_key = jax.random.split(key, 3)
+        a = self.first(first_key, count, interpolant)
+        b = self.second(second_key, count, interpolant)
+        t, r = jnp.maximum(a, b), jnp.minimum(a, b)
+        equal = jax.random.bernoulli(equal_key, self.equal_probability, (count,))
+        return t, jnp.where(equal, t, r)

@@ -1,0 +1,121 @@
+"""Files that appear under their name only when they are complete."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from etils import epath
+
+from dmf.errors import InputError, RunError
+
+
+def absolute(directory: epath.PathLike) -> epath.Path:
+    """The absolute path of a directory, as Orbax needs it; buckets (gs://...) are absolute."""
+    path = epath.Path(directory)
+    return path if "://" in os.fspath(path) else path.expanduser().resolve()
+
+
+@contextmanager
+def disk_errors(path: epath.Path) -> Iterator[None]:
+    """Turns errors of a full or broken disk, from any library, into one line.
+
+    Args:
+      path: the file or directory that is written.
+
+    Raises:
+      RunError: the disk is full, or a file cannot be written or read.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, (InputError, RunError, jax.errors.JaxRuntimeError)):
+            raise
+        if _is_full(error):
+            raise RunError(f"no space left to write {path}; all files that were finished before "
+                           "are complete; free some space and run the same command again"
+                           ) from error
+        if isinstance(error, OSError):
+            filename = os.fspath(error.filename or path)
+            if filename.startswith(os.fspath(path)):
+                raise RunError(f"cannot write {path}: {error}") from error
+            raise RunError(f"{filename}: {error.strerror}") from error
+        raise
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether an error says that the disk is full, rather than the memory."""
+    text = str(error)
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    words = ("No space left", "RESOURCE_EXHAUSTED", "File too large")
+    return "memory" not in text.lower() and any(word in text for word in words)
+
+
+def write_text(path: epath.Path, text: str) -> None:
+    """Writes a text file; if the process is interrupted, the old file stays complete.
+
+    Args:
+      path: the file; its directory is created.
+      text: the content.
+
+    Raises:
+      RunError: the disk is full or cannot be written.
+    """
+    partial = path.parent / f".{path.name}.partial"
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(path)
+
+
+def write_json(path: epath.Path, value: Any) -> None:
+    """Writes a value as a JSON file, see `write_text`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON file that `write_json` wrote.
+
+    Raises:
+      RunError: the file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path}: it is damaged ({error})") from None
+
+
+@contextmanager
+def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
+    """A context that creates a directory, which appears under its name at the end.
+
+    Args:
+      directory: the directory, which must not exist or be empty.
+
+    Yields:
+      A temporary directory to write into; it is deleted if the context raises.
+
+    Raises:
+      InputError: the directory exists and is not empty.
+      RunError: the disk is full or cannot be written.
+    """
+    directory = absolute(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise InputError("output", directory, "it exists and is not empty; choose another")
+    partial = directory.parent / f".{directory.name}.partial"
+    with disk_errors(directory):
+        if partial.exists():
+            partial.rmtree()
+        partial.mkdir(parents=True)
+        try:
+            yield partial
+            if directory.exists():
+                directory.rmdir()
+            partial.rename(directory)
+        except BaseException:
+            partial.rmtree()
+            raise

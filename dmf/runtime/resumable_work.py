@@ -1,0 +1,40 @@
+"""Work that can be interrupted: it resumes in the folder that it started in."""
+
+import json
+from typing import Any
+
+import jax
+from etils import epath
+
+from dmf.runtime.files import write_json
+from dmf.runtime.processes import barrier, log
+
+IDENTITY_FILE = "work.json"
+
+
+def claim_folder(folder: epath.Path, identity: Any) -> epath.Path:
+    """Claims a folder for some work, so that it resumes there if it is interrupted.
+
+    The same work finds the files that it has written; the files of other work are deleted. All
+    processes must call it.
+
+    Args:
+      folder: the folder, which need not exist.
+      identity: all settings that determine the results of the work, which JSON can represent.
+
+    Returns:
+      The folder.
+    """
+    path, identity = folder / IDENTITY_FILE, json.loads(json.dumps(identity))
+    stored = json.loads(path.read_text()) if path.exists() else None
+    if folder.exists() and stored != identity:
+        # A folder without the file was being deleted when a process was interrupted.
+        log(f"{folder}: it holds work with other settings, which is deleted")
+        barrier(f"{folder} checked")
+        if jax.process_index() == 0:
+            folder.rmtree()
+    barrier(f"{folder} free")
+    if jax.process_index() == 0 and not path.exists():
+        write_json(path, identity)
+    barrier(f"{folder} claimed")
+    return folder

@@ -1,0 +1,72 @@
+"""From `config.sampling` to a sampler and a guided flow map."""
+
+import dataclasses
+from typing import Any
+
+from dmf.errors import InputError
+from dmf.objectives.interpolants import Interpolant
+from dmf.registry import at, build, component_field
+from dmf.sampling.guidance import SamplingGuidance, classifier_free, guidance_as_input
+from dmf.sampling.samplers import Euler, Sampler
+from dmf.types import FlowMap, Network
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How images are sampled, while training and from the result.
+
+    Attributes:
+      sampler: takes the steps.
+      steps: numbers of sampling steps that are shown and measured.
+      shift: time shift s > 0 of the schedule, t <- s t / (1 + (s - 1) t); 1 for none.
+      guidance: guidance at sampling.
+      decode_batch: number of latents that are decoded at once.
+      decode_dtype: dtype of decoding, float32 or bfloat16 (its error: see `LatentSpace`).
+      ema: name of the EMA parameters that are sampled from; empty for the raw parameters.
+    """
+
+    sampler: Sampler = component_field("sampler", Euler())
+    steps: tuple[int, ...] = (1, 2, 4)
+    shift: float = 1.0
+    guidance: SamplingGuidance = SamplingGuidance()
+    decode_batch: int = 8
+    decode_dtype: str = "float32"
+    ema: str = "main"
+
+    def __post_init__(self):
+        if self.decode_batch < 1:
+            raise InputError("decode_batch", self.decode_batch, "give a whole number >= 1")
+        if self.decode_dtype not in ("float32", "bfloat16"):
+            raise InputError("decode_dtype", self.decode_dtype, "choose float32 or bfloat16")
+        if not self.shift > 0:
+            raise InputError("shift", self.shift, "the time shift is positive; 1 leaves the times "
+                             "equal")
+
+
+def sampling(section: Any, path: Interpolant) -> Sampling:
+    """The settings of `config.sampling`.
+
+    Args:
+      section: `config.sampling`.
+      path: that the network was trained on.
+
+    Raises:
+      InputError: a field that cannot be used; the message names it.
+    """
+    with at("sampling"):
+        chosen = build(Sampling, section)
+    sampler = dataclasses.replace(chosen.sampler, interpolant=path)
+    return dataclasses.replace(chosen, sampler=sampler)
+
+
+def guided_flow_map(flow_map: FlowMap, settings: Sampling, network: Network) -> FlowMap:
+    """The flow map of a network under the guidance of `config.sampling.guidance`.
+
+    Raises:
+      InputError: a scale that the network cannot take.
+    """
+    guidance = settings.guidance
+    with at("sampling.guidance"):
+        if getattr(network, "guidance_input", False):
+            return guidance_as_input(flow_map, guidance)
+        return classifier_free(flow_map, guidance)

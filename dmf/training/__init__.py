@@ -1,0 +1,16 @@
+"""Training: the loop, the training step, the optimizer and EMA, metrics, and compiling ahead of
+time.
+
+For those who train. It imports `dmf.evaluation`, `dmf.checkpoints`, `dmf.sampling`, `dmf.data`,
+`dmf.models`, `dmf.objectives` and what lies below them.
+"""
+
+from dmf.registry import define_kind
+from dmf.training.ema import ConstantEma, HalfLifeEma
+from dmf.training.optimizer import AdamW
+
+define_kind("optimizer", "The update of the parameters.", adamw=AdamW)
+define_kind(
+    "ema", "An exponential moving average (EMA) of the parameters.",
+    constant=ConstantEma, half_life=HalfLifeEma,
+)

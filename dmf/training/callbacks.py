@@ -1,0 +1,245 @@
+"""Callbacks of the training loop, for grids of samples and evaluations; and the profiler.
+
+A callback says with `due(step)` after which steps the loop calls it, and is called with the step
+and the train state. All processes call it together.
+"""
+
+import abc
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dmf.checkpoints.load import load_latent_space
+from dmf.data import pixels
+from dmf.errors import InputError
+from dmf.evaluation import flow_map_evaluation
+from dmf.evaluation.build import evaluation
+from dmf.evaluation.evaluator import Evaluator
+from dmf.evaluation.metrics import lookup_metric
+from dmf.runtime import processes
+from dmf.runtime.files import write_json
+from dmf.runtime.sharding import local_mesh, replicate_on_host
+from dmf.sampling.generator import Generator, class_grid
+from dmf.training.build import Training
+from dmf.training.metrics_writer import (
+    EVALUATIONS,
+    SAMPLES,
+    MetricsWriter,
+    NoMetrics,
+    evaluation_file,
+)
+from dmf.training.train_state import TrainState
+from dmf.types import Params
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Whether something is due after a step.
+
+    >>> [step for step in range(1, 8) if is_due(step, every=3, last=7)]
+    [3, 6, 7]
+
+    Args:
+      step: number of the step.
+      every: number of steps between two times; 0 for never.
+      last: number of the last step, after which it is due too.
+    """
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def chosen_params(state: TrainState, ema: str) -> Params:
+    """The EMA parameters of a name, or the raw parameters for the empty name."""
+    return state.ema_params[ema] if ema else state.params
+
+
+class Callback(abc.ABC):
+    """Something that the training loop does after some steps."""
+
+    @abc.abstractmethod
+    def due(self, step: int) -> bool:
+        """Whether the loop calls it after a step."""
+
+    @abc.abstractmethod
+    def __call__(self, step: int, state: TrainState) -> None:
+        """Acts on the train state after a step."""
+
+
+class SampleGridCallback(Callback):
+    """Writes a grid of samples, two rows for each number of sampling steps, to samples/STEP.png."""
+
+    def __init__(self, config: ConfigDict, training: Training, workdir: epath.Path):
+        """Loads the autoencoder. Latents without an autoencoder have no grids.
+
+        Args:
+          config: the config of the run.
+          training: recipe and settings of the run.
+          workdir: the workdir of the run.
+
+        Raises:
+          InputError: a field of `config.sampling` that cannot be used.
+        """
+        self._training, self._folder = training, workdir / SAMPLES
+        network = training.recipe.network
+        shown = network.sample_shape[-1] in pixels.IMAGE_CHANNELS or config.latents.autoencoder
+        self._every = training.run.sample_every if shown else 0
+        self._mesh, self._generator = local_mesh(), None
+        if self._every:
+            self._generator = Generator(
+                network, training.sampling, load_latent_space(config), mesh=self._mesh
+            )
+
+    def due(self, step: int) -> bool:
+        return is_due(step, self._every, self._training.run.steps)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        settings, network = self._training.sampling, self._training.recipe.network
+        params = replicate_on_host(chosen_params(state, settings.ema), self._mesh)
+        if not processes.is_first_process():
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        generates = [self._generator(params, steps=steps) for steps in settings.steps]
+        grid = class_grid(generates, network.num_classes, multiple_of=self._mesh.size)
+        pixels.write_png(self._folder / f"{step:08}.png", grid)
+
+
+class EvaluationCallback(Callback):
+    """Evaluates the train state, writes the results to evaluations/STEP.json, and writes the scores
+    to the metrics as evaluation/METRIC/EMA/STEPS."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        training: Training,
+        workdir: epath.Path,
+        writer: MetricsWriter | NoMetrics | None = None,
+    ):
+        """Opens the reference and loads the networks of evaluation, if the run is evaluated.
+
+        Args:
+          config: the config of the run.
+          training: recipe and settings of the run.
+          workdir: the workdir of the run.
+          writer: the metrics writer, which may also be set later.
+
+        Raises:
+          InputError: a field of `config.evaluation` that cannot be used.
+        """
+        self.writer = writer
+        self._settings, self._training = evaluation(config.evaluation), training
+        self._workdir, self._folder = workdir, workdir / EVALUATIONS
+        if not self._settings.every:
+            return
+        self._check_emas()
+        network = training.recipe.network
+        labelled = bool(network.num_classes)
+        self._evaluator = Evaluator(config, self._folder / ".parts", labelled=labelled)
+        self._generator = Generator(
+            network, training.sampling, load_latent_space(config), mesh=self._evaluator.mesh
+        )
+        self._evaluator.check(
+            self._generator.image_shape, self._settings.count, labelled=labelled
+        )
+
+    def _check_emas(self) -> None:
+        known = self._training.recipe.emas
+        for name in self._settings.emas:
+            if name and name not in known:
+                raise InputError(
+                    "evaluation.emas", name,
+                    f"config.emas has {', '.join(known) or 'none'}; empty takes the raw parameters",
+                )
+
+    def due(self, step: int) -> bool:
+        return is_due(step, self._settings.every, self._training.run.steps)
+
+    def is_done(self, step: int) -> bool:
+        """Whether the state after a step is evaluated already, according to the first process."""
+        return processes.all_gather(evaluation_file(self._workdir, step).exists())[0]
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        settings, evaluator = self._settings, self._evaluator
+        rows = flow_map_evaluation.evaluate(
+            evaluator,
+            self._generator,
+            settings,
+            ((name, chosen_params(state, name)) for name in settings.emas),
+            steps=settings.steps or self._training.sampling.steps,
+        )
+        description = flow_map_evaluation.sample_description(settings, self._generator)
+        result = evaluator.result(rows, step=step, **description)
+        evaluator.finish(write_json, evaluation_file(self._workdir, step), result)
+        if self.writer is not None:
+            self.writer.write(step, {
+                f"evaluation/{metric}/{row['ema'] or 'params'}/{row['steps']}": row[metric]
+                for row in rows for metric in evaluator.protocol.metrics
+            })
+
+    def best_step(self) -> int | None:
+        """The step whose first row has the best score of the first metric; None without scores."""
+        if not self._settings.every or not self._folder.exists():
+            return None
+        metric = self._evaluator.protocol.metrics[0]
+        scores: Mapping[int, Any] = {
+            int(path.stem): json.loads(path.read_text())["results"][0].get(metric)
+            for path in self._folder.glob("*.json")
+        }
+        known = {step: score for step, score in scores.items() if score is not None}
+        choose = max if lookup_metric(metric).higher_is_better else min
+        return choose(sorted(known), key=known.get) if known else None
+
+
+class Profiler:
+    """Traces some training steps, for XProf or Perfetto, into the folder profile/ of the workdir.
+
+    A run that resumes within these steps traces the remaining ones; a run that resumes after them
+    logs that it traces none.
+    """
+
+    def __init__(self, steps: str, workdir: epath.Path):
+        """Parses the steps to trace.
+
+        Args:
+          steps: "FIRST:LAST", both inclusive; "" for none.
+          workdir: the workdir of the run.
+
+        Raises:
+          InputError: the text has another form.
+        """
+        first, _, last = steps.partition(":")
+        self._folder = workdir / "profile"
+        self._tracing = False
+        if not steps:
+            self._first = self._last = 0
+        elif first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+            self._first, self._last = int(first), int(last)
+        else:
+            raise InputError(
+                "profile_steps", steps, "give FIRST:LAST, steps counted from 1, for example 100:105"
+            )
+
+    def before_step(self, step: int) -> None:
+        """Starts the trace before its first step."""
+        if step > self._last > 0:
+            processes.log(f"profile_steps={self._first}:{self._last}: the run is at step {step}, "
+                          "past them; nothing is traced")
+            self._last = 0
+        if self._first <= step <= self._last and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+            self._first, self._tracing = step, True
+
+    def after_step(self, step: int, outputs: Any) -> None:
+        """Ends the trace after its last step, once the outputs of the step are computed."""
+        if self._tracing and step == self._last:
+            jax.block_until_ready(outputs)
+            self.close()
+            processes.log(f"steps {self._first} to {self._last} are traced in {self._folder}")
+            self._last = 0
+
+    def close(self) -> None:
+        """Ends a trace that is under way."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False

@@ -1,0 +1,366 @@
+"""The training loop: repeats the training step, logs, saves, shows, evaluates and resumes.
+
+    built = training(config)                          everything is checked here, before any file
+    state = restored checkpoint, or initial state
+    for step, batch in data loader:
+        state, metrics = train_step(state, batch)
+        log metrics -> save a checkpoint -> stop after SIGTERM -> sample grid -> evaluation
+"""
+
+import dataclasses
+import functools
+import math
+import platform
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from etils import epath
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from dmf.checkpoints import load
+from dmf.checkpoints.manager import CheckpointManager
+from dmf.checkpoints.params import CONFIG_FILE, FORMAT, check_format, latest_step
+from dmf.errors import InputError, Stopped
+from dmf.runtime import processes
+from dmf.runtime.device_specs import GIB, mfu
+from dmf.runtime.files import disk_errors, read_json, write_json
+from dmf.runtime.progress import Clock
+from dmf.runtime.sharding import batch_sharding, with_shardings
+from dmf.training import build
+from dmf.training.abstract_inputs import abstract_inputs
+from dmf.training.callbacks import (
+    Callback,
+    EvaluationCallback,
+    Profiler,
+    SampleGridCallback,
+    is_due,
+)
+from dmf.training.metric_accumulator import MetricAccumulator, Report
+from dmf.training.metrics_writer import MetricsWriter, NoMetrics
+from dmf.training.train_state import (
+    TrainState,
+    create_train_state,
+    train_state_shardings,
+)
+from dmf.training.train_step import compiled_train_step, initial_state
+from dmf.types import Batch, Metrics, Params
+
+# Fields that may change when a run resumes: its length, its outputs, and how it is computed.
+CHANGEABLE = (
+    "run", "mesh", "profile_steps", "sampling", "evaluation", "gradient_accumulation",
+    "objective.compute_sharing", "objective.time_bins", "model.scan", "model.remat",
+    "model.attention",
+)  # fmt: skip
+
+
+def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
+    """Trains the run of a config, from the newest checkpoint in `workdir` if there is one.
+
+    It writes `config.json`, `parameters.txt`, `metrics.jsonl`, `events/`, `samples/`,
+    `evaluations/` and `checkpoints/` there. A resumed run is bit-for-bit identical to an
+    uninterrupted one.
+
+    Args:
+      config: all fields of `dmf.default_config.Config`.
+      workdir: a directory, local or on a file system that epath knows.
+
+    Returns:
+      The train state after the last step.
+
+    Raises:
+      InputError: a field that cannot be used, or a workdir that holds another run; or processes
+        that differ in the config, or do not share the workdir.
+      RunError: the loss is not finite, the disk is full, or another process was lost.
+      Stopped: the run received SIGTERM; everything is saved.
+    """
+    with processes.runtime_errors():
+        return _train(config, epath.Path(workdir))
+
+
+def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
+    processes.check_same({"workdir": str(workdir), "config": load.config_to_json(config)})
+    processes.check_shared(workdir)
+    training = build.training(config)
+    recipe = training.recipe
+    init_key, draw_key = jax.random.split(jax.random.key(config.seed))
+    init = functools.partial(initial_state, recipe, init_key)
+    abstract = jax.eval_shape(init, {})
+    shardings = train_state_shardings(recipe.mesh, abstract)
+    resumed_step = latest_step(workdir)
+    pretrained = _pretrained(config, training, resumed_step)
+    evaluate = EvaluationCallback(config, training, workdir)
+    show = SampleGridCallback(config, training, workdir)
+    profiler = Profiler(config.profile_steps, workdir)
+    step = compiled_train_step(recipe, shardings)
+    # Tracing the step finds what its parts refuse of each other, before anything is written. The
+    # first step uses this trace, because its key is on no mesh either.
+    rows = training.data_loader.abstract_batch(batch_sharding(recipe.mesh))
+    jax.eval_shape(step, *abstract_inputs(recipe, rows), draw_key)
+    claim_workdir(workdir, config)
+    with (
+        disk_errors(workdir),
+        processes.StopSignal() as stop,
+        CheckpointManager(
+            workdir, keep_last=training.run.keep_last, keep_every=training.run.keep_every,
+            best_step=evaluate.best_step,
+        ) as checkpoints,
+        processes.runtime_errors(),  # Inside too: with a process lost, no save is waited for.
+    ):
+        state = None
+        if resumed_step:
+            state = _restore(checkpoints, with_shardings(abstract, shardings))
+        if state is None:
+            state = create_train_state(init, recipe.mesh, pretrained)
+            _describe(workdir, abstract.params, training)
+        else:
+            done = "nothing left to do" if state.step >= training.run.steps else "resuming"
+            processes.log(f"{workdir} is at step {int(state.step)} of {training.run.steps}: {done}")
+        processes.log(_placement(training, state), each=True)
+        return Loop(
+            training=training,
+            workdir=workdir,
+            train_step=lambda state, rows: step(state, rows, training.frozen_params, draw_key),
+            checkpoints=checkpoints,
+            evaluate=evaluate,
+            callbacks=(show, evaluate),
+            profiler=profiler,
+            stop=stop,
+        ).run(state)
+
+
+def _pretrained(
+    config: ConfigDict, training: build.Training, resumed_step: int | None
+) -> Params:
+    """The parameters that a new run starts from; {} for a run that resumes."""
+    if resumed_step:
+        return {}
+    params = build.pretrained(config, training.recipe.network, training.recipe.mesh)
+    training.recipe.freeze_mask.check_pretrained(params)
+    return params
+
+
+def _restore(checkpoints: CheckpointManager, abstract: TrainState) -> TrainState | None:
+    """The newest saved state, sharded like the leaves of `abstract`; None without a checkpoint."""
+    restored = checkpoints.restore(abstract.trees)
+    if restored is None:
+        return None
+    step, trees = restored
+    return abstract.with_trees(jax.device_put(jax.numpy.int32(step), abstract.step.sharding), trees)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loop:
+    """The loop over training steps.
+
+    Attributes:
+      training: recipe, data loader and settings of the run.
+      workdir: the workdir of the run.
+      train_step: (state, rows) -> (state, metrics).
+      checkpoints: saves the train state.
+      evaluate: the evaluation callback; a state that it evaluates is saved first.
+      callbacks: all callbacks, called in this order after a step is logged and saved.
+      profiler: traces some steps.
+      stop: says whether the run has received SIGTERM.
+    """
+
+    training: build.Training
+    workdir: epath.Path
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    checkpoints: CheckpointManager
+    evaluate: EvaluationCallback
+    callbacks: tuple[Callback, ...]
+    profiler: Profiler
+    stop: processes.StopSignal
+
+    def run(self, state: TrainState) -> TrainState:
+        """Trains from the step of a state to the last step.
+
+        Args:
+          state: the initial or the restored train state; it is donated.
+
+        Returns:
+          The train state after the last step.
+
+        Raises:
+          RunError: the loss is not finite.
+          Stopped: the run received SIGTERM; the state is saved.
+        """
+        start, total = int(state.step), self.training.run.steps
+        writer = MetricsWriter(self.workdir, start) if processes.is_first_process() else NoMetrics()
+        self.evaluate.writer = writer
+        log = StepLog(self.training, self.checkpoints, writer, start)
+        loader, sharding = self.training.data_loader, batch_sharding(self.training.recipe.mesh)
+        batches = loader.batches(start, sharding)
+        try:
+            if start and self.evaluate.due(start) and not self.evaluate.is_done(start):
+                self.evaluate(start, state)
+            for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
+                self.profiler.before_step(step)
+                state, metrics = self.train_step(state, batch)
+                self.profiler.after_step(step, metrics)
+                stopping = self.stop.after(step) and step < total
+                saving = stopping or self._saves_after(step)
+                log.add(step, metrics, up_to_date=saving or step == total)
+                if saving:
+                    writer.flush()
+                    self.checkpoints.save(step, state.trees, loader.position(step))
+                if stopping:
+                    self.checkpoints.finish()
+                    raise Stopped(f"told to stop at step {step} of {total}: saved; the same "
+                                  "command resumes the run")
+                for callback in self.callbacks:
+                    if callback.due(step):
+                        callback(step, state)
+        finally:
+            batches.close()
+            writer.close()
+            self.profiler.close()
+        return state
+
+    def _saves_after(self, step: int) -> bool:
+        """Whether a checkpoint is due; what is evaluated is saved too."""
+        run = self.training.run
+        return self.evaluate.due(step) or is_due(step, run.checkpoint_every, run.steps)
+
+
+class StepLog:
+    """Logs the metrics of training steps, averaged, with the speed of training."""
+
+    def __init__(
+        self,
+        training: build.Training,
+        checkpoints: CheckpointManager,
+        writer: MetricsWriter | NoMetrics,
+        start: int,
+    ):
+        """Starts at a step.
+
+        Args:
+          training: recipe, data loader and settings of the run.
+          checkpoints: the checkpoint manager, whose newest step error messages name.
+          writer: the metrics writer.
+          start: the step that the run starts or resumes at.
+        """
+        self._training, self._writer = training, writer
+        self._total = training.run.steps
+        self._clock = Clock(start, self._total)
+        self._accumulator = MetricAccumulator(
+            self._due, lambda: checkpoints.latest_step, training.recipe.optimizer.skip_nonfinite
+        )
+
+    def _due(self, step: int) -> bool:
+        return is_due(step, self._training.run.log_every, self._total)
+
+    def add(self, step: int, metrics: Metrics, *, up_to_date: bool) -> None:
+        """Adds the metrics of a step, and logs what is due.
+
+        A step is logged after the next one was dispatched, so that the device never waits. With
+        `up_to_date`, before a save, it is logged now, so that no state is saved whose loss is not
+        finite.
+
+        Raises:
+          RunError: the loss of a step is not finite.
+        """
+        self._accumulator.add(step, metrics)
+        ready = step if up_to_date else step - 1
+        if up_to_date or self._due(ready):
+            for report in self._accumulator.read(ready):
+                self._log(report)
+
+    def _log(self, report: Report) -> None:
+        """Writes and prints the mean metrics since the last report, and the speed.
+
+        The MFU counts the operations of `Objective.flops`, without recomputation.
+        """
+        step, means, skipped = report
+        recipe, loader = self._training.recipe, self._training.data_loader
+        means["epoch"] = step * loader.batch_size / len(loader.dataset)
+        steps_per_second = self._clock.rate(step)
+        images_per_second = steps_per_second * recipe.batch_size
+        speed = {"steps_per_second": steps_per_second, "images_per_second": images_per_second}
+        flops, devices = recipe.objective.flops(recipe.network), recipe.mesh.devices
+        utilisation = mfu(images_per_second * flops, devices.flat[0].device_kind, devices.size)
+        if utilisation is not None:
+            speed["mfu"] = utilisation
+        self._writer.write(step, means | speed)
+        parts = [
+            f"step {step}/{self._total}",
+            f"loss {means.get('loss', math.nan):.4f}",
+            f"gradient norm {means.get('gradient_norm', math.nan):.3g}",
+            *([f"skipped {len(skipped)} (last: step {skipped[-1]})"] if skipped else []),
+            f"{steps_per_second:.2f} steps/s",
+            f"{images_per_second:.0f} images/s",
+            *([] if utilisation is None else [f"MFU {utilisation:.1%}"]),
+            f"time left {self._clock.time_left(step)}",
+        ]
+        processes.log("  ".join(parts))
+
+
+def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:
+    """Checks that a workdir is new, or holds the run of this config.
+
+    Raises:
+      InputError: another run is there, or one of another format.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return
+    check_format(workdir, field="workdir")
+    stored, given = (flatten_dict(c, sep=".") for c in (read_json(path), _stored(config)))
+    for field in sorted(stored.keys() | given.keys()):
+        a, b = (c.get(field, "unset") for c in (stored, given))
+        if a != b and not f"{field}.".startswith(tuple(f"{name}." for name in CHANGEABLE)):
+            raise InputError("workdir", workdir, f"it holds another run, whose {field} is {a} and "
+                             f"not {b}; choose another workdir, or the same config")
+
+
+def _stored(config: ConfigDict) -> dict[str, Any]:
+    """The config as `config.json` holds it."""
+    return {"format": FORMAT, **load.config_to_json(config)}
+
+
+def claim_workdir(workdir: epath.Path, config: ConfigDict) -> None:
+    """Writes the config into a new workdir, or checks that the run there is this one.
+
+    All processes check; the first writes.
+
+    Raises:
+      InputError: another run is there, or the directory cannot be made; nothing is changed.
+    """
+    check_workdir(workdir, config)
+    processes.barrier("workdir checked")
+    if processes.is_first_process():
+        write_json(workdir / CONFIG_FILE, _stored(config))
+
+
+def _describe(workdir: epath.Path, params: Params, training: build.Training) -> None:
+    """Logs the sizes of network, mesh, batch and dataset; writes all parameter shapes to a file."""
+    overview = parameter_overview.get_parameter_overview(params, include_stats=False)
+    if processes.is_first_process():
+        (workdir / "parameters.txt").write_text(overview + "\n")
+    recipe, loader = training.recipe, training.data_loader
+    mesh = " x ".join(f"{name} {size}" for name, size in recipe.mesh.shape.items())
+    count = parameter_overview.count_parameters(params)
+    trained = recipe.freeze_mask.count_trained(params)
+    trained_count = f" ({trained:,} trained)" if trained < count else ""
+    processes.log(
+        f"{count:,} parameters{trained_count}; mesh {mesh} ({jax.devices()[0].device_kind}); "
+        f"global batch {loader.batch_size}; dataset {len(loader.dataset):,} samples"
+    )
+
+
+def _placement(training: build.Training, state: TrainState) -> str:
+    """The devices of this process, their train state in GiB, and the local batch."""
+    devices = jax.local_devices()
+    size = sum(
+        shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards
+    )
+    spans = training.data_loader.spans(batch_sharding(training.recipe.mesh))
+    rows = sum(stop - start for start, stop in spans)
+    numbers = ", ".join(str(device.id) for device in devices)
+    return (f"host {platform.node()}: device{'s' * (len(devices) > 1)} {numbers} of "
+            f"{jax.device_count()}, {size / GIB / len(devices):.2f} GiB train state per device, "
+            f"local batch {rows}")

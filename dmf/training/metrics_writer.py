@@ -1,0 +1,154 @@
+"""The metrics of a run, as JSON lines and TensorBoard events, and where a run keeps its results."""
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from dmf.runtime.progress import log
+
+METRICS_FILE = "metrics.jsonl"
+# Folders of a run: evaluations as STEP.json, and grids of samples as STEP.png.
+EVALUATIONS = "evaluations"
+SAMPLES = "samples"
+
+
+def evaluation_file(workdir: epath.Path, step: int) -> epath.Path:
+    """The file of the evaluation after a training step."""
+    return workdir / EVALUATIONS / f"{step:08}.json"
+
+
+class MetricsWriter:
+    """Writes scalars by step to `metrics.jsonl` and to TensorBoard event files.
+
+    A run that resumes at a step drops the rows of later steps that an earlier process wrote, so
+    that every step has one row. In a bucket, whose files cannot be appended to, rows are buffered
+    for at most a minute.
+    """
+
+    def __init__(self, workdir: epath.Path, start_step: int):
+        """Opens both files.
+
+        Args:
+          workdir: the workdir of the run.
+          start_step: the step that the run starts or resumes at; later rows are dropped.
+        """
+        from tensorboardX import SummaryWriter
+
+        path = workdir / METRICS_FILE
+        rows, invalid_lines = parse_metrics(workdir)
+        for number in invalid_lines:
+            log(f"{path}, line {number}: it cannot be read, and is left out")
+        text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step)
+        _replace(path, text)
+        self._file = _BufferedFile(path, text) if _is_remote(path) else path.open("a")
+        self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Writes the scalars of a step, rounded to 7 digits, as one row."""
+        row = {"step": step} | {name: float(f"{value:.7g}") for name, value in scalars.items()}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        """Writes buffered rows, so that a checkpoint is saved after its metrics."""
+        if isinstance(self._file, _BufferedFile):
+            self._file.close()
+
+    def close(self) -> None:
+        """Writes buffered rows and closes both files."""
+        self._file.close()
+        self._events.close()
+
+
+class NoMetrics:
+    """The metrics writer of all processes but the first: it writes nothing."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Does nothing."""
+
+    def flush(self) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+def _is_remote(path: epath.Path) -> bool:
+    """Whether a path is in a bucket, for example gs://..."""
+    return "://" in os.fspath(path)
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file to a temporary name and then renames it, so that a process that is killed
+    leaves either the old file or the new one."""
+    partial = path.parent / f".{path.name}.partial"
+    partial.write_text(text)
+    partial.replace(path)
+
+
+class _BufferedFile:
+    """A text file in a bucket: lines are buffered; the whole file is rewritten once a minute."""
+
+    INTERVAL_SECONDS = 60.0
+
+    def __init__(self, path: epath.Path, text: str):
+        """Starts with the current text of the file."""
+        self._path, self._parts, self._written_at = path, [text], time.monotonic()
+
+    def write(self, text: str) -> None:
+        """Appends text to the buffer."""
+        self._parts.append(text)
+
+    def flush(self) -> None:
+        """Rewrites the file if the last time was at least a minute ago."""
+        if time.monotonic() - self._written_at >= self.INTERVAL_SECONDS:
+            self.close()
+
+    def close(self) -> None:
+        """Rewrites the file; more text may follow."""
+        _replace(self._path, "".join(self._parts))
+        self._written_at = time.monotonic()
+
+
+def read_metrics(workdir: epath.PathLike) -> list[dict[str, Any]]:
+    """The rows of the metrics file of a run, without lines that cannot be read.
+
+    Args:
+      workdir: the workdir of the run.
+
+    Returns:
+      For each row a dictionary of `step` and scalars by name; [] without a file.
+    """
+    return parse_metrics(workdir)[0]
+
+
+def parse_metrics(workdir: epath.PathLike) -> tuple[list[dict[str, Any]], list[int]]:
+    """Parses the metrics file of a run.
+
+    Returns:
+      The rows, and the numbers (from 1) of the lines that cannot be read. A last line that is
+      incomplete, because the run was killed, is neither.
+    """
+    path = epath.Path(workdir) / METRICS_FILE
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = [_parse_row(line) for line in lines]
+    invalid = [number for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1)
+               if row is None and line.strip() and number < len(lines)]
+    return [row for row in rows if row is not None], invalid
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """A row, a dictionary of an integer `step` and numbers by name; None if the line is no row."""
+    try:
+        row = json.loads(line.decode())
+    except ValueError:
+        return None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if all(isinstance(value, int | float) for value in row.values()) else None

@@ -1,0 +1,99 @@
+"""The optimizer and its learning-rate schedule."""
+
+import dataclasses
+
+import jax
+import optax
+
+from dmf.errors import InputError
+from dmf.training.apply_if_finite import apply_if_finite
+
+SCHEDULES = ("constant", "cosine", "linear")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """AdamW (arXiv:1711.05101) after clipping of the global gradient norm.
+
+    Attributes:
+      learning_rate: peak learning rate, which the warm-up ends at; positive.
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: term added to the root of the second moment for numerical stability; positive.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; 0 for none.
+      clip_norm: maximum global norm of the gradient; 0 for no clipping.
+      warmup_steps: number of steps over which the learning rate rises linearly from 0; 0 for no
+        warm-up.
+      schedule: learning rate after the warm-up: "constant", or "cosine" or "linear" decay to 0.
+      decay_steps: step at which a cosine or linear decay reaches 0, counted from the first step;
+        greater than warmup_steps.
+      skip_nonfinite: maximum number of consecutive steps that are skipped because their loss or
+        gradient norm is not finite; one more ends the run; 0 skips none.
+    """
+
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    decay_steps: int = 0
+    skip_nonfinite: int = 0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise InputError("schedule", self.schedule, f"choose one of {', '.join(SCHEDULES)}")
+        if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
+            raise InputError("decay_steps", self.decay_steps, f"a {self.schedule} decay ends after "
+                             f"warmup_steps={self.warmup_steps}")
+        decay, none = "a decay rate lies in [0, 1)", "give 0, for none, or more"
+        for name, valid, remedy in (
+            ("learning_rate", self.learning_rate > 0, "it must be positive"),
+            ("b1", 0 <= self.b1 < 1, decay),
+            ("b2", 0 <= self.b2 < 1, decay),
+            ("eps", self.eps > 0, "it must be positive"),
+            ("weight_decay", self.weight_decay >= 0, none),
+            ("clip_norm", self.clip_norm >= 0, none),
+            ("warmup_steps", self.warmup_steps >= 0, none),
+            ("skip_nonfinite", self.skip_nonfinite >= 0,
+             "give 0, for none, or the maximum number of consecutive skipped steps"),
+        ):  # fmt: skip
+            if not valid:
+                raise InputError(name, getattr(self, name), remedy)
+
+    def rate(self, step: jax.Array) -> jax.Array:
+        """The learning rate of a training step.
+
+        >>> optimizer = AdamW(learning_rate=0.1, warmup_steps=2, schedule="linear", decay_steps=6)
+        >>> [round(float(optimizer.rate(jnp.int32(step))), 3) for step in (0, 1, 2, 4, 6)]
+        [0.0, 0.05, 0.1, 0.05, 0.0]
+
+        Args:
+          step: int scalar, number of steps taken before this one.
+
+        Returns:
+          Float scalar in [0, learning_rate].
+        """
+        length = max(self.decay_steps - self.warmup_steps, 1)
+        after_warmup = {
+            "constant": optax.constant_schedule(self.learning_rate),
+            "cosine": optax.cosine_decay_schedule(self.learning_rate, length),
+            "linear": optax.linear_schedule(self.learning_rate, 0.0, length),
+        }[self.schedule]
+        warmup = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))
+        return optax.join_schedules([warmup, after_warmup], [self.warmup_steps])(step)
+
+    def transform(self) -> optax.GradientTransformation:
+        """The gradient transformation of Optax.
+
+        With `skip_nonfinite`, its `update` takes the keyword argument `finite` too, see
+        `dmf.training.apply_if_finite`.
+        """
+        adamw = optax.adamw(
+            self.rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
+        )
+        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        optimizer = optax.chain(clip, adamw)
+        return apply_if_finite(optimizer) if self.skip_nonfinite else optimizer

@@ -1,0 +1,95 @@
+"""The sections of a config that belong to training: checkpoints, alignment, mesh and run."""
+
+import dataclasses
+
+from dmf.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitialCheckpoint:
+    """The checkpoint that training starts from.
+
+    Attributes:
+      checkpoint: directory of a run or an export; empty to start from random parameters.
+      ema: name of the EMA parameters of a run; empty for the raw parameters.
+    """
+
+    checkpoint: str = ""
+    ema: str = "main"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherCheckpoint:
+    """The checkpoint of the frozen teacher, where the guidance is a teacher's.
+
+    Attributes:
+      checkpoint: directory of a run or an export; empty for no teacher.
+      ema: name of the EMA parameters of a run; empty for the raw parameters.
+    """
+
+    checkpoint: str = ""
+    ema: str = "main"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Alignment:
+    """The patch features of representation alignment, for an objective with an alignment
+    coefficient: a DINOv2 computes them from the images of a batch, or the dataset stores them
+    (docs/data.md).
+
+    Attributes:
+      encoder: directory of a DINOv2, an export of `dmf convert`; empty for stored features.
+      dtype: dtype that the DINOv2 computes in, float32 or bfloat16.
+    """
+
+    encoder: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError("dtype", self.dtype, "choose float32 or bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshShape:
+    """Devices along each axis of the mesh. It may change on resume.
+
+    Attributes:
+      slices: number of groups of devices that a slower network joins (TPU slices, GPU nodes); 0 for
+        as many as the devices report.
+      data: number of devices along the data axis, 1 or more; -1 for all remaining devices.
+      fsdp: number of devices that parameters are sharded over, 1 or more.
+      tensor: number of devices that attention heads and MLP features are sharded over, 1 or more.
+    """
+
+    slices: int = 0
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Length and cadence of a run, in training steps. It may change on resume.
+
+    Attributes:
+      steps: number of training steps, 1 or more; raise it to extend a finished run.
+      log_every: steps between two log lines, 1 or more.
+      sample_every: steps between two grids of samples; 0 for none.
+      checkpoint_every: steps between two checkpoints; 0 for the last step only.
+      keep_last: number of newest checkpoints that are kept, 1 or more.
+      keep_every: checkpoints at multiples of this number of steps are kept too; 0 for none.
+    """
+
+    steps: int = 1000
+    log_every: int = 100
+    sample_every: int = 500
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self):
+        for field, least in (("steps", 1), ("log_every", 1), ("keep_last", 1), ("sample_every", 0),
+                             ("checkpoint_every", 0), ("keep_every", 0)):
+            if getattr(self, field) < least:
+                raise InputError(field, getattr(self, field), f"give {least} or more")

@@ -1,0 +1,319 @@
+"""`dmf prepare`: the contents of a dataset of latents, and resuming an interrupted preparation."""
+
+import functools
+import io
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import image_set
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+import tensorflow_datasets as tfds
+import tiny
+from safetensors.numpy import save_file
+
+from dmf.checkpoints import load
+from dmf.checkpoints.convert import namings
+from dmf.data import prepare
+from dmf.data.datasets import open_dataset
+from dmf.data.image_files import UnreadableImage, open_images
+from dmf.data.image_transforms import center_crop
+from dmf.data.pixels import png
+from dmf.data.shard_writer import PrepareSettings
+from dmf.errors import InputError, RunError
+from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+from dmf.training.loop import train
+
+COUNT, SIDE = 300, 32
+AUTOENCODER = AutoencoderKL(widths=(8, 8, 8), layers_per_block=1, groups=4)
+SHARDS = ("--resolution=32", "--shard-size=64", "--batch-size=32")
+
+
+@functools.cache
+def images() -> pathlib.Path:
+    """Class folders of every kind of image, one of them truncated."""
+    folder = tiny.SCRATCH / "images"
+    image_set.make(folder, count=COUNT)
+    return folder
+
+
+@functools.cache
+def autoencoder() -> pathlib.Path:
+    """A small autoencoder with random weights, as `dmf convert` writes it."""
+    folder = tiny.SCRATCH / "autoencoder"
+    shapes = jax.eval_shape(AUTOENCODER.init, jax.random.key(0))
+    draw = np.random.default_rng(3)
+    params = jax.tree.map(lambda w: draw.normal(0, 0.2, w.shape).astype("f"), shapes)
+    tensors = namings.to_named_tensors(AUTOENCODER, params, namings.naming_of(AUTOENCODER))
+    save_file(tensors, tiny.SCRATCH / "autoencoder.safetensors")
+    assert tiny.dmf(
+        "convert", tiny.SCRATCH / "autoencoder.safetensors", f"--output={folder}", "--groups=4"
+    ) == 0
+    return folder
+
+
+def run_prepare(output, *flags: str, source=None) -> int:
+    return tiny.dmf(
+        "prepare", f"--source={source or images()}", f"--output={output}",
+        f"--autoencoder={autoencoder()}", *SHARDS, *flags,
+    )
+
+
+@functools.cache
+def prepared() -> pathlib.Path:
+    """The whole dataset, prepared without an interruption."""
+    folder = tiny.SCRATCH / "latents"
+    assert run_prepare(folder) == 0
+    return folder
+
+
+def records(folder: pathlib.Path) -> dict[str, bytes]:
+    """The bytes of every shard, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*array_record*"))}
+
+
+def test_tfds_reads_it_alone():
+    """In a process where dmf cannot be imported."""
+    code = (
+        "import sys; sys.modules['dmf'] = None\n"
+        "import tensorflow_datasets as tfds, numpy as np\n"
+        f"rows = tfds.builder_from_directory({str(prepared())!r}).as_data_source('train')\n"
+        "row = rows[3]\n"
+        "print(len(rows), row['moments'].shape, row['moments'].dtype, row['label'], row['name'])\n"
+    )
+    done = tiny.process(code=code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{COUNT - 1} (2, 8, 8, 8) float16 ")
+
+
+def test_every_readable_image_is_there_with_its_label():
+    files = open_images(str(images()))
+    builder = tfds.builder_from_directory(prepared())
+    rows = builder.as_data_source("train")
+    names = {files.names[i]: int(files.labels[i]) for i in range(len(files))}
+    stored = {row["name"].decode(): int(row["label"]) for row in rows}
+    assert stored.items() <= names.items()
+    assert len(stored) == len(rows) == COUNT - 1
+    assert builder.info.features["label"].names == list(files.class_names)
+    report = json.loads((prepared() / "preparation.json").read_text())
+    (skipped,) = report["skipped"]
+    assert names.keys() - stored.keys() == {skipped["image"]}
+    assert report["written"] == COUNT - 1
+
+
+def test_moments_are_those_of_encoding_one_by_one():
+    """And those of the mirror image are not the mirrored moments."""
+    files = open_images(str(images()))
+    places = {name: i for i, name in enumerate(files.names)}
+    rows = tfds.builder_from_directory(prepared()).as_data_source("train")
+    network, params = load.load_autoencoder(autoencoder())
+    encode = jax.jit(network.encode)
+    for row in list(rows)[::29]:
+        pixels = center_crop(files.image(places[row["name"].decode()]), SIDE)
+        x = pixels.astype(np.float32)[None] / 127.5 - 1
+        for view, stored in ((x, row["moments"][0]), (x[:, :, ::-1], row["moments"][1])):
+            expected = np.concatenate(encode(params, view), axis=-1)[0]
+            np.testing.assert_allclose(stored, expected, rtol=2e-3, atol=1e-4)
+        mirrored = row["moments"][0][:, ::-1].astype(np.float32)
+        assert np.abs(row["moments"][1] - mirrored).max() > 0.01
+
+
+def test_it_trains(tmp_path):
+    config = tiny.config({
+        "data.directory": str(prepared()), "data.name": "latents", "data.mirror": True,
+        "model.channels": 4, "model.num_classes": len(open_images(str(images())).class_names),
+        "latents.scale": 0.5, "latents.autoencoder": str(autoencoder()),
+        "run.steps": 3, "run.sample_every": 3, "sampling.steps": (1,),
+    })
+    assert int(train(config, tmp_path / "run").step) == 3
+    assert (tmp_path / "run/samples/00000003.png").exists()
+
+
+def test_two_processes_make_what_one_makes(tmp_path):
+    for process in (1, 0):
+        assert run_prepare(tmp_path / "out", f"--process={process}", "--processes=2") == 0
+        assert (tmp_path / "out/dataset_info.json").exists() == (process == 0)
+    assert records(tmp_path / "out") == records(prepared())
+    for name in ("dataset_info.json", "features.json", "labels.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (prepared() / name).read_bytes()
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_killed_and_started_again(tmp_path, shards):
+    """Finished shards are not redone; the bytes are those of an undisturbed run."""
+    prepared()
+    command = tiny.command(
+        "prepare", f"--source={images()}", f"--output={tmp_path}/out",
+        f"--autoencoder={autoencoder()}", *SHARDS,
+    )
+    process = subprocess.Popen(
+        command, env=tiny.environment(), cwd=tiny.ROOT, stderr=subprocess.DEVNULL
+    )
+    reports = tmp_path / "out/shards"
+    deadline = time.monotonic() + 240
+    while len(list(reports.glob("[0-9]*.json"))) < shards and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in reports.glob("[0-9]*.json")}
+    assert shards <= len(done)
+    assert run_prepare(tmp_path / "out") == 0
+    assert all(path.stat().st_mtime_ns == when for path, when in done.items())
+    assert records(tmp_path / "out") == records(prepared())
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_an_unfinished_dataset_is_none(tmp_path):
+    assert run_prepare(tmp_path / "out", "--process=0", "--processes=2") == 0
+    with pytest.raises(InputError, match="no such dataset"):
+        open_dataset("latents", directory=str(tmp_path / "out"))
+
+
+def test_other_settings_are_other_work(tmp_path, capsys):
+    folder = shutil.copytree(prepared(), tmp_path / "out")
+    assert run_prepare(folder, "--shard-size=20") == 2
+    assert "it holds other work, whose shard_size is 64 and not 20" in capsys.readouterr().err
+    assert records(folder) == records(prepared())
+    assert run_prepare(folder) == 0
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/note").write_text("mine")
+    assert run_prepare(tmp_path / "full") == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_an_unreadable_image_may_end_the_work(tmp_path, capsys):
+    assert run_prepare(tmp_path / "out", "--unreadable=fail") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--unreadable=skip leaves such images out" in error
+    assert not (tmp_path / "out/dataset_info.json").exists()
+    assert run_prepare(tmp_path / "out", "--unreadable=skip") == 0
+    assert records(tmp_path / "out") == records(prepared())
+
+
+def test_crops_without_an_autoencoder(tmp_path):
+    """Pixel space: rows are the crops to the bit, read like any dataset."""
+    assert tiny.dmf("prepare", f"--source={images()}", f"--output={tmp_path}/out", *SHARDS) == 0
+    dataset = open_dataset("crops", directory=str(tmp_path / "out"))
+    files = open_images(str(images()))
+    rows = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    places = {name: i for i, name in enumerate(files.names)}
+    read = dataset.read([5, 17])
+    for row, stored, label in zip((rows[5], rows[17]), read["x"], read["y"], strict=True):
+        index = places[row["name"].decode()]
+        np.testing.assert_array_equal(stored, center_crop(files.image(index), SIDE))
+        assert label == files.labels[index]
+
+
+def test_images_are_stored_along_with_the_moments(tmp_path):
+    flags = ("--keep-images", "--nomirror")
+    assert run_prepare(tmp_path / "out", *flags) == 0
+    row = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")[0]
+    files = open_images(str(images()))
+    crop = center_crop(files.image(files.names.index(row["name"].decode())), SIDE)
+    np.testing.assert_array_equal(row["image"], crop)
+    assert row["moments"].shape == (1, 8, 8, 8)
+    with pytest.raises(InputError, match="data.mirror=True: the dataset has no moments of mirror"):
+        train(tiny.config({
+            "data.directory": str(tmp_path / "out"), "data.mirror": True, "model.channels": 4,
+            "model.num_classes": len(files.class_names),
+        }), tmp_path / "run")
+
+
+def test_another_resolution_than_the_model(tmp_path):
+    with pytest.raises(InputError) as error:
+        train(tiny.config({"data.directory": str(prepared()), "model.channels": 4,
+                           "model.input_size": 16}), tmp_path / "run")
+    assert "shape (8, 8, 4), but config.model takes (16, 16, 4)" in str(error.value)
+
+
+class Pictures(tfds.core.GeneratorBasedBuilder):
+    """Files in a TFDS dataset, of two classes; one is damaged."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(names=["left", "right"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"test": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(9):
+            data = png(picture(i))
+            yield i, {"image": io.BytesIO(data[:60] if i == 4 else data), "label": i % 2}
+
+
+def picture(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (33 + i, 40, 3)).astype(np.uint8)
+
+
+def test_a_tfds_dataset_as_a_source(tmp_path):
+    """Its files are decoded here: one that is damaged is left out and named."""
+    Pictures(data_dir=tmp_path / "tfds", file_format="array_record").download_and_prepare()
+    assert tiny.dmf(
+        "prepare", "--source=pictures", "--split=test", f"--data-directory={tmp_path}/tfds",
+        f"--output={tmp_path}/out", "--resolution=32",
+    ) == 0
+    rows = list(tfds.builder_from_directory(tmp_path / "out").as_data_source("train"))
+    crops = {center_crop(PIL.Image.fromarray(picture(i)), SIDE).tobytes(): i for i in range(9)}
+    assert sorted(crops[row["image"].tobytes()] for row in rows) == [0, 1, 2, 3, 5, 6, 7, 8]
+    assert all(crops[row["image"].tobytes()] % 2 == row["label"] for row in rows)
+    (skipped,) = json.loads((tmp_path / "out/preparation.json").read_text())["skipped"]
+    assert skipped["image"].startswith("pictures/test/")
+
+
+class Lost:
+    """Images whose disk went away."""
+
+    names, labels, class_names = ("a", "b"), None, ()
+
+    def __len__(self) -> int:
+        return 2
+
+    def image(self, index: int):
+        raise FileNotFoundError("no such file")
+
+
+def test_a_lost_disk_is_no_unreadable_image(tmp_path):
+    with pytest.raises(RunError, match="a is not there any more"):
+        prepare.prepare(Lost(), tmp_path / "out", PrepareSettings(resolution=8))
+    assert not list((tmp_path / "out").glob("latents-*"))
+
+
+class Broken:
+    """Images of which none can be read."""
+
+    names, labels, class_names = ("a", "b"), None, ()
+
+    def __len__(self) -> int:
+        return 2
+
+    def image(self, index: int):
+        raise UnreadableImage(self.names[index], "it is broken")
+
+
+def test_nothing_but_unreadable_images(tmp_path):
+    with pytest.raises(RunError, match="none of the 2 images could be read"):
+        prepare.prepare(Broken(), tmp_path / "out", PrepareSettings(resolution=8))
+    assert not (tmp_path / "out/dataset_info.json").exists()
+
+
+def test_a_full_disk_says_so(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare, "write_json", full)
+    with pytest.raises(RunError, match="no space left to write"):
+        prepare.prepare(
+            open_images(str(images())), tmp_path / "out", PrepareSettings(resolution=8)
+        )

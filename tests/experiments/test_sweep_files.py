@@ -1,0 +1,35 @@
+"""Every sweep file says how to use it, and its runs can be built with the configs it names."""
+
+import ast
+import re
+import shlex
+
+import pytest
+import tiny
+
+FILES = sorted((tiny.ROOT / "configs/sweeps").glob("*.py"))
+ALSO = {
+    "guidance": ("digits_meanflow.py", "dmf_xl2_256.py", "meanflow.py:b4"),
+    "weighting": ("dmf_distilled.py:b2",),
+    "seeds": ("sit_xl2.py",),
+    "meanflow_ablations": ("meanflow.py:b4",),
+    "split_depth": (),
+    "split_depth_l2": ("dmf_l2.py:guided",),
+}
+COUNTS = {"guidance": 12, "weighting": 4, "seeds": 5, "meanflow_ablations": 11, "split_depth": 5,
+          "split_depth_l2": 5}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_sweep_builds_with_the_configs_it_is_for(path, capsys, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    command = re.search(r"dmf sweep (.*?)(\n\n|$)", said, re.DOTALL)[1].replace("\\\n", " ")
+    arguments = [a for a in shlex.split(command) if a != "--launcher=print"]
+    assert f"--sweep=configs/sweeps/{path.name}" in arguments
+    for name in ("", *ALSO[path.stem]):
+        given = [f"--config=configs/{name}" if name and a.startswith("--config=") else a
+                 for a in arguments]  # fmt: skip
+        assert tiny.dmf("sweep", *given, "--launcher=print") == 0, capsys.readouterr().err
+        lines = capsys.readouterr().out.splitlines()
+        assert len(set(lines)) == COUNTS[path.stem]

@@ -1,0 +1,76 @@
+"""Operations as counted by `DiT.flops`, by XLA and in the papers."""
+
+import golden_values as gv
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dmf.models.dit import SIZES, DiT
+from dmf.objectives import (
+    DecoupledMeanFlow,
+    FlowMatching,
+    MeanFlow,
+    NoGuidance,
+    SelfGuidance,
+    TeacherGuidance,
+)
+from dmf.runtime import device_specs
+
+SPLIT = {"split_depth": 3}
+
+
+def small(conditioning: str) -> DiT:
+    split = SPLIT if conditioning == "decoupled" else {}
+    return DiT(input_size=16, channels=4, num_classes=10, depth=4, width=128, heads=4, scan=False,
+               conditioning=conditioning, **split)  # fmt: skip
+
+
+@pytest.mark.parametrize("conditioning", ["flow", "meanflow", "decoupled"])
+def test_forward_flops_equal_those_of_xla(conditioning):
+    model, b = small(conditioning), 4
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    x_t = jax.ShapeDtypeStruct((b, *model.sample_shape), jnp.float32)
+    t, y = jax.ShapeDtypeStruct((b,), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32)
+    hidden = jax.eval_shape(model.encode, params, x_t, t, y)
+
+    def counted(function, *inputs) -> float:
+        return gv.jit(function).lower(*inputs).compile().cost_analysis()["flops"] / b
+
+    # XLA also counts elementwise operations and norms, a large part of a lone final layer.
+    assert 1 < counted(model.apply, params, x_t, t, t, y) / model.flops.forward < 1.06
+    limit = 1.2 if conditioning == "flow" else 1.06
+    assert 1 < counted(model.decode, params, hidden, t, y) / model.flops.decode < limit
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "multiply_adds"),
+    [("S", 32, 6.1e9), ("B", 32, 23.0e9), ("L", 32, 80.7e9), ("XL", 32, 118.6e9),
+     ("XL", 64, 524.5e9)],
+)  # fmt: skip
+def test_published_sizes(size, side, multiply_adds):
+    model = DiT(input_size=side, channels=4, num_classes=1000, **SIZES[size])
+    assert model.flops.forward / 2 == pytest.approx(multiply_adds, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("objective", "conditioning", "encodes", "decodes"),
+    [
+        (FlowMatching(), "flow", 3, 3),
+        (MeanFlow(), "meanflow", 4, 4),
+        (MeanFlow(guidance=SelfGuidance(omega=2.0)), "meanflow", 5, 5),
+        (MeanFlow(guidance=SelfGuidance(kappa=0.5)), "meanflow", 5, 6),
+        (DecoupledMeanFlow(guidance=NoGuidance()), "decoupled", 7, 7),
+        (DecoupledMeanFlow(guidance=SelfGuidance(kappa=0.5)), "decoupled", 9, 10),
+        (DecoupledMeanFlow(guidance=TeacherGuidance(scale=2.0), teacher=small("flow")),
+         "decoupled", 11, 11),
+    ],
+)  # fmt: skip
+def test_objective_flops_count_passes(objective, conditioning, encodes, decodes):
+    model = small(conditioning)
+    expected = encodes * model.flops.encode + decodes * model.flops.decode
+    assert objective.flops(model) == pytest.approx(expected, rel=0.02)
+
+
+def test_mfu():
+    assert device_specs.mfu(0.5 * 4 * 197e12, "TPU v5 lite", 4) == pytest.approx(0.5)
+    assert device_specs.mfu(1e12, "a toaster", 1) is None

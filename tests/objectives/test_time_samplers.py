@@ -1,0 +1,99 @@
+"""The random times of training have the stated distributions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from dmf.errors import InputError
+from dmf.objectives import COSINE, LINEAR, LogitNormal, OrderedPair, UniformTime
+
+COUNT = 20_000
+KEY = jax.random.key(3)
+over_paths = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
+
+
+def logit_normal_cdf(path, mean: float, std: float = 1.0):
+    """P(t <= x), from the normal distribution of log(sigma / alpha)."""
+
+    def log_ratio(t: np.ndarray) -> np.ndarray:
+        return special.logit(t) if path is LINEAR else np.log(np.tan(np.pi / 2 * t))
+
+    return lambda t: stats.norm.cdf((log_ratio(np.asarray(t, np.float64)) - mean) / std)
+
+
+def assert_distributed(samples: jax.Array, cdf) -> None:
+    """By the test of Kolmogorov and Smirnov; keys are fixed, so the outcome is too."""
+    assert stats.kstest(np.asarray(samples, np.float64), cdf).pvalue > 0.01
+
+
+@over_paths
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.4, 1.0), (1.2, 0.6)])
+def test_logit_normal(path, mean, std):
+    t = LogitNormal(mean=mean, std=std)(KEY, COUNT, path)
+    assert_distributed(t, logit_normal_cdf(path, mean, std))
+
+
+@over_paths
+def test_uniform(path):
+    assert_distributed(UniformTime()(KEY, COUNT, path), stats.uniform.cdf)
+
+
+@over_paths
+@pytest.mark.parametrize("mean", [-6.0, 0.0, 6.0])
+def test_logit_normal_stays_in_the_unit_interval(path, mean):
+    t = LogitNormal(mean=mean, std=3.0)(KEY, COUNT, path)
+    assert t.min() >= 0 and t.max() <= 1
+    assert jnp.isfinite(t).all()
+
+
+@over_paths
+def test_pair_is_the_larger_and_the_smaller_of_two_draws(path):
+    pair = OrderedPair(first=LogitNormal(mean=0.4), second=LogitNormal(mean=-1.2))
+    t, r = pair(KEY, COUNT, path)
+    first, second = logit_normal_cdf(path, 0.4), logit_normal_cdf(path, -1.2)
+    assert (r <= t).all()
+    assert_distributed(t, lambda x: first(x) * second(x))
+    assert_distributed(r, lambda x: 1 - (1 - first(x)) * (1 - second(x)))
+
+
+@over_paths
+def test_equal_probability_of_a_pair(path):
+    one = LogitNormal(mean=-0.4)
+    t, r = OrderedPair(first=one, second=one, equal_probability=0.75)(KEY, COUNT, path)
+    cdf = logit_normal_cdf(path, -0.4)
+    equal = np.asarray(t == r)
+    assert abs(equal.mean() - 0.75) < 4 * (0.75 * 0.25 / COUNT) ** 0.5
+    assert_distributed(t, lambda x: cdf(x) ** 2)
+    assert_distributed(r[~equal], lambda x: 1 - (1 - cdf(x)) ** 2)
+
+
+def test_equality_is_independent_of_the_times():
+    """Whether r = t is an independent draw, so t has one distribution in both groups."""
+    pair = OrderedPair(first=UniformTime(), second=UniformTime(), equal_probability=0.5)
+    t, r = (np.asarray(times) for times in pair(KEY, COUNT, LINEAR))
+    assert stats.ks_2samp(t[t == r], t[t != r]).pvalue > 0.01
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, False), (1.0, True)])
+def test_extreme_equal_probabilities(probability, expected):
+    pair = OrderedPair(first=UniformTime(), second=UniformTime(), equal_probability=probability)
+    t, r = pair(KEY, 100, LINEAR)
+    assert ((t == r) == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LogitNormal(std=0.0), r"^std=0\.0: "),
+        (lambda: LogitNormal(std=float("nan")), "^std=nan: "),
+        (
+            lambda: OrderedPair(first=UniformTime(), second=UniformTime(), equal_probability=1.5),
+            r"^equal_probability=1\.5: ",
+        ),
+    ],
+)
+def test_invalid_values_are_named(make, message):
+    with pytest.raises(InputError, match=message):
+        make()

@@ -1,0 +1,376 @@
+"""Several processes on one machine: they train as one, and they end together."""
+
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from dmf.checkpoints import manager
+from dmf.checkpoints.params import latest_step
+from dmf.errors import InputError, Lost, RunError
+from dmf.runtime import checksums, files, processes
+from dmf.training import loop, metrics_writer
+from dmf.training.loop import train
+
+LONG = {"run.steps": 100_000, "run.checkpoint_every": 2, "run.log_every": 1}
+FROM_RUNTIME = jax.errors.JaxRuntimeError
+
+
+def environment(devices: int) -> dict[str, str]:
+    """The environment of a process with a number of devices of its own."""
+    flags = re.sub(r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"])
+    return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(tiny.ROOT)}
+
+
+class Run:
+    """The processes of one training, each with devices of its own."""
+
+    def __init__(self, folder: pathlib.Path, *, processes: int, devices: int, fields: dict,
+                 flags: Sequence[Sequence[str]] = ((),) * 8, workdir: str = ""):  # fmt: skip
+        self.workdir, port = folder / "run", tiny.free_port()
+        overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+        self.logs = [folder / f"log{i}" for i in range(processes)]
+        self.processes = []
+        for i, path in enumerate(self.logs):
+            command = tiny.command(
+                "train", f"--config={tiny.CONFIG}", f"--workdir={workdir or self.workdir}",
+                f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={i}",
+                *overrides, *flags[i],
+            )  # fmt: skip
+            cwd = folder / f"cwd{i}"
+            cwd.mkdir(exist_ok=True)
+            self.processes.append(subprocess.Popen(
+                command, env=environment(devices), cwd=cwd, stderr=path.open("w")
+            ))  # fmt: skip
+
+    def wait(self, seconds: float = 300) -> list[int]:
+        """The exit codes, once all have ended."""
+        try:
+            return [process.wait(seconds) for process in self.processes]
+        finally:
+            for process in self.processes:
+                process.kill()
+
+    def log(self, i: int) -> str:
+        return self.logs[i].read_text()
+
+    def wait_for(self, text: str, seconds: float = 300) -> None:
+        """Waits until the log of the first process contains a text."""
+        end = time.monotonic() + seconds
+        while text not in self.log(0):
+            assert time.monotonic() < end, self.log(0)
+            assert self.processes[0].poll() is None, self.log(0)
+            time.sleep(0.05)
+
+
+def losses(workdir: pathlib.Path) -> list[float]:
+    rows = metrics_writer.read_metrics(epath.Path(workdir))
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def single_process_losses(tmp_path_factory) -> list[float]:
+    """The losses of 24 steps of one process."""
+    workdir = tmp_path_factory.mktemp("single")
+    train(tiny.config({"run.steps": 24, "run.log_every": 1}), workdir)
+    return losses(workdir)
+
+
+def check_trains_as_one(
+    folder, expected, processes: int, devices: int, mesh: dict[str, int]
+) -> None:
+    """A run of 4 steps, which one process on another mesh resumes to 24."""
+    fields = {"run.steps": 4, "run.log_every": 1} | {f"mesh.{k}": v for k, v in mesh.items()}
+    run = Run(folder, processes=processes, devices=devices, fields=fields)
+    assert run.wait() == [0] * processes, run.log(0)
+    np.testing.assert_allclose(losses(run.workdir), expected[:4], rtol=1e-5)
+    assert latest_step(run.workdir) == 4
+    for i in range(processes):
+        assert f"process {i} of {processes}: " in run.log(i)
+        assert ("step 4/4" in run.log(i)) == (i == 0)
+    train(tiny.config({"run.steps": 24, "run.log_every": 1}), run.workdir)
+    np.testing.assert_allclose(losses(run.workdir), expected, rtol=1e-5)
+
+
+def test_two_processes_train_as_one_and_one_resumes(tmp_path, single_process_losses):
+    """Parameters and heads are split across the border of the processes."""
+    check_trains_as_one(tmp_path, single_process_losses, 2, 2, {"data": 1, "fsdp": 2, "tensor": 2})
+
+
+def test_processes_share_an_evaluation_while_they_train(tmp_path):
+    """Three parts of 24 images, so that each process has some; then training continues."""
+    fields = {"run.steps": 4, "mesh.fsdp": 2, "mesh.data": 1, "evaluation.every": 2,
+              "evaluation.steps": "(1,)"}  # fmt: skip
+    run = Run(tmp_path, processes=2, devices=1, fields=fields)
+    assert run.wait() == [0, 0], run.log(0)
+    for step in (2, 4):
+        evaluation = files.read_json(
+            metrics_writer.evaluation_file(epath.Path(run.workdir), step)
+        )
+        assert (evaluation["step"], evaluation["count"]) == (step, 72)
+        rows = [row for row in metrics_writer.read_metrics(epath.Path(run.workdir))
+                if row["step"] == step and "evaluation/fd_pixels/main/1" in row]
+        np.testing.assert_allclose(
+            rows[0]["evaluation/fd_pixels/main/1"], evaluation["results"][0]["fd_pixels"],
+            rtol=1e-6,
+        )
+    # One process evaluates the same checkpoint.
+    assert tiny.dmf("evaluate", f"--checkpoint={run.workdir}", "--steps=1",
+                    f"--output={tmp_path}/single.json") == 0
+    again = files.read_json(epath.Path(tmp_path / "single.json"))
+    np.testing.assert_allclose(again["results"][0]["fd_pixels"],
+                               evaluation["results"][0]["fd_pixels"], rtol=1e-6)
+    assert [run.log(i).count("main, 1 step: fd_pixels") for i in range(2)] == [2, 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [
+    (2, {"data": 4}), (2, {"data": 1, "fsdp": 4}), (2, {"data": 2, "tensor": 2}),
+    (2, {"slices": 2, "data": 2}), (4, {"data": 2, "fsdp": 2, "tensor": 2}),
+    (4, {"data": 1, "fsdp": 4, "tensor": 2}),
+])  # fmt: skip
+def test_any_axis_may_cross_the_border_of_processes(
+    tmp_path, single_process_losses, processes, mesh
+):
+    check_trains_as_one(tmp_path, single_process_losses, processes, 2, mesh)
+
+
+@pytest.mark.slow
+def test_the_same_processes_resume_bit_for_bit(tmp_path):
+    """A run of 4 steps that is resumed to 8, against an uninterrupted one."""
+    fingerprints = []
+    for name, lengths in (("once", [8]), ("twice", [4, 8])):
+        (tmp_path / name).mkdir()
+        for steps in lengths:
+            run = Run(tmp_path / name, processes=2, devices=2, fields={"run.steps": steps})
+            assert run.wait() == [0, 0], run.log(0)
+        state = train(tiny.config(), run.workdir)
+        fingerprints.append(checksums.fingerprint(jax.device_get(state.params)))
+    assert fingerprints[0] == fingerprints[1]
+
+
+@pytest.mark.parametrize(("raised", "kind", "waited"), [
+    ("UNKNOWN: Gloo all-reduce failed", Lost, False), ("INTERNAL: a bug", FROM_RUNTIME, True),
+])  # fmt: skip
+def test_a_save_that_waits_for_a_lost_process_is_not_waited_for(
+    raised, kind, waited, tmp_path, monkeypatch
+):
+    def fails(*_):
+        monkeypatch.setattr(processes, "is_single_process", lambda: False)
+        raise FROM_RUNTIME(raised)
+
+    closed = []
+    monkeypatch.setattr(loop.Loop, "run", fails)
+    monkeypatch.setattr(manager.CheckpointManager, "_close_ignoring_errors",
+                        lambda self: closed.append(self))
+    with pytest.raises(kind):
+        train(tiny.config({"run.steps": 1}), tmp_path)
+    assert bool(closed) == waited
+
+
+def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
+    run = Run(tmp_path, processes=2, devices=1, fields=LONG)
+    run.wait_for("step 5/")  # The save of step 4 has begun, so that of step 2 has ended.
+    run.processes[1].kill()
+    killed = time.monotonic()
+    assert run.wait(60)[0] == 1
+    assert time.monotonic() - killed < 60
+    assert "another process of the run was lost: this one stops" in run.log(0)
+    assert "Traceback" not in run.log(0)
+    done = latest_step(run.workdir)
+    assert done >= 2
+    state = train(tiny.config({"run.steps": done}), run.workdir)
+    assert int(state.step) == done
+
+
+WAITING = """
+import sys, time
+from dmf.runtime import heartbeats, processes
+heartbeats.HEARTBEAT_SECONDS, heartbeats.LOST_SECONDS = 0.5, 8
+processes.initialize(sys.argv[1], 2, int(sys.argv[2]))
+print("here", flush=True)
+time.sleep(float(sys.argv[3]))
+"""
+
+
+def waiting(seconds: Sequence[float], code: str = WAITING) -> list[subprocess.Popen]:
+    """Two processes of a run that wait some seconds, for something that is no collective."""
+    address = f"localhost:{tiny.free_port()}"
+    processes = [subprocess.Popen(
+        [sys.executable, "-c", code, address, str(i), str(wait)], env=environment(1),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    ) for i, wait in enumerate(seconds)]  # fmt: skip
+    for process in processes:
+        process.stdout.readline()
+    return processes
+
+
+def test_losing_one_ends_the_others_outside_of_collectives():
+    remaining, lost = waiting([300, 300])
+    lost.kill()
+    _, log = remaining.communicate(timeout=60)
+    assert remaining.returncode == 1
+    assert re.fullmatch(r"dmf: another process of the run was lost: this one stops; restart all "
+                        r"processes .* \(no heartbeat of process 1 for 8 s\)\n", log)  # fmt: skip
+
+
+FAILING = """
+import sys, time
+from dmf.runtime import heartbeats, processes
+heartbeats.HEARTBEAT_SECONDS, heartbeats.EXIT_SECONDS = 0.5, 2
+processes.initialize(sys.argv[1], 2, int(sys.argv[2]))
+print("here", flush=True)
+if sys.argv[2] == sys.argv[3]:
+    print("dmf train: no such file", file=sys.stderr)
+    heartbeats.exit_together(2)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_one_that_fails_alone_ends_the_others(failing):
+    """Whatever they are waiting for, and whichever it is."""
+    processes = waiting([failing, failing], FAILING)
+    ends = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [
+        2 if i == failing else 1 for i in range(2)
+    ]
+    assert ends[failing] == "dmf train: no such file\n"
+    assert re.fullmatch(r"dmf: another process of the run was lost: this one stops; .* "
+                        rf"\(process {failing} failed, see its log\)\n",
+                        ends[1 - failing])  # fmt: skip
+
+
+EXITING = """
+import sys, time
+import jax
+from dmf.runtime import heartbeats, processes
+heartbeats.HEARTBEAT_SECONDS = 0.1
+processes.initialize(sys.argv[1], 2, int(sys.argv[2]))
+print("here", flush=True)
+def late(function):
+    return lambda *args: (time.sleep(float(sys.argv[3])), function(*args))
+jax.distributed.shutdown = late(jax.distributed.shutdown)
+heartbeats.os._exit = late(heartbeats.os._exit)
+heartbeats.exit_together(2)
+"""
+
+
+def test_all_that_fail_alike_end_alike_however_slowly_one_of_them_exits():
+    for process in waiting([0, 2], EXITING):
+        _, log = process.communicate(timeout=60)
+        assert (process.returncode, log) == (2, "")
+
+
+def test_a_process_that_has_ended_is_not_lost_to_the_others():
+    """It waits for them, and has heartbeats until they have ended too."""
+    for process in waiting([0, 12]):
+        _, log = process.communicate(timeout=60)
+        assert (process.returncode, log) == (0, "")
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_on_sigterm_all_save_the_same_step_and_say_so(tmp_path, processes):
+    run = Run(tmp_path, processes=processes, devices=1, fields=LONG | {"run.checkpoint_every": 0})
+    run.wait_for("step 3/")
+    run.processes[-1].send_signal(signal.SIGTERM)
+    assert run.wait() == [75] * processes
+    done = latest_step(run.workdir)
+    for i in range(processes):
+        assert f"dmf train: told to stop at step {done} of 100000: saved" in run.log(i)
+    assert int(train(tiny.config({"run.steps": done}), run.workdir).step) == done
+
+
+def test_processes_with_different_configs_all_say_so(tmp_path):
+    run = Run(tmp_path, processes=2, devices=1, fields={},
+              flags=[(), ["--config.optimizer.learning_rate=0.5"]])  # fmt: skip
+    assert run.wait() == [2, 2]
+    for i in range(2):
+        assert ("config.optimizer.learning_rate: it is 0.001 on process 0 and 0.5 on process 1"
+                in run.log(i))
+    assert not run.workdir.exists()
+
+
+def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
+    run = Run(tmp_path, processes=2, devices=1, fields={}, workdir="runs/mine")
+    assert run.wait() == [2, 2]
+    for i in range(2):
+        assert "workdir=runs/mine: not every host sees it (process 1 does not)" in run.log(i)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("localhost:1", 2, -1), "--coordinator, --processes, --process: give all three"),
+    (("", 2, 1), "give all three"),
+    (("localhost:1", 2, 2), "--process=2: with --processes=2 it is between 0 and 1"),
+    (("localhost", 2, 0), "--coordinator=localhost: give host:port"),
+])  # fmt: skip
+def test_invalid_flags_are_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        processes.initialize(*flags)
+
+
+def test_a_port_in_use_is_refused():
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"port {port} cannot be used .*choose another"):
+            processes.initialize(f"localhost:{port}", 2, 0)
+    with pytest.raises(InputError, match="port 70000 cannot be used"):
+        processes.initialize("localhost:70000", 2, 0)
+
+
+@pytest.mark.parametrize(("count", "raised", "kind", "message"), [
+    (2, FROM_RUNTIME("UNKNOWN: Gloo AllGather failed"), Lost, "another process .* was lost"),
+    (2, ValueError("UNKNOWN: Gloo AllGather failed"), Lost, "another process .* was lost"),
+    (1, ValueError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"), RunError,
+     "out of device memory"),
+    (1, OSError(116, "Stale file handle", "/data/rows"), RunError, "^/data/rows: Stale file"),
+    (1, FROM_RUNTIME("RESOURCE_EXHAUSTED: out of memory"), RunError, "^out of device .*gradient_"),
+    (2, FROM_RUNTIME("RESOURCE_EXHAUSTED: out of memory"), RunError, "^out of device .*gradient_"),
+    (1, FROM_RUNTIME("INTERNAL: Gloo"), FROM_RUNTIME, "^INTERNAL: Gloo$"),
+    (2, FROM_RUNTIME("INTERNAL: a bug"), FROM_RUNTIME, "^INTERNAL: a bug$"),
+    (2, ValueError("shapes of a task differ"), ValueError, "^shapes of a task differ$"),
+])  # fmt: skip
+def test_errors_of_the_runtime_become_one_line(
+    count, raised, kind, message, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(processes, "is_single_process", lambda: count == 1)
+    with pytest.raises(kind, match=message) as caught:
+        with processes.runtime_errors(), files.disk_errors(epath.Path(tmp_path)):
+            raise raised
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_several_processes_that_cannot_connect_are_refused(name, monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **flags: None)
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(InputError, match=f"^{name}=4: .* --coordinator, --processes and"):
+        processes.initialize()
+    monkeypatch.setenv(name, "1")
+    processes.initialize()
+
+
+def test_without_flags_a_process_is_alone():
+    processes.initialize()
+    assert processes.is_single_process()
+    assert processes.is_first_process()
+    assert processes.all_gather({"a": 1}) == [{"a": 1}]
+
+
+def test_a_program_that_has_used_jax_cannot_connect():
+    jax.devices()
+    with pytest.raises(RunError, match="could not connect to the others at localhost:1"):
+        processes.initialize("localhost:1", 2, 1)

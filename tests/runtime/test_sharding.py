@@ -1,0 +1,218 @@
+"""The sharding of arrays on eight devices: rules by path and shape, and the memory they save."""
+
+import functools
+import math
+
+import golden_values as gv
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from dmf.errors import InputError
+from dmf.models.dit import DiT
+from dmf.runtime import sharding
+from dmf.runtime.sharding import (
+    batch_sharding,
+    batch_shards,
+    make_mesh,
+    parameter_shardings,
+    partition,
+    replicated,
+    state_shardings,
+)
+
+MODEL = DiT(
+    input_size=8,
+    channels=4,
+    depth=4,
+    width=64,
+    heads=4,
+    num_classes=10,
+    conditioning="decoupled",
+    split_depth=2,
+    learned_variance=True,
+)
+SHAPES = jax.eval_shape(MODEL.init, jax.random.key(0))
+
+
+@functools.cache
+def specs(data: int, fsdp: int, tensor: int, kind=parameter_shardings) -> dict:
+    """The partition and shape of each parameter by path."""
+    shardings = kind(make_mesh(data, fsdp, tensor), SHAPES)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (sharding.spec, leaf.shape)
+        for (path, sharding), leaf in zip(
+            jax.tree.leaves_with_path(shardings), jax.tree.leaves(SHAPES), strict=True
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("blocks/attention/qkv/kernel", (None, ("fsdp",), None, "tensor", None)),
+        ("blocks/attention/out/kernel", (None, "tensor", None, ("fsdp",))),
+        ("blocks/mlp/in/kernel", (None, ("fsdp",), "tensor")),
+        ("blocks/mlp/out/kernel", (None, "tensor", ("fsdp",))),
+        ("time_embedding/in/kernel", (("fsdp",), None)),
+        ("patch_embedding/bias", ()),
+        ("label_embedding/embedding", ()),
+        ("log_variance/linear/kernel", ()),
+    ],
+)
+def test_rules(path, expected):
+    assert specs(2, 2, 2)[path][0] == PartitionSpec(*expected)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("blocks/mlp/in/kernel", (None, ("fsdp", "data"), "tensor")),
+        ("time_embedding/in/kernel", (("fsdp", "data"), None)),
+        ("patch_embedding/bias", ()),
+    ],
+)
+def test_state_is_spread_over_data_too(path, expected):
+    assert specs(2, 2, 2, state_shardings)[path][0] == PartitionSpec(*expected)
+
+
+def test_tensor_splits_biases_of_the_split_products():
+    sizes = {"data": 1, "fsdp": 1, "tensor": 4}
+    split = functools.partial(partition, sizes=sizes, axes=("fsdp",))
+    assert split("blocks/attention/qkv/bias", (12, 3, 8, 64)) == PartitionSpec(
+        None, None, "tensor", None
+    )
+    assert split("blocks/mlp/in/bias", (12, 2048)) == PartitionSpec(None, "tensor")
+    assert split("blocks/mlp/out/bias", (12, 512)) == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize("kind", [parameter_shardings, state_shardings])
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2), (2, 1, 4), (1, 4, 2)])
+def test_depth_is_never_split_and_every_part_fits(kind, sizes):
+    mesh = make_mesh(*sizes)
+    for path, (spec, shape) in specs(*sizes, kind).items():
+        if path.startswith("blocks/"):
+            assert not spec or spec[0] is None, path
+        for axes, length in zip(spec, shape, strict=False):
+            named = axes if isinstance(axes, tuple) else (axes,) if axes else ()
+            assert length % math.prod(mesh.shape[axis] for axis in named) == 0, path
+
+
+def test_depth_is_not_split_even_where_it_is_the_largest():
+    sizes = {"data": 2, "fsdp": 4, "tensor": 1}
+    split = functools.partial(partition, shape=(64, 32, 16), sizes=sizes, axes=("fsdp",))
+    assert split("blocks/attention/norm") == PartitionSpec(None, "fsdp", None)
+    assert split("final/linear/kernel") == PartitionSpec("fsdp", None, None)
+
+
+def test_small_leaves_are_whole():
+    for path, (spec, shape) in specs(1, 8, 1).items():
+        assert (spec == PartitionSpec()) == (math.prod(shape) < 4096), path
+
+
+def test_a_dimension_that_no_axis_divides_stays_whole():
+    sizes = {"data": 2, "fsdp": 4, "tensor": 4}
+    assert partition("blocks/attention/qkv/kernel", (12, 384, 3, 6, 64), sizes, ("fsdp",)) == (
+        PartitionSpec(None, "fsdp", None, None, None)
+    )
+    assert partition("head/kernel", (4097, 3), sizes, ("fsdp",)) == PartitionSpec(None, None)
+
+
+def test_state_falls_back_to_the_first_axis():
+    sizes = {"data": 3, "fsdp": 2, "tensor": 1}
+    spec = partition("head/kernel", (64, 128), sizes, ("fsdp", "data"))
+    assert spec == PartitionSpec(None, "fsdp")
+
+
+def bytes_on_device(device: jax.Device, tree) -> int:
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+        if shard.device == device
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "parts"),
+    [
+        (parameter_shardings, (1, 8, 1), 8),
+        (parameter_shardings, (2, 1, 4), 1.8),
+        (state_shardings, (4, 2, 1), 8),
+    ],
+)
+def test_parameters_are_made_in_parts(kind, sizes, parts):
+    mesh = make_mesh(*sizes)
+    params = gv.jit(MODEL.init, out_shardings=kind(mesh, SHAPES))(jax.random.key(0))
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    small = sum(
+        math.prod(leaf.shape) * 4
+        for leaf in jax.tree.leaves(SHAPES)
+        if math.prod(leaf.shape) < 4096
+    )
+    assert small < 0.05 * whole
+    for device in mesh.devices.flat:
+        assert bytes_on_device(device, params) - small <= (whole - small) / parts
+
+
+def test_initial_values_do_not_depend_on_the_mesh():
+    whole = gv.jit(MODEL.init)(jax.random.key(0))
+    shardings = parameter_shardings(make_mesh(1, 4, 2), SHAPES)
+    split = gv.jit(MODEL.init, out_shardings=shardings)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, split, whole)
+
+
+def test_batch_is_split_over_data_and_fsdp():
+    mesh = make_mesh(2, 2, 2)
+    x = jax.device_put(np.zeros((8, 3), "f"), batch_sharding(mesh))
+    assert batch_shards(mesh) == 4
+    assert {shard.data.shape for shard in x.addressable_shards} == {(2, 3)}
+    assert jax.device_put(x, replicated(mesh)).is_fully_replicated
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [((), (8, 1, 1)), ((2, -1, 2), (2, 2, 2)), ((1, 2, -1), (1, 2, 4)), ((2, 2, 2), (2, 2, 2))],
+)
+def test_one_axis_takes_all_remaining_devices(sizes, shape):
+    assert tuple(make_mesh(*sizes).shape.values()) == (1, *shape)
+
+
+def test_slices_are_the_outermost_axis_and_only_the_batch_is_split_over_them():
+    mesh = make_mesh(-1, 2, 1, slices=2)
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 2, "tensor": 1}
+    ids = np.vectorize(lambda device: device.id)(mesh.devices)
+    assert set(ids[0].flat) == {0, 1, 2, 3}
+    assert batch_shards(mesh) == 8
+    assert batch_sharding(mesh).spec == PartitionSpec(("slices", "data", "fsdp"))
+    axes = {
+        axis
+        for sharding in jax.tree.leaves(state_shardings(mesh, SHAPES))
+        for part in sharding.spec if part for axis in np.atleast_1d(part)
+    }
+    assert axes == {"data", "fsdp", "tensor"}
+
+
+def test_slices_are_those_that_the_devices_report(monkeypatch):
+    # In the order of a runtime that mixes them.
+    monkeypatch.setattr(sharding, "_slice_of", lambda device: device.id % 2)
+    assert sharding.count_slices(jax.devices()) == 2
+    mesh = make_mesh(2, 1, -1)
+    assert dict(mesh.shape) == {"slices": 2, "data": 2, "fsdp": 1, "tensor": 2}
+    assert [{d.id % 2 for d in part.flat} for part in mesh.devices] == [{0}, {1}]
+    assert make_mesh(slices=4).shape["slices"] == 4
+    for slices in (-1, 1, 3, 16):
+        with pytest.raises(InputError, match=rf"mesh.slices={slices}: the 8 devices are in 2 "):
+            make_mesh(slices=slices)
+    with pytest.raises(InputError, match="it must hold all 4 devices of each of 2 slices"):
+        make_mesh(8)
+
+
+@pytest.mark.parametrize(
+    "sizes", [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (1, -2, 1), (16, 1, 1), (2, 2, 1)]
+)
+def test_bad_meshes_are_named(sizes):
+    with pytest.raises(InputError, match=r"^mesh={}x{}x{} \(data x fsdp".format(*sizes)) as error:
+        make_mesh(*sizes)
+    assert "\n" not in str(error.value)

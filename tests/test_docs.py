@@ -1,0 +1,45 @@
+"""The docs: links lead to files that are there, and to lines that hold what they name."""
+
+import re
+
+import pytest
+import tiny
+
+PAGES = [tiny.ROOT / "README.md", tiny.ROOT / "CONTRIBUTING.md",
+         *sorted((tiny.ROOT / "docs").glob("*.md"))]
+_LINK = re.compile(r"\[([^\]]*)\]\(([^)#\s]+)?(?:#([^)\s]+))?\)")
+_LINE = re.compile(r"L(\d+)")
+
+
+def links(page):
+    """(text, path, anchor) of the links to files of the project."""
+    for text, target, anchor in _LINK.findall(page.read_text()):
+        if target and "://" not in target:
+            yield text, target, anchor
+
+
+def lines_that_define(name: str, lines: list[str]) -> list[int]:
+    """The numbers of the lines that define a name, or that call it where it is dotted."""
+    pattern = rf"\b{re.escape(name)}\(" if "." in name else rf"(def|class) {re.escape(name)}\b"
+    return [number for number, line in enumerate(lines, 1) if re.search(pattern, line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for text, target, _ in links(page):
+        assert (page.parent / target).exists(), f"{page.name}: [{text}]({target})"
+
+
+def test_the_walk_to_the_derivative_names_the_right_lines():
+    page = tiny.ROOT / "docs" / "method.md"
+    found = 0
+    for text, target, anchor in links(page):
+        line = _LINE.fullmatch(anchor)
+        if not line:
+            continue
+        found += 1
+        name = text.strip("`")
+        lines = (page.parent / target).read_text().splitlines()
+        right = lines_that_define(name, lines)
+        assert int(line[1]) in right, f"[{text}]({target}#{anchor}): it stands on {right}"
+    assert found >= 15

@@ -1,0 +1,309 @@
+"""A run: the sharding of its state, the files it writes, and the checkpoints it starts from."""
+
+import dataclasses
+import json
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+from etils import epath
+
+from dmf.checkpoints import load
+from dmf.checkpoints.params import FORMAT
+from dmf.errors import InputError
+from dmf.models.build import network as build_network
+from dmf.objectives import FlowMatching, MeanFlow, SelfGuidance, TeacherGuidance
+from dmf.objectives.objective import terms_of
+from dmf.runtime import device_specs
+from dmf.runtime.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
+from dmf.training import build, compile, loop, metrics_writer
+from dmf.training.train_state import (
+    create_train_state,
+    initial_train_state,
+    train_state_shardings,
+)
+from dmf.training.train_step import compiled_train_step, initial_state
+
+MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
+AFTER_EACH_STEP = {"run.log_every": 1, "run.checkpoint_every": 0, "run.steps": 20}
+
+
+class Sizes(NamedTuple):
+    """Numbers of values of a leaf."""
+
+    whole: int
+    on_a_device: int
+
+
+def mesh_of(shape: tuple[int, int, int]) -> jax.sharding.Mesh:
+    return make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+
+
+def metrics(workdir) -> list[dict[str, float]]:
+    return metrics_writer.read_metrics(epath.Path(workdir))
+
+
+def losses(workdir) -> list[float]:
+    return [row["loss"] for row in metrics(workdir)]
+
+
+@pytest.mark.parametrize(
+    ("make", "meshes"),
+    [pytest.param(tiny.config, ("1", "8"), marks=pytest.mark.slow, id="flow"),
+     pytest.param(tiny.flow_map, ("1", "2x2x2"), id="flow_map")],
+)
+def test_losses_are_the_same_on_every_mesh(make, meshes, tmp_path, monkeypatch):
+    curves = {}
+    for name in meshes:
+        shape = MESHES[name]
+        monkeypatch.setattr(build, "mesh", lambda section, shape=shape: mesh_of(shape))
+        loop.train(make(AFTER_EACH_STEP), tmp_path / name)
+        curves[name] = losses(tmp_path / name)
+    assert len(curves["1"]) == 20
+    assert curves["1"][-1] < curves["1"][0]
+    for name in meshes:
+        np.testing.assert_allclose(curves[name], curves["1"], rtol=1e-5, err_msg=name)
+
+
+def sizes(leaf: jax.Array) -> Sizes:
+    return Sizes(leaf.size, leaf.addressable_shards[0].data.size)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseInMetrics(FlowMatching):
+    """Has one value of the noise of each sample among its metrics."""
+
+    def loss(self, network, params, batch, draws, frozen_params):
+        losses, metrics = super().loss(network, params, batch, draws, frozen_params)
+        return losses, metrics | {"noise": draws.noise[:, 0, 0, 0]}
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """The sizes of a state's leaves, the state, the state after a step, and the noise that this
+    step and the next one reported and drew."""
+    config = tiny.config({"mesh.data": 2, "mesh.fsdp": 4})
+    built = build.training(config)
+    recipe = built.recipe._replace(objective=NoiseInMetrics())
+    optimizer = built.recipe.optimizer.transform()
+
+    def make():
+        params = built.recipe.network.init(jax.random.key(0))
+        return initial_train_state(params, optimizer, ["main"])
+
+    shardings = train_state_shardings(built.recipe.mesh, jax.eval_shape(make))
+    step = compiled_train_step(recipe, shardings)
+    before = create_train_state(make, built.recipe.mesh)
+    layout = jax.tree.map(sizes, before)
+    batch, key = built.data_loader.batch(0, batch_sharding(built.recipe.mesh)), jax.random.key(1)
+    after, first = step(before, batch, built.frozen_params, key)
+    second = step(jax.tree.map(jnp.copy, after), batch, built.frozen_params, key)[1]
+    samples = batch._replace(x=jnp.zeros(batch.x.shape))
+    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(2)]
+    drawn = [jnp.mean(NoiseInMetrics().draw(key, samples).noise[:, 0, 0, 0]) for key in keys]
+    return layout, before, after, ([first["noise"], second["noise"]], drawn)
+
+
+def test_no_large_leaf_of_a_state_is_whole_on_a_device(one_step):
+    layout, _, after, _ = one_step
+    for tree in (layout, jax.tree.map(sizes, after)):
+        for name, parts in (("params", 4), ("opt_state", 8), ("ema_params", 8)):
+            leaves = jax.tree.leaves(
+                getattr(tree, name), is_leaf=lambda leaf: isinstance(leaf, Sizes)
+            )
+            large = [leaf for leaf in leaves if leaf.whole >= SMALLEST_SPLIT]
+            assert len(large) >= 3, "the test needs leaves that are large enough to split"
+            assert all(leaf.on_a_device * parts == leaf.whole for leaf in large), name
+
+
+def test_a_step_takes_over_the_memory_of_the_state_before(one_step):
+    _, before, after, _ = one_step
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+    assert int(after.step) == 1
+
+
+def test_every_step_draws_anew_from_the_key_and_its_number(one_step):
+    reported, drawn = one_step[-1]
+    np.testing.assert_allclose(reported, drawn, rtol=1e-5)
+    assert abs(reported[0] - reported[1]) > 1e-3
+
+
+def test_the_same_config_gives_the_same_parameters(tmp_path):
+    again = loop.train(tiny.config(), tmp_path)
+    _, _, params = load.load_network(tiny.flow_run(), "")
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_a_run_writes_what_it_says():
+    workdir = tiny.flow_run()
+    stored = json.loads((workdir / "config.json").read_text())
+    assert stored.pop("format") == FORMAT
+    assert stored == load.config_to_json(tiny.config({"run.sample_every": 4}))
+    assert "blocks/attention/qkv/kernel" in (workdir / "parameters.txt").read_text()
+    assert any((workdir / "events").iterdir())
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["4", "8"]
+    assert sorted(p.name for p in (workdir / "samples").iterdir()) == [
+        "00000004.png", "00000008.png"
+    ]
+    # Two rows of ten classes for each of the two numbers of steps, enlarged six times.
+    assert PIL.Image.open(workdir / "samples/00000008.png").size == (6 * 91, 6 * 37)
+
+
+def test_the_mfu_is_reported_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
+    specs = device_specs.DeviceSpec(1e9, 1e9, 1e9)
+    monkeypatch.setitem(device_specs.DEVICE_SPECS, jax.devices()[0].device_kind, specs)
+    loop.train(tiny.config({"run.steps": 2}), tmp_path)
+    (row,) = metrics(tmp_path)
+    network = build.training(tiny.config()).recipe.network
+    flops = row["images_per_second"] * 3 * network.flops.forward
+    assert row["mfu"] == pytest.approx(flops / (8 * 1e9), rel=1e-4)
+    assert f"MFU {row['mfu']:.1%}  time left 0:00" in capsys.readouterr().err
+
+
+def test_metrics_hold_every_reported_step():
+    rows = metrics(tiny.flow_run())
+    assert [row["step"] for row in rows] == [2, 4, 6, 8]
+    expected = {"step", "loss", "flow_matching_error", "gradient_norm", "learning_rate",
+                "images_per_second", "steps_per_second", "epoch"}
+    for row in rows:
+        assert set(row) == expected
+        assert row["learning_rate"] == pytest.approx(1e-3)
+        assert row["images_per_second"] == pytest.approx(16 * row["steps_per_second"], rel=1e-5)
+        assert row["gradient_norm"] > 0
+        assert row["epoch"] == pytest.approx(row["step"] * 16 / 1797, rel=1e-5)
+        assert row["loss"] == pytest.approx(row["flow_matching_error"], rel=1e-5)
+
+
+def test_metrics_of_a_flow_map_hold_the_raw_errors():
+    for row in metrics(tiny.flow_map_run()):
+        assert set(row) >= {"du_dt_norm", "mean_flow_error", "velocity_error",
+                            "mean_flow_log_variance"}
+        halves = row["flow_matching_loss"] + row["mean_flow_loss"]
+        assert row["loss"] == pytest.approx(halves / 2, rel=1e-5)
+
+
+def test_mean_flow_trains(tmp_path):
+    from configs import default
+
+    fields = {"model.conditioning": "meanflow", "run.steps": 2}
+    objective = default.component(MeanFlow(guidance=SelfGuidance(omega=0.5, kappa=0.5)))
+    config = tiny.config(fields, objective=objective)
+    loop.train(config, tmp_path)
+    (row,) = metrics(tmp_path)
+    assert {"du_dt_norm", "mean_flow_error", "velocity_error"} <= set(row)
+    assert np.isfinite(row["loss"])
+
+
+def test_checkpoints_are_kept_as_asked(tmp_path):
+    cadence = {"run.checkpoint_every": 2, "run.steps": 9, "run.keep_last": 2, "run.keep_every": 4}
+    loop.train(tiny.config(cadence), tmp_path)
+    assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
+
+
+def start_of(config) -> dict:
+    """The parameters that a run of `config` starts from."""
+    recipe = build.training(config).recipe
+    pretrained = build.pretrained(config, recipe.network, recipe.mesh)
+    return initial_state(recipe, jax.random.key(0), pretrained).params
+
+
+@pytest.mark.parametrize("ema", ["main", ""])
+def test_a_flow_map_starts_as_the_flow_model(ema):
+    config = tiny.flow_map({"init.checkpoint": str(tiny.flow_run()), "init.ema": ema})
+    flow_model, _, flow_params = load.load_network(tiny.flow_run(), ema)
+    params = start_of(config)
+    fresh = build_network(config.model).init(jax.random.key(0))
+    assert params.keys() - flow_params.keys() == {"log_variance"}
+    for name, stored in flow_params.items():
+        jax.tree.map(np.testing.assert_array_equal, params[name], stored)
+    jax.tree.map(np.testing.assert_array_equal, params["log_variance"], fresh["log_variance"])
+
+    x = jax.random.normal(jax.random.key(2), (8, 8, 8, 1))
+    t, y = jnp.linspace(0.1, 1.0, 8), jnp.arange(8)
+    u = build_network(config.model).apply(params, x, t, t, y)
+    np.testing.assert_allclose(u, flow_model.apply(flow_params, x, t, t, y), atol=1e-6)
+
+
+def test_a_run_trains_from_its_initial_checkpoint(tmp_path):
+    fields = {"optimizer.learning_rate": 1e-12, "run.steps": 1}
+    config = tiny.flow_map(fields | {"init.checkpoint": str(tiny.flow_run())})
+    params = loop.train(config, tmp_path).params
+    flow_params = load.load_network(tiny.flow_run(), "main")[2]
+    for name, stored in flow_params.items():
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), params[name], stored
+        )
+
+
+def test_a_checkpoint_without_qk_norm_starts_a_network_with_it(tmp_path):
+    fields = {"optimizer.learning_rate": 1e-12, "run.steps": 1, "model.qk_norm": True}
+    config = tiny.flow_map(fields | {"init.checkpoint": str(tiny.flow_run())})
+    start, stored = start_of(config), load.load_network(tiny.flow_run(), "main")[2]
+    after = loop.train(config, tmp_path).params
+    # Two blocks, and heads 16 wide.
+    ones = {"q_norm": {"scale": jnp.ones((2, 16))}, "k_norm": {"scale": jnp.ones((2, 16))}}
+    expected = {**stored, "log_variance": start["log_variance"]}
+    attention = {**stored["blocks"]["attention"], **ones}
+    expected["blocks"] = {**stored["blocks"], "attention": attention}
+    jax.tree.map(np.testing.assert_array_equal, start, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9), after, expected)
+
+
+def test_only_a_start_may_lack_the_scales_of_qk_norm():
+    config = load.read_config(tiny.flow_run())
+    config.model.qk_norm = True
+    with pytest.raises(InputError, match="lacks blocks/attention/k_norm/scale"):
+        load.load_network(tiny.flow_run(), config=config)
+
+
+def test_a_frozen_teacher_guides(tmp_path):
+    from configs import default
+
+    config = tiny.flow_map({
+        "init.checkpoint": str(tiny.flow_run()), "teacher.checkpoint": str(tiny.flow_run()),
+        "run.steps": 2,
+    })
+    config.objective.guidance = default.component(TeacherGuidance(scale=2.0, interval=(0.0, 0.8)))
+    before = load.load_network(tiny.flow_run(), "main")[2]
+    state = loop.train(config, tmp_path)
+    assert int(state.step) == 2
+    assert build.training(config).frozen_params["teacher"].keys() == before.keys()
+    # The teacher is not in the checkpoint.
+    saved = {p.name for p in (tmp_path / "checkpoints/2").iterdir() if p.is_dir()}
+    assert saved == {"params", "opt_state", "ema_params_main", "position", "checksums"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model.learned_variance": False}, "model.learned_variance=False.*set it to True"),
+        ({"sampling.ema": "slow"}, "sampling.ema=slow: config.emas has main"),
+        ({"gradient_accumulation": 3}, "data.batch_size=16.*gradient_accumulation=3"),
+    ],
+)
+def test_parts_that_do_not_go_together_are_refused(tmp_path, fields, message):
+    with pytest.raises(InputError, match=message):
+        loop.train(tiny.flow_map(fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_traces_its_step_once(tmp_path, monkeypatch):
+    traced = []
+    monkeypatch.setattr("dmf.training.train_step.terms_of",
+                        lambda *args: traced.append(1) or terms_of(*args))
+    for steps in (1, 2):
+        loop.train(tiny.config({"run.steps": steps}), tmp_path)
+        assert len(traced) == steps
+
+
+def test_runs_of_other_seeds_find_the_step_compiled():
+    lowered = [
+        compile.lowered_step(tiny.config({"seed": seed}), jax.devices()).program.as_text()
+        for seed in (0, 1)
+    ]
+    assert lowered[0] == lowered[1]

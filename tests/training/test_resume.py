@@ -1,0 +1,150 @@
+"""A resumed run is bit-for-bit identical to an uninterrupted one, and may change its mesh."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from dmf.checkpoints import load
+from dmf.checkpoints.params import latest_step
+from dmf.errors import InputError
+from dmf.runtime.sharding import make_mesh
+from dmf.training import build, metrics_writer
+from dmf.training.loop import claim_workdir, train
+
+EVERY_STEP = {"run.steps": 20, "run.log_every": 1, "run.checkpoint_every": 5}
+
+
+def rows(workdir) -> list[dict[str, float]]:
+    return metrics_writer.read_metrics(epath.Path(workdir))
+
+
+def same(a, b) -> None:
+    """Both trees hold the same bits."""
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of 20 steps: (state, losses)."""
+    workdir = tmp_path_factory.mktemp("whole")
+    state = train(tiny.config(EVERY_STEP), workdir)
+    return state, [row["loss"] for row in rows(workdir)]
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    # Long enough that it is still under way when it is killed.
+    longer = EVERY_STEP | {"run.steps": 100}
+    fields = [f"--config.{name}={value}" for name, value in longer.items()]
+    arguments = ["train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}/run", *fields]
+    process = subprocess.Popen(
+        tiny.command(*arguments),
+        env=tiny.environment(), cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True,
+    )
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if re.match(r"step [2-9]\d/", line):
+            os.kill(process.pid, signal.SIGKILL)
+            break
+    process.stderr.close()
+    assert process.wait() == -signal.SIGKILL, lines
+    step = latest_step(tmp_path / "run")
+    assert step is not None
+    assert 5 <= step < 100
+
+    state = train(tiny.config(longer), tmp_path / "run")
+    same(state, train(tiny.config(longer), tmp_path / "uninterrupted"))
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 101))
+    losses = [[row["loss"] for row in rows(tmp_path / name)] for name in ("run", "uninterrupted")]
+    assert losses[0] == losses[1]
+
+
+def test_a_finished_run_is_extended(whole, tmp_path):
+    train(tiny.config(EVERY_STEP | {"run.steps": 7, "run.checkpoint_every": 50}), tmp_path)
+    assert latest_step(tmp_path) == 7
+    state = train(tiny.config(EVERY_STEP | {"run.log_every": 5}), tmp_path)
+    same(state, whole[0])
+    assert [row["step"] for row in rows(tmp_path)] == [*range(1, 8), 10, 15, 20]
+
+
+def test_a_finished_run_is_left_alone(tmp_path):
+    shutil.copytree(tiny.flow_run(), tmp_path / "run")
+    before = rows(tmp_path / "run")
+    state = train(tiny.config({"run.sample_every": 4}), tmp_path / "run")
+    assert int(state.step) == 8
+    assert rows(tmp_path / "run") == before
+    same(state.params, load.load_network(tiny.flow_run(), "")[2])
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_another_mesh(whole, tmp_path, monkeypatch):
+    """From one device to eight, split along every axis."""
+    fields = [{"run.steps": 5}, {"run.steps": 20, "mesh.fsdp": 2, "mesh.tensor": 2}]
+    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    for overrides, shape in zip(fields, [(1, 1, 1), (2, 2, 2)], strict=True):
+        with monkeypatch.context() as patch:
+            if shape == (1, 1, 1):
+                patch.setattr(build, "mesh", lambda section: one)
+            state = train(tiny.config(EVERY_STEP | overrides), tmp_path)
+        meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(state)}
+        assert [tuple(mesh.shape.values()) for mesh in meshes] == [(1, *shape)]
+    losses = [row["loss"] for row in rows(tmp_path)]
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, whole[1], rtol=1e-5)
+
+
+def test_metrics_written_after_the_last_checkpoint_are_dropped(tmp_path):
+    workdir = epath.Path(tmp_path)
+    writer = metrics_writer.MetricsWriter(workdir, 0)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {"loss": step / 3})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # cut short by a kill
+    assert [row["step"] for row in metrics_writer.read_metrics(workdir)] == [1, 2, 3, 4]
+    metrics_writer.MetricsWriter(workdir, 2).close()
+    assert metrics_writer.read_metrics(workdir) == [
+        {"step": 1, "loss": 0.3333333}, {"step": 2, "loss": 0.6666667}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optimizer.learning_rate": 0.5}, "optimizer.learning_rate is 0.001 and not 0.5"),
+        ({"seed": 1}, "seed is 0 and not 1"),
+        ({"model.depth": 3}, "model.depth is 2 and not 3"),
+        ({"emas.main.decay": 0.1}, "emas.main.decay is 0.5 and not 0.1"),
+    ],
+)
+def test_fields_of_what_is_trained_may_not_change(fields, message):
+    before = (tiny.flow_run() / "config.json").read_bytes()
+    with pytest.raises(InputError, match=f"holds another run, whose {message}"):
+        train(tiny.config(fields), tiny.flow_run())
+    assert (tiny.flow_run() / "config.json").read_bytes() == before
+
+
+def test_fields_of_how_it_is_computed_may_change(tmp_path):
+    """Each field of `CHANGEABLE`, and a field that an older run does not have."""
+    older = tiny.flow_map()
+    del older.model.attention
+    workdir = epath.Path(tmp_path)
+    claim_workdir(workdir, older)
+    claim_workdir(workdir, tiny.flow_map({
+        "run.steps": 99, "mesh.fsdp": 2, "sampling.shift": 2.0, "evaluation.count": 7,
+        "gradient_accumulation": 2, "objective.compute_sharing.unconditional_microbatches": 4,
+        "model.scan": False, "model.remat": "full", "model.attention": "xla",
+    }))  # fmt: skip
+    with pytest.raises(InputError, match="model.scanner is unset and not 1"):
+        other = tiny.flow_map()
+        with other.unlocked():
+            other.model.scanner = 1
+        claim_workdir(workdir, other)
