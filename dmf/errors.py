@@ -4,6 +4,7 @@ An `InputError` says which field, flag or file cannot be used, its value, and wh
 `RunError` says what happened to a run, at which step, and what to do.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 # Stands for the value of an error that concerns no single value.
@@ -42,6 +43,28 @@ class InputError(ValueError):
     def within(self, subject: Any) -> "InputError":
         """The same error, said of a file or of another whole that it was found in."""
         return InputError(str(subject), remedy=str(self))
+
+
+def check_at_least(component: Any, minimum: int, *fields: str) -> None:
+    """Raises InputError where a field of a component is below a minimum.
+
+    >>> import types
+    >>> check_at_least(types.SimpleNamespace(depth=2, width=0), 1, "depth", "width")
+    Traceback (most recent call last):
+    dmf.errors.InputError: width=0: give a whole number >= 1
+    """
+    for field in fields:
+        if not getattr(component, field) >= minimum:
+            raise InputError(
+                field, getattr(component, field), f"give a whole number >= {minimum}"
+            )
+
+
+def check_choice(component: Any, field: str, choices: Collection[str]) -> None:
+    """Raises InputError where a field of a component is none of its choices."""
+    value = getattr(component, field)
+    if value not in choices:
+        raise InputError(field, value, f"choose one of {', '.join(choices)}")
 
 
 class RunError(RuntimeError):

@@ -24,6 +24,8 @@ PRNGKey = Key[Array, ""]
 PRNGKeys = Key[Array, "b"]
 Params = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
+# Dtypes that a network may compute in; parameters are float32.
+COMPUTE_DTYPES = ("float32", "bfloat16")
 # An int; a symbol while a function of any number of samples is exported.
 Size = Any
 
@@ -173,6 +175,11 @@ class Network(Protocol):
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """(h, w, c) of one sample."""
+        ...
+
+    @property
+    def guidance_input(self) -> bool:
+        """Whether the network takes the guidance scale and interval as an input."""
         ...
 
     @property

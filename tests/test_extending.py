@@ -139,6 +139,7 @@ def test_an_objective_needs_only_draw_loss_and_flops(tmp_path):
     assert built == Absolute(weight=2.0)
     assert isinstance(built, Objective)
     assert not (built.learned_variance or built.alignment or built.needs_teacher)
+    assert not (built.needs_r or built.guidance_input)
     loop.train(config, tmp_path)
     first, second = metrics_writer.read_metrics(tmp_path)
     assert first["gradient_norm"] > 0

@@ -9,7 +9,7 @@ import numpy as np
 from dmf.data.batch_transform import BatchTransform, sample_shape
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import ConcatenatedDataset, Dataset, UnlabelledDataset, open_dataset
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at, build, component_field, components
 from dmf.types import Network
@@ -65,8 +65,7 @@ class Data:
     mixture: Mapping[str, MixturePart] = component_field(MixturePart, {}, by_name=True)
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise InputError("batch_size", self.batch_size, "give a whole number >= 1")
+        check_at_least(self, 1, "batch_size")
         _check_weight(self.weight)
 
     @property

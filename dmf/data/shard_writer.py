@@ -21,7 +21,7 @@ from dmf.data.image_files import UnreadableImage
 from dmf.data.image_transforms import center_crop
 from dmf.data.pixels import from_uint8, png
 from dmf.data.raw_images import RawImages
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError, RunError, check_at_least
 from dmf.models.encoders.autoencoder import Autoencoder, as_moments
 from dmf.models.encoders.patch_features import PatchFeatures, stored_features
 from dmf.runtime.sharding import batch_sharding, local_mesh, replicated
@@ -88,9 +88,7 @@ class PrepareSettings:
     name: str = "latents"
 
     def __post_init__(self):
-        for field in ("resolution", "shard_size", "batch_size"):
-            if getattr(self, field) < 1:
-                raise InputError(field, getattr(self, field), "give a whole number >= 1")
+        check_at_least(self, 1, "resolution", "shard_size", "batch_size")
         if self.autoencoder is not None and self.resolution % self.autoencoder.factor:
             raise InputError(
                 "resolution", self.resolution,

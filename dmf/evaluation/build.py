@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least
 from dmf.evaluation.protocols import Protocol
 from dmf.registry import at, build, lookup
 
@@ -53,9 +53,8 @@ class Evaluation:
     steps: tuple[int, ...] = ()
 
     def __post_init__(self):
-        for field, least in (("count", 1), ("chunk_size", 1), ("part_size", 1), ("every", 0)):
-            if getattr(self, field) < least:
-                raise InputError(field, getattr(self, field), f"give a whole number >= {least}")
+        check_at_least(self, 1, "count", "chunk_size", "part_size")
+        check_at_least(self, 0, "every")
         if not 0 <= self.seed < 2**31:
             raise InputError("seed", self.seed, "give a whole number from 0 to 2^31 - 1")
 

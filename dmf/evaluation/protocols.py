@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from dmf.data.pixels import ROUNDINGS
-from dmf.errors import InputError
+from dmf.errors import check_choice
 from dmf.evaluation.metric import Metric
 from dmf.evaluation.metrics import lookup_metric
 from dmf.sampling.class_labels import LABEL_SAMPLING
@@ -35,10 +35,7 @@ class Protocol:
         for name in self.metrics:
             lookup_metric(name)
         for field, choices in (("rounding", ROUNDINGS), ("label_sampling", LABEL_SAMPLING)):
-            if getattr(self, field) not in choices:
-                raise InputError(
-                    field, getattr(self, field), f"choose one of {', '.join(choices)}"
-                )
+            check_choice(self, field, choices)
 
     @property
     def metrics_by_name(self) -> Mapping[str, Metric]:

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from dmf.errors import InputError, RunError
+from dmf.errors import RunError, check_at_least
 from dmf.evaluation.evaluated_images import ReadImages
 from dmf.evaluation.feature_extractors import Extractor
 from dmf.evaluation.feature_statistics import Statistics, read_statistics
@@ -49,9 +49,7 @@ class StatisticsCollector:
     part_size: int
 
     def __post_init__(self):
-        for field in ("chunk_size", "part_size"):
-            if getattr(self, field) < 1:
-                raise InputError(field, getattr(self, field), "give a whole number >= 1")
+        check_at_least(self, 1, "chunk_size", "part_size")
 
     @functools.cached_property
     def _extract(self) -> Callable[[UInt8[np.ndarray, "n h w c"]], dict[str, jax.Array]]:

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least, check_choice
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
 from dmf.models.transformer import TIME_EMBEDDINGS, Transformer
 from dmf.types import (
+    COMPUTE_DTYPES,
     ClassLabels,
     Condition,
     Features,
@@ -148,9 +149,8 @@ class DiT:
 
     def _check_sizes(self) -> None:
         check = self._check
-        for name in ("input_size", "channels", "patch_size", "depth", "width", "heads",
-                     "alignment_width", "alignment_hidden"):
-            check(getattr(self, name) >= 1, name, "give a whole number >= 1")
+        check_at_least(self, 1, "input_size", "channels", "patch_size", "depth", "width", "heads",
+                       "alignment_width", "alignment_hidden")
         check(self.input_size % self.patch_size == 0, "patch_size",
               f"it must divide model.input_size={self.input_size}")
         check(self.width % self.heads == 0, "heads", f"it must divide model.width={self.width}")
@@ -188,10 +188,9 @@ class DiT:
               f"model.conditioning={conditioning} has no choice; set it to meanflow")
 
     def _check_computation(self) -> None:
-        for name, choices in (("remat", REMAT_POLICIES), ("attention", IMPLEMENTATIONS)):
-            self._check(getattr(self, name) in choices, name,
-                        f"choose one of {', '.join(choices)}")
-        self._check(self.dtype in ("float32", "bfloat16"), "dtype", "choose float32 or bfloat16")
+        check_choice(self, "remat", REMAT_POLICIES)
+        check_choice(self, "attention", IMPLEMENTATIONS)
+        check_choice(self, "dtype", COMPUTE_DTYPES)
         self._check(set(self.float32_parts) <= set(FLOAT32_PARTS), "float32_parts",
                     f"choose any of {', '.join(FLOAT32_PARTS)}")
 

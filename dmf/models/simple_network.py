@@ -37,6 +37,7 @@ class SimpleNetwork:
     True
     """
 
+    guidance_input = False
     encoder_depth = 0
     full_remat = False
 

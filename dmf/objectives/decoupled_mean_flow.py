@@ -65,6 +65,8 @@ class DecoupledMeanFlow(Objective):
     time_bins: int = 0
     teacher: Network | None = runtime_field()
 
+    needs_r = True
+
     def __post_init__(self):
         check_label_dropout(self.label_dropout)
         check_time_bins(self.time_bins)
@@ -73,6 +75,11 @@ class DecoupledMeanFlow(Objective):
     def learned_variance(self) -> bool:
         """Whether the weighting needs the log-variance head."""
         return self.weighting.learned
+
+    @property
+    def guidance_input(self) -> bool:
+        """Whether the network takes the guidance, which is drawn in training, as an input."""
+        return self.guidance.is_drawn
 
     @property
     def needs_teacher(self) -> bool:

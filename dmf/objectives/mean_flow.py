@@ -61,6 +61,8 @@ class MeanFlow(Objective):
     compute_sharing: ComputeSharing = ComputeSharing()
     time_bins: int = 0
 
+    needs_r = True
+
     def __post_init__(self):
         check_label_dropout(self.label_dropout)
         check_time_bins(self.time_bins)
@@ -72,6 +74,11 @@ class MeanFlow(Objective):
     def learned_variance(self) -> bool:
         """Whether the weighting needs the log-variance head."""
         return self.weighting.learned
+
+    @property
+    def guidance_input(self) -> bool:
+        """Whether the network takes the guidance, which is drawn in training, as an input."""
+        return self.guidance.is_drawn
 
     def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> Draws:
         """Noise, (t, r) and dropped labels, each from a key of its own."""

@@ -81,11 +81,15 @@ class Objective(Protocol):
       learned_variance: whether the network needs its log-variance head.
       alignment: whether batches need features to align with.
       needs_teacher: whether `frozen_params` must hold a teacher, of the network `teacher`.
+      needs_r: whether it trains u at r < t, for which the network must see r.
+      guidance_input: whether it gives the network a guidance drawn for each sample, as an input.
     """
 
     learned_variance: bool = False
     alignment: bool = False
     needs_teacher: bool = False
+    needs_r: bool = False
+    guidance_input: bool = False
 
     def draw(
         self, key: PRNGKey, batch: Batch, step: jax.Array | None = None

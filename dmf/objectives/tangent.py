@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_choice
 from dmf.objectives.interpolants import per_sample
 from dmf.types import Images, PerSample
 
@@ -56,8 +56,7 @@ class Tangent:
     warmup_steps: int = 0
 
     def __post_init__(self):
-        if self.velocity not in VELOCITIES:
-            raise InputError("velocity", self.velocity, f"choose one of {', '.join(VELOCITIES)}")
+        check_choice(self, "velocity", VELOCITIES)
         for name in ("finite_difference", "max_rms", "normalization", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise InputError(name, getattr(self, name), "give 0 (none) or more")

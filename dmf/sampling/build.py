@@ -3,12 +3,12 @@
 import dataclasses
 from typing import Any
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least, check_choice
 from dmf.objectives.interpolants import Interpolant
 from dmf.registry import at, build, component_field
 from dmf.sampling.guidance import SamplingGuidance, classifier_free, guidance_as_input
 from dmf.sampling.samplers import Euler, Sampler
-from dmf.types import FlowMap, Network
+from dmf.types import COMPUTE_DTYPES, FlowMap, Network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,10 +34,8 @@ class Sampling:
     ema: str = "main"
 
     def __post_init__(self):
-        if self.decode_batch < 1:
-            raise InputError("decode_batch", self.decode_batch, "give a whole number >= 1")
-        if self.decode_dtype not in ("float32", "bfloat16"):
-            raise InputError("decode_dtype", self.decode_dtype, "choose float32 or bfloat16")
+        check_at_least(self, 1, "decode_batch")
+        check_choice(self, "decode_dtype", COMPUTE_DTYPES)
         if not self.shift > 0:
             raise InputError("shift", self.shift, "the time shift is positive; 1 leaves the times "
                              "equal")
@@ -67,6 +65,6 @@ def guided_flow_map(flow_map: FlowMap, settings: Sampling, network: Network) -> 
     """
     guidance = settings.guidance
     with at("sampling.guidance"):
-        if getattr(network, "guidance_input", False):
+        if network.guidance_input:
             return guidance_as_input(flow_map, guidance)
         return classifier_free(flow_map, guidance)

@@ -16,7 +16,7 @@ from dmf.checkpoints.load import (
 from dmf.data.batch_transform import BatchTransform
 from dmf.data.build import Data, data, data_loader, dataset
 from dmf.data.data_loader import DataLoader
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least
 from dmf.models.build import latents, network
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.patch_features import (
@@ -311,8 +311,7 @@ def _check_batch_size(built: Recipe) -> None:
     size, microbatches, shards = (
         built.batch_size, built.gradient_accumulation, batch_shards(built.mesh)
     )
-    if microbatches < 1:
-        raise InputError("gradient_accumulation", microbatches, "give 1 or more")
+    check_at_least(built, 1, "gradient_accumulation")
     if size % (shards * microbatches):
         raise InputError(
             "data.batch_size", size,
@@ -328,13 +327,12 @@ def _check_network(config: ConfigDict, built: Recipe) -> None:
         raise InputError("model.learned_variance", False, "the weighting "
                          f"{type(trained_by.weighting).__name__} needs the log-variance head; set "
                          "it to True")
-    guidance = getattr(trained_by, "guidance", None)
-    drawn, takes = bool(guidance and guidance.is_drawn), model.get("guidance_input", False)
-    if drawn != takes:
+    takes = built.network.guidance_input
+    if trained_by.guidance_input != takes:
         raise InputError("model.guidance_input", takes, "a network takes its guidance as an input "
                          "where it is drawn in training; set it to True and "
                          "objective.guidance.name=drawn, or neither")
-    if hasattr(trained_by, "tangent") and model.get("conditioning") == "flow":
+    if trained_by.needs_r and model.get("conditioning") == "flow":
         raise InputError("model.conditioning", "flow", "this network does not see r, which the "
                          "objective trains; choose meanflow or decoupled")
     if trained_by.alignment and not model.get("alignment_depth", 0):

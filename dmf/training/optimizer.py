@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_choice
 from dmf.training.apply_if_finite import apply_if_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -43,8 +43,7 @@ class AdamW:
     skip_nonfinite: int = 0
 
     def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise InputError("schedule", self.schedule, f"choose one of {', '.join(SCHEDULES)}")
+        check_choice(self, "schedule", SCHEDULES)
         if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
             raise InputError("decay_steps", self.decay_steps, f"a {self.schedule} decay ends after "
                              f"warmup_steps={self.warmup_steps}")

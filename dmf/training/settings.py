@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from dmf.errors import InputError
+from dmf.errors import check_at_least, check_choice
+from dmf.types import COMPUTE_DTYPES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,7 @@ class Alignment:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError("dtype", self.dtype, "choose float32 or bfloat16")
+        check_choice(self, "dtype", COMPUTE_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,5 @@ class Run:
     keep_every: int = 0
 
     def __post_init__(self):
-        for field, least in (("steps", 1), ("log_every", 1), ("keep_last", 1), ("sample_every", 0),
-                             ("checkpoint_every", 0), ("keep_every", 0)):
-            if getattr(self, field) < least:
-                raise InputError(field, getattr(self, field), f"give {least} or more")
+        check_at_least(self, 1, "steps", "log_every", "keep_last")
+        check_at_least(self, 0, "sample_every", "checkpoint_every", "keep_every")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least, check_choice
 from dmf.models.encoders.autoencoder import Latents, Moments
 from dmf.models.encoders.latent_scaling import LatentScaling
-from dmf.types import Images, Params, PRNGKey
+from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
 
 # Published scale of the four-channel latents, after which they have about unit variance.
 STABLE_DIFFUSION_SCALE = 0.18215
@@ -52,13 +52,12 @@ class AutoencoderKL:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("channels", "latent_channels", "layers_per_block", "groups"):
-            self._check(getattr(self, name) >= 1, name, "give a whole number >= 1")
+        check_at_least(self, 1, "channels", "latent_channels", "layers_per_block", "groups")
         self._check(len(self.widths) >= 1, "widths", "give the channels of at least one level")
         self._check(min(self.widths) >= 1, "widths", "give whole numbers >= 1")
         self._check(all(width % self.groups == 0 for width in self.widths), "groups",
                     f"it must divide each of widths={self.widths}")
-        self._check(self.dtype in ("float32", "bfloat16"), "dtype", "choose float32 or bfloat16")
+        check_choice(self, "dtype", COMPUTE_DTYPES)
 
     def _check(self, valid: bool, field: str, remedy: str) -> None:
         if not valid:

@@ -13,8 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
-from dmf.types import Features, Images, Params, PRNGKey
+from dmf.errors import InputError, check_at_least, check_choice
+from dmf.types import COMPUTE_DTYPES, Features, Images, Params, PRNGKey
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], by which input images are normalised.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -54,13 +54,10 @@ class DinoV2:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for name in ("width", "depth", "heads", "patch_size", "table_side"):
-            if getattr(self, name) < 1:
-                raise InputError(name, getattr(self, name), "give a whole number >= 1")
+        check_at_least(self, 1, "width", "depth", "heads", "patch_size", "table_side")
         if self.width % self.heads:
             raise InputError("heads", self.heads, f"it must divide width={self.width}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError("dtype", self.dtype, "choose float32 or bfloat16")
+        check_choice(self, "dtype", COMPUTE_DTYPES)
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: a nested dictionary, block parameters stacked by depth."""

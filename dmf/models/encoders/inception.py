@@ -18,8 +18,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float, Shaped
 
-from dmf.errors import InputError
-from dmf.types import Images, Params, PRNGKey
+from dmf.errors import InputError, check_at_least, check_choice
+from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
 
 SIDE = 299
 # The spatial FID reads the first channels of the first branch of this block, which is 17 x 17.
@@ -170,10 +170,8 @@ class Inception:
     dtype: str = "float32"
 
     def __post_init__(self):
-        if self.num_outputs < 1:
-            raise InputError("num_outputs", self.num_outputs, "give a whole number >= 1")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError("dtype", self.dtype, "choose float32 or bfloat16")
+        check_at_least(self, 1, "num_outputs")
+        check_choice(self, "dtype", COMPUTE_DTYPES)
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32, with means 0 and variances 1."""

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
+from dmf.errors import check_at_least, check_choice
 from dmf.models.encoders.autoencoder import Autoencoder, with_dtype
 from dmf.models.encoders.latent_scaling import LatentScaling
-from dmf.types import Images, Params
+from dmf.types import COMPUTE_DTYPES, Images, Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,10 +44,8 @@ class LatentSpace:
     decode_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.decode_batch < 1:
-            raise InputError("decode_batch", self.decode_batch, "give a whole number >= 1")
-        if self.decode_dtype not in ("float32", "bfloat16"):
-            raise InputError("decode_dtype", self.decode_dtype, "choose float32 or bfloat16")
+        check_at_least(self, 1, "decode_batch")
+        check_choice(self, "decode_dtype", COMPUTE_DTYPES)
 
     def image_shape(self, sample_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape (h, w, c) of the image of a sample of shape (h, w, c)."""

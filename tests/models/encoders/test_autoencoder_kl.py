@@ -191,7 +191,7 @@ def test_inputs_of_other_shapes_are_refused(method, shape, message):
         ({"widths": ()}, r"widths=\(\): give the channels of at least one level"),
         ({"widths": (32, 0)}, r"widths=\(32, 0\): give whole numbers >= 1"),
         ({"groups": 48}, r"groups=48: it must divide each of widths=\(128, .*"),
-        ({"dtype": "float16"}, "dtype=float16: choose float32 or bfloat16"),
+        ({"dtype": "float16"}, "dtype=float16: choose one of float32, bfloat16"),
     ],
 )
 def test_fields_are_checked(fields, message):

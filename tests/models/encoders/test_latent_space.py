@@ -141,7 +141,7 @@ def test_the_count_can_be_symbolic():
     ("fields", "message"),
     [
         ({"decode_batch": 0}, r"decode_batch=0: give a whole number >= 1"),
-        ({"decode_dtype": "float16"}, r"decode_dtype=float16: choose float32 or bfloat16"),
+        ({"decode_dtype": "float16"}, r"decode_dtype=float16: choose one of float32, bfloat16"),
     ],
 )
 def test_fields_are_checked(fields, message):

@@ -110,7 +110,7 @@ def test_no_images_or_features_are_read_unless_the_objective_aligns():
         ({"alignment.encoder": ""},
          "data.name=digits: it has no features to align with; store features with dmf prepare "
          "--features=DIR and leave alignment.encoder empty, or let .* --keep-images$"),
-        ({"alignment.dtype": "half"}, "^alignment.dtype=half: choose float32 or bfloat16"),
+        ({"alignment.dtype": "half"}, "^alignment.dtype=half: choose one of float32, bfloat16"),
         ({"model.alignment_width": 13},
          "model.alignment_width=13: the features of alignment.encoder=.* have width 12"),
         ({"data.name": "cache"}, "data.name=cache: it has no images to align with"),
