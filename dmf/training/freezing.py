@@ -141,6 +141,10 @@ class FrozenEncoder:
         return self.network.sample_shape
 
     @property
+    def guidance_input(self) -> bool:
+        return self.network.guidance_input
+
+    @property
     def encoder_depth(self) -> int:
         return self.network.encoder_depth
 

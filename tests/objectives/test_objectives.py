@@ -49,6 +49,7 @@ class LinearNetwork:
 
     num_classes: int = 2
     sample_shape: tuple[int, int, int] = (2, 2, 3)
+    guidance_input: bool = False
     encoder_depth: int = 1
     full_remat: bool = False
 
