@@ -29,7 +29,7 @@ from dmf.objectives.compute_sharing import ComputeSharing
 from dmf.objectives.guidance import GuidedVelocity
 from dmf.objectives.interpolants import per_sample
 from dmf.objectives.mean_flow import average_velocity, mean_flow_loss
-from dmf.objectives.objective import cosine_distance, squared_error, terms_of
+from dmf.objectives.objective import Objective, cosine_distance, squared_error, terms_of
 from dmf.objectives.path_sample import PathSample
 from dmf.runtime.sharding import batch_sharding, make_mesh
 from dmf.types import Batch, ClassLabels, Condition, Flops
@@ -372,6 +372,19 @@ def test_a_loss_that_replaces_a_sum_of_terms_is_the_only_term():
     losses, metrics = term.loss(PARAMS, *term.inputs)
     np.testing.assert_allclose(losses, 0.8)
     assert metrics == {}
+
+
+class Empty(Objective):
+    """Derived from the base class, with neither a loss nor terms."""
+
+
+def test_an_objective_without_a_loss_or_terms_says_so():
+    batch = batch_of(3)
+    with pytest.raises(NotImplementedError, match="^Empty needs a loss, or its terms$"):
+        Empty().loss(LinearNetwork(), PARAMS, batch, (), {})
+    (term,) = terms_of(Empty(), LinearNetwork(), PARAMS, batch, (), {})
+    with pytest.raises(NotImplementedError, match="^Empty needs a loss, or its terms$"):
+        term.loss(PARAMS, *term.inputs)
 
 
 @pytest.mark.parametrize(
