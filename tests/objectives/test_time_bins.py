@@ -9,6 +9,7 @@ import pytest
 import tiny
 from etils import epath
 
+from dmf.checkpoints import load
 from dmf.errors import InputError
 from dmf.objectives import time_bins
 from dmf.training import build, loop, metrics_writer
@@ -107,6 +108,7 @@ def test_bins_may_change_on_resume(tmp_path):
     workdir = epath.Path(tmp_path)
     loop.claim_workdir(workdir, tiny.flow_map())
     loop.claim_workdir(workdir, tiny.flow_map({"objective.time_bins": 3}))
+    assert load.read_config(workdir).objective.time_bins == 3
 
 
 @pytest.mark.parametrize("objective", [tiny.config, tiny.flow_map])
