@@ -31,8 +31,8 @@ _OUTPUT = flags.DEFINE_string("output", "runs/convert", "directory of the files 
 
 def tensors(size: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yields random weights with the names of SiT's PyTorch checkpoints."""
-    from dmf.checkpoints.convert.dit import pytorch_table
     from dmf.checkpoints.convert.name_tables import Constant
+    from dmf.checkpoints.convert.tables.dit import pytorch_table
     from dmf.models.dit import SIZES, DiT
 
     network = DiT(input_size=32, channels=4, num_classes=1000, **SIZES[size])

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.checkpoints.convert.dit import from_jax, from_pytorch
+from dmf.checkpoints.convert.tables.dit import from_jax, from_pytorch
 from dmf.models.dit import DiT
 from dmf.runtime.sharding import batch_sharding, make_mesh, parameter_shardings
 from dmf.types import Params

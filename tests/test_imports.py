@@ -41,7 +41,7 @@ def test_a_run_needs_neither_tensorflow_nor_torch(tmp_path):
         f"    (sample, [made, '--output={tmp_path}/samples.png']),\n"
         "):\n"
         "    assert run(verb.main, 'dmf', arguments) == 0, verb\n"
-        "import dmf.checkpoints.convert.dit, dmf.experiments.evaluation_report"
+        "import dmf.checkpoints.convert.tables.dit, dmf.experiments.evaluation_report"
     )
     loaded = loaded_after(poisoned)
     assert {"jax", "grain", "orbax", "tensorflow_datasets"} <= loaded

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 import dmf
 from dmf.checkpoints import load
 from dmf.checkpoints import params as stored_params
-from dmf.checkpoints.convert import dit, namings
+from dmf.checkpoints.convert import namings
 from dmf.checkpoints.convert.name_tables import ParamSlice, to_params
+from dmf.checkpoints.convert.tables import dit
 from dmf.default_config import get_config
 from dmf.models.dit import SIZES, DiT
 

@@ -1,11 +1,16 @@
 """Names of published checkpoints: nothing is lost on the way, and nothing is guessed."""
 
+import importlib
+import pathlib
+
 import golden_values as gv
 import jax
 import numpy as np
 import pytest
 
-from dmf.checkpoints.convert.dit import (
+from dmf.checkpoints.convert import namings, tables
+from dmf.checkpoints.convert.name_tables import Constant
+from dmf.checkpoints.convert.tables.dit import (
     from_jax,
     from_pytorch,
     jax_table,
@@ -13,7 +18,6 @@ from dmf.checkpoints.convert.dit import (
     to_jax,
     to_pytorch,
 )
-from dmf.checkpoints.convert.name_tables import Constant
 from dmf.errors import InputError
 from dmf.models.dit import DiT
 
@@ -146,3 +150,16 @@ def test_number_of_classes_is_checked():
     tensors = theirs(MODELS["flow"])
     tensors["y_embedder.embedding_table.weight"] = np.zeros((1001, 24), "f")
     assert_refused(MODELS["flow"], tensors, r"has shape \(1001, 24\): this network has \(6, 24\)$")
+
+
+def test_every_file_of_tables_is_read():
+    """A network with a file of names needs no line elsewhere."""
+    folder = pathlib.Path(tables.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    read = {naming.infer_network for naming in namings.NAMINGS}
+    assert len(files) >= 4
+    for name in files:
+        module = importlib.import_module(f"{tables.__name__}.{name}")
+        assert {naming.infer_network for naming in module.NAMINGS} <= read, name
+    names = [naming.name for naming in namings.NAMINGS]
+    assert len(set(names)) == len(names)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.checkpoints.convert.dit import POSITIONS, from_pytorch, to_pytorch
+from dmf.checkpoints.convert.tables.dit import POSITIONS, from_pytorch, to_pytorch
 from dmf.models.dit import DiT
 from dmf.objectives import (
     CauchyWeighting,

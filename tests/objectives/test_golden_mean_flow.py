@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.checkpoints.convert.dit import to_jax
+from dmf.checkpoints.convert.tables.dit import to_jax
 from dmf.objectives import AdaptiveWeighting, MeanFlow, SelfGuidance
 from dmf.objectives.path_sample import Draws
 from dmf.types import Batch

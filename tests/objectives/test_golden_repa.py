@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.checkpoints.convert.dit import POSITIONS, to_pytorch
+from dmf.checkpoints.convert.tables.dit import POSITIONS, to_pytorch
 from dmf.objectives import FlowMatching
 from dmf.objectives.path_sample import Draws
 from dmf.types import Batch

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dmf.checkpoints.convert.dit import from_pytorch
+from dmf.checkpoints.convert.tables.dit import from_pytorch
 from dmf.models.dit import DiT
 from dmf.sampling import Euler, EulerMaruyama, Heun, Restart, Sampler
 from dmf.sampling.guidance import SamplingGuidance, classifier_free

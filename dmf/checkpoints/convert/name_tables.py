@@ -111,6 +111,7 @@ class Naming:
 
     Attributes:
       name: name of the naming in messages and on the command line.
+      network: the class of the network.
       identifying_tensors: names of tensors that every checkpoint of this naming has, and no
         checkpoint of another one.
       infer_network: (shapes of the tensors by name, without the prefixes of wrapping modules;
@@ -122,6 +123,7 @@ class Naming:
     """
 
     name: str
+    network: type
     identifying_tensors: tuple[str, ...]
     infer_network: Callable[[Mapping[str, Shape], Mapping[str, Any]], Any]
     table: Callable[[Any], Table]

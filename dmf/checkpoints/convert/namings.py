@@ -1,7 +1,9 @@
 """All known namings: they recognise a published checkpoint, and convert it in both directions."""
 
 import dataclasses
+import importlib
 import itertools
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
-from dmf.checkpoints.convert import autoencoder, dinov2, dit, inception
+from dmf.checkpoints.convert import tables
 from dmf.checkpoints.convert.name_tables import (
     Naming,
     ParamSlice,
@@ -22,19 +24,12 @@ from dmf.checkpoints.convert.name_tables import (
     to_tensors,
 )
 from dmf.errors import InputError
-from dmf.models.dit import DiT
-from dmf.models.encoders.autoencoder_kl import AutoencoderKL
-from dmf.models.encoders.dinov2 import DinoV2
-from dmf.models.encoders.inception import Inception
 from dmf.types import Params
 
-NAMINGS_OF = {
-    DiT: dit.NAMINGS,
-    AutoencoderKL: autoencoder.NAMINGS,
-    Inception: inception.NAMINGS,
-    DinoV2: dinov2.NAMINGS,
-}
-NAMINGS = tuple(itertools.chain.from_iterable(NAMINGS_OF.values()))
+_TABLES = sorted(module.name for module in pkgutil.iter_modules(tables.__path__))
+NAMINGS: tuple[Naming, ...] = tuple(itertools.chain.from_iterable(
+    importlib.import_module(f"{tables.__name__}.{name}").NAMINGS for name in _TABLES
+))
 _LISTED = ", ".join(naming.name for naming in NAMINGS)
 
 
@@ -146,7 +141,7 @@ def naming_of(network: Any, name: str = "") -> Naming:
     Raises:
       InputError: there is no such naming, or it is of another network.
     """
-    known = {naming.name: naming for naming in NAMINGS_OF.get(type(network), ())}
+    known = {naming.name: naming for naming in NAMINGS if naming.network is type(network)}
     if not known:
         raise InputError(
             "format", "safetensors",

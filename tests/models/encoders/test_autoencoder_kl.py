@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.checkpoints.convert.autoencoder import NAMINGS, infer_network
 from dmf.checkpoints.convert.name_tables import to_params, to_tensors
+from dmf.checkpoints.convert.tables.autoencoder_kl import NAMINGS, infer_network
 from dmf.errors import InputError
 from dmf.models.encoders.autoencoder import Moments
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL, GroupNorm

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmf.checkpoints.convert.dinov2 import NAMINGS
 from dmf.checkpoints.convert.name_tables import ParamSlice, to_params, to_tensors
+from dmf.checkpoints.convert.tables.dinov2 import NAMINGS
 from dmf.errors import InputError
 from dmf.models.encoders.dinov2 import DINOV2_SIZES, DinoV2, resize_bicubic
 from dmf.types import Params

@@ -12,8 +12,8 @@ import pytest
 from etils import epath
 from flax import linen as nn
 
-from dmf.checkpoints.convert.inception import NAMINGS
 from dmf.checkpoints.convert.name_tables import ParamSlice, Table, to_params, to_tensors
+from dmf.checkpoints.convert.tables.inception import NAMINGS
 from dmf.errors import InputError
 from dmf.evaluation import metrics
 from dmf.evaluation.feature_extractors import extractor

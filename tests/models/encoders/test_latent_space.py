@@ -13,8 +13,8 @@ import tiny
 from jax import export
 
 from dmf.checkpoints import load
-from dmf.checkpoints.convert.autoencoder import NAMINGS
 from dmf.checkpoints.convert.name_tables import to_params
+from dmf.checkpoints.convert.tables.autoencoder_kl import NAMINGS
 from dmf.data.pixels import to_uint8
 from dmf.errors import InputError
 from dmf.evaluation.evaluator import Evaluator

@@ -79,6 +79,7 @@ def _infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> In
 NAMINGS = (
     Naming(
         name="fid-inception",
+        network=Inception,
         identifying_tensors=(
             "Conv2d_1a_3x3.conv.weight", "Mixed_7c.branch_pool.conv.weight", OUTPUT,
         ),

@@ -330,6 +330,7 @@ _IDENTIFYING = ("x_embedder.proj.weight", "blocks.0.attn.qkv.bias", "blocks.0.ml
 NAMINGS = (
     Naming(
         name="dmf",
+        network=DiT,
         identifying_tensors=_IDENTIFYING,
         infer_network=infer_pytorch_network,
         table=pytorch_table,
@@ -337,6 +338,7 @@ NAMINGS = (
     ),
     Naming(
         name="sit",
+        network=DiT,
         identifying_tensors=_IDENTIFYING,
         infer_network=infer_pytorch_network,
         table=sit_table,
@@ -345,6 +347,7 @@ NAMINGS = (
     ),
     Naming(
         name="meanflow",
+        network=DiT,
         identifying_tensors=("net/x_embedder/proj/kernel",),
         infer_network=infer_jax_network,
         table=jax_table,

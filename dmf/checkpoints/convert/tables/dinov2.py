@@ -203,6 +203,7 @@ def _published_heads(fields: Mapping[str, Any]) -> int:
 NAMINGS = tuple(
     Naming(
         name=name,
+        network=DinoV2,
         identifying_tensors=names.identifying_tensors,
         infer_network=functools.partial(_infer_network, names),
         table=functools.partial(_table, names),

@@ -161,6 +161,7 @@ def _weighted(name: str, path: str, layout: Layout, shape: Shape) -> Table:
 NAMINGS = tuple(
     Naming(
         name=name,
+        network=AutoencoderKL,
         identifying_tensors=(f"encoder.mid_block.attentions.0.{attention[0]}.weight",),
         infer_network=infer_network,
         table=functools.partial(_autoencoder, attention=attention),
