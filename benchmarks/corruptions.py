@@ -24,10 +24,9 @@ from dmf.checkpoints import load
 from dmf.checkpoints.manager import CheckpointManager
 from dmf.checkpoints.params import CHECKPOINTS
 from dmf.errors import InputError, RunError
-from dmf.runtime.sharding import with_shardings
 from dmf.training import build, loop
-from dmf.training.train_state import EMA_PREFIX, train_state_shardings
-from dmf.training.train_step import initial_state
+from dmf.training.train_state import EMA_PREFIX
+from dmf.training.train_step import abstract_state
 
 DAMAGES = ("cut short", "bits flipped", "bytes changed", "file removed", "folder removed")
 AS_SAVED, OLDER_STATE, REFUSED, WRONG = (
@@ -117,10 +116,7 @@ class Corruptions:
         with mock.patch.object(CheckpointManager, "save", recording_save):
             loop.train(_config(), self._run)
         recipe = build.training(_config()).recipe
-        make = functools.partial(initial_state, recipe, jax.random.key(0))
-        abstract = jax.eval_shape(make, {})
-        shardings = train_state_shardings(recipe.mesh, abstract)
-        self._abstract = with_shardings(abstract, shardings).trees
+        self._abstract = abstract_state(recipe).trees
 
     def corrupt(self, how: str) -> None:
         """Damages a copy of the run, loads the parameters and restores the state."""

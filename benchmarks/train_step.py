@@ -36,8 +36,8 @@ from dmf.runtime.device_specs import DEVICE_SPECS, GIB
 from dmf.runtime.sharding import make_mesh
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
-from dmf.training.train_state import TrainState, create_train_state
-from dmf.training.train_step import compiled_train_step, initial_state
+from dmf.training.train_state import TrainState
+from dmf.training.train_step import compiled_train_step, create_train_state
 
 _SIZE = flags.DEFINE_string("size", "S", "size of the transformer; 32 x 32 x 4 latents, patch 2")
 _SPLIT = flags.DEFINE_integer("split", 0, "split depth; 0: two thirds of the blocks")
@@ -90,10 +90,9 @@ def compile_variant(variant: Variant) -> Measurement:
     """Compiles the step of a variant, and makes its inputs."""
     recipe = build.recipe(_config(variant), make_mesh())
     abstract, batch, frozen = abstract_inputs(recipe)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     key = jax.random.key(1)
     start = time.perf_counter()
-    step = compiled_train_step(recipe, shardings).lower(abstract, batch, frozen, key).compile()
+    step = compiled_train_step(recipe).lower(abstract, batch, frozen, key).compile()
     compile_seconds = time.perf_counter() - start
 
     draw = np.random.default_rng(0)
@@ -113,7 +112,7 @@ def compile_variant(variant: Variant) -> Measurement:
 def first_state(variant: Variant) -> TrainState:
     """The state before the first step, which is the same for all variants."""
     recipe = build.recipe(_config(variant), make_mesh())
-    return create_train_state(lambda: initial_state(recipe, jax.random.key(0), {}), recipe.mesh)
+    return create_train_state(recipe, jax.random.key(0), {})
 
 
 def matmul_flops() -> float:

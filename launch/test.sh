@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/environment.sh ".[test]"
 ruff check .
-exec python -m pytest --numprocesses=2 --dist=loadfile --quiet "$@"
+exec python -m pytest --numprocesses=2 --dist=worksteal --quiet "$@"

@@ -1,12 +1,15 @@
 """How tests run: on eight CPU devices, with no silent broadcasting, and with the annotated shapes
 and types of `dmf` checked at every call."""
 
+import collections
 import gc
 import os
 import pathlib
+import resource
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import version
 
 # Tests compile much and compute little. The last of two equal flags counts, so that flags that
@@ -25,6 +28,8 @@ FLAGS = (
 )
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of linear algebra wait for work by turning round, at the cost of the other test process.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Two processes of a test session may compile for TPUs at once.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # What one test compiled, the next one, its other processes and the next run find.
@@ -33,6 +38,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.extend(str(room) for room in sorted((ROOT / "tests").rglob("*")) if room.is_dir())
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Where the longest tests are.
+LONGEST = ("tests/runtime/test_processes", "tests/experiments/test_sweep", "tests/training/")
 
 import jax
 import jaxtyping
@@ -51,7 +59,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):
         os.environ["DMF_TESTS_SHARED"] = tempfile.mkdtemp(prefix="dmf-tests-shared-")
-    config.addinivalue_line("markers", "slow: takes a minute or more; runs only with --slow")
+    config.pluginmanager.register(CpuSeconds(), "cpu-seconds")
+    config.addinivalue_line("markers", "slow: runs only with --slow")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -60,9 +69,54 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # The longest tests come first, so that no process of the session ends long before the other.
+    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow: give --slow to run it")
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+class CpuSeconds:
+    """What each room of the tests costs: CPU seconds of its tests and of the processes they start.
+
+    Wall clocks say little on a busy machine. A worker of pytest-xdist measures and its reports
+    carry the numbers to the process that prints them.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0.0
+        self.starting = 0.0
+        self.by_room: collections.Counter[str] = collections.Counter()
+
+    def pytest_collection_finish(self) -> None:
+        self.last = self.starting = _cpu_seconds()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Iterator[None]:
+        report = yield
+        now = _cpu_seconds()
+        report.cpu_seconds, self.last = now - self.last, now
+        # Imports and collection, once a process.
+        report.starting_seconds, self.starting = self.starting, 0.0
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        path = report.nodeid.partition("::")[0]
+        room, *rest = path.removeprefix("tests/").split("/")
+        self.by_room[room if rest else "(top level)"] += getattr(report, "cpu_seconds", 0.0)
+        self.by_room["(imports and collection)"] += getattr(report, "starting_seconds", 0.0)
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        terminalreporter.section("CPU seconds by room")
+        for room, seconds in self.by_room.most_common():
+            terminalreporter.line(f"{seconds:8.1f}  {room}")
+        terminalreporter.line(f"{sum(self.by_room.values()):8.1f}  all")
+
+
+def _cpu_seconds() -> float:
+    """User and system time of this process and of those it waited for."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)

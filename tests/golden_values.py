@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dmf.checkpoints.convert.tables.dit import from_jax, from_pytorch
 from dmf.models.dit import DiT
@@ -32,6 +33,11 @@ EXECUTIONS = {
     "unrolled-full-2x2x2": (False, "full", (2, 2, 2)),
 }
 PLAIN = EXECUTIONS["scan-none-1"]
+# The plain execution, and the one with scan and sharding over eight devices; all others are slow.
+over_executions = pytest.mark.parametrize("execution", [
+    pytest.param(name, marks=[] if name in ("scan-none-1", "scan-dots-2x2x2") else pytest.mark.slow)
+    for name in EXECUTIONS
+])
 # These tests compile much and compute little.
 jit = functools.partial(
     jax.jit,

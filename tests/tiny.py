@@ -44,7 +44,7 @@ def get_config() -> ConfigDict:
     config.run.checkpoint_every = 4
     config.sampling.steps = (1, 2)
     config.evaluation.count = 72
-    config.evaluation.chunk_size = 12
+    config.evaluation.chunk_size = 3  # A part is one chunk of each of eight devices.
     config.evaluation.part_size = 24
     return config
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from dmf.errors import InputError
 from dmf.models.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD, DinoV2
 from dmf.models.encoders.inception import Inception, resize_for_inception
+from dmf.runtime.memoize import memoized
 from dmf.types import Params
 
 # The network that computes a kind of features; None for pixels.
@@ -70,19 +71,31 @@ def extractor(
                        f"--{name}=DIR, which dmf convert makes, or other --metrics",
             )
 
+    chosen = {name: networks[name][0] for name in needed}
+    kinds = tuple(sorted(kinds))
+    apply = _features_function(kinds, chosen.get("inception"), chosen.get("dinov2"))
+    return Extractor(kinds, apply, {name: networks[name][1] for name in needed})
+
+
+@memoized
+def _features_function(
+    kinds: tuple[str, ...], inception: Inception | None, dinov2: DinoV2 | None
+) -> Callable[[Mapping[str, Params], Pixels], Features]:
+    """`Extractor.apply`, the same function for the same networks."""
+
     def apply(params: Mapping[str, Params], images: Pixels) -> Features:
         features: Features = {"pixels": images.reshape(len(images), -1) / jnp.float32(127.5) - 1}
         rgb = images if images.shape[-1] == 3 else jnp.repeat(images, 3, axis=-1)
-        if "inception" in needed:
-            outputs = inception[0].apply(params["inception"], resize_for_inception(rgb))
+        if inception is not None:
+            outputs = inception.apply(params["inception"], resize_for_inception(rgb))
             features |= {"pool3": outputs.pool3, "spatial": outputs.spatial}
             features["probabilities"] = jax.nn.softmax(outputs.unbiased_logits)
-        if "dinov2" in needed:
-            tokens = dinov2[0].apply(params["dinov2"], dinov2_input(rgb))
+        if dinov2 is not None:
+            tokens = dinov2.apply(params["dinov2"], dinov2_input(rgb))
             features["dinov2"] = tokens[:, 0]
         return {kind: features[kind] for kind in kinds}
 
-    return Extractor(tuple(sorted(kinds)), apply, {name: networks[name][1] for name in needed})
+    return apply
 
 
 def _needed_networks(kinds: Collection[str]) -> set[str]:

@@ -20,6 +20,7 @@ from dmf.errors import RunError, check_at_least
 from dmf.evaluation.evaluated_images import ReadImages
 from dmf.evaluation.feature_extractors import Extractor
 from dmf.evaluation.feature_statistics import Statistics, read_statistics
+from dmf.runtime.memoize import memoized
 from dmf.runtime.processes import barrier
 from dmf.runtime.progress import Progress
 from dmf.runtime.sharding import map_over_devices, replicate_on_host
@@ -53,7 +54,7 @@ class StatisticsCollector:
 
     @functools.cached_property
     def _extract(self) -> Callable[[UInt8[np.ndarray, "n h w c"]], dict[str, jax.Array]]:
-        compiled = map_over_devices(self.extractor.apply, self.mesh)
+        compiled = _compiled(self.extractor.apply, self.mesh)
         params = replicate_on_host(self.extractor.params, self.mesh)
         return lambda images: compiled(params, images)
 
@@ -160,6 +161,12 @@ class StatisticsCollector:
                 yield end(*previous)
         if current is not None:
             yield end(*current)
+
+
+@memoized
+def _compiled(apply: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """The program of an extractor, one for all sets of images."""
+    return map_over_devices(apply, mesh)
 
 
 def _concatenate(chunks: Sequence[tuple[np.ndarray, Features]]) -> tuple[np.ndarray, Features]:

@@ -242,6 +242,11 @@ def partition(
     return PartitionSpec(*spec)
 
 
+def shardings_of(tree: Any) -> Any:
+    """The shardings of a tree of arrays, or of shapes with shardings."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def with_shardings(shapes: Any, shardings: Any) -> Any:
     """A tree of shapes with shardings, to compile for or to restore a checkpoint into."""
     return jax.tree.map(

@@ -19,6 +19,7 @@ from dmf.data import pixels
 from dmf.errors import InputError
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.runtime.checksums import fingerprint
+from dmf.runtime.memoize import memoized
 from dmf.runtime.sharding import map_over_devices, replicate_on_host
 from dmf.sampling import samplers
 from dmf.sampling.build import Sampling, guided_flow_map
@@ -161,10 +162,7 @@ class Generator:
 
     def _check(self) -> None:
         """Traces one sample, so that guidance that the network cannot take is refused early."""
-        generate = sample_function(self._network, self._settings, steps=2)
-        index = jax.ShapeDtypeStruct((1,), jnp.int32)
-        params = jax.eval_shape(self._network.init, jax.random.key(0))
-        jax.eval_shape(lambda *inputs: generate(*inputs, 0), params, index, index)
+        _trace(self._network, self._settings)
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -185,15 +183,6 @@ class Generator:
             return self._network.sample_shape
         return self._latent_space.image_shape(self._network.sample_shape)
 
-    @functools.cache  # noqa: B019 - a run has one generator
-    def _compiled(self, steps: int, rounding: str) -> Callable[..., GeneratedImages]:
-        generate = image_function(
-            self._network, self._settings, self._latent_space, steps=steps, rounding=rounding
-        )
-        return map_over_devices(
-            lambda whole, *parts: generate(whole["params"], *parts, whole["seed"]), self.mesh
-        )
-
     def __call__(
         self, params: Params, *, steps: int, seed: int = 0, rounding: str = "nearest"
     ) -> Generate:
@@ -212,10 +201,33 @@ class Generator:
         Raises:
           InputError: a sampling field that cannot be used.
         """
-        compiled = self._compiled(steps, rounding)
+        compiled = _compiled(
+            self._network, self._settings, self._latent_space, steps, rounding, self.mesh
+        )
         params = {"network": replicate_on_host(params, self.mesh), **self._frozen_params}
         whole = {"params": params, "seed": jnp.int32(seed)}
         return lambda indices, labels: compiled(whole, indices, labels)
+
+
+@memoized
+def _trace(network: Network, settings: Sampling) -> None:
+    """Traces the generation of one sample; an error is not remembered."""
+    generate = sample_function(network, settings, steps=2)
+    index = jax.ShapeDtypeStruct((1,), jnp.int32)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    jax.eval_shape(lambda *inputs: generate(*inputs, 0), params, index, index)
+
+
+@memoized
+def _compiled(
+    network: Network, settings: Sampling, latent_space: LatentSpace | None, steps: int,
+    rounding: str, mesh: Mesh,
+) -> Callable[..., GeneratedImages]:  # fmt: skip
+    """The program of `Generator`, to be compiled on its first call."""
+    generate = image_function(network, settings, latent_space, steps=steps, rounding=rounding)
+    return map_over_devices(
+        lambda whole, *parts: generate(whole["params"], *parts, whole["seed"]), mesh
+    )
 
 
 def chunks(count: int, size: int, first: int = 0) -> Iterator[Int[np.ndarray, "size"]]:

@@ -10,8 +10,8 @@ from dmf.data.pixels import IMAGE_CHANNELS
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.runtime.sharding import batch_sharding, parameter_shardings, with_shardings
 from dmf.training.build import Recipe
-from dmf.training.train_state import TrainState, train_state_shardings
-from dmf.training.train_step import initial_state
+from dmf.training.train_state import TrainState
+from dmf.training.train_step import abstract_state
 from dmf.types import Batch, Network, Params
 
 # Downsampling factor of the published autoencoders.
@@ -33,8 +33,7 @@ def abstract_inputs(
     Returns:
       Train state, rows and frozen parameters.
     """
-    state = jax.eval_shape(lambda: initial_state(recipe, jax.random.key(0), {}))
-    state = with_shardings(state, train_state_shardings(recipe.mesh, state))
+    state = abstract_state(recipe)
     frozen = {}
     if recipe.objective.needs_teacher:
         frozen["teacher"] = recipe.objective.teacher

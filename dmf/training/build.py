@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from flax.core import FrozenDict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -43,7 +44,8 @@ class Recipe(NamedTuple):
       network: the network that is trained.
       objective: draws and losses.
       optimizer: the optimizer of the parameters.
-      emas: the EMAs of the parameters by name.
+      emas: the EMAs of the parameters by name; hashable, as all of a recipe, so that equal recipes
+        share compiled programs.
       mesh: the devices.
       batch_transform: turns rows of the dataset into samples.
       patch_features: computes the patch features of images for representation alignment; None
@@ -56,7 +58,7 @@ class Recipe(NamedTuple):
     network: Network
     objective: Objective
     optimizer: AdamW
-    emas: dict[str, Ema]
+    emas: FrozenDict[str, Ema]
     mesh: Mesh
     batch_transform: BatchTransform
     patch_features: PatchFeatures | None
@@ -100,13 +102,13 @@ def run(section: Any) -> Run:
         return build(Run, section)
 
 
-def emas(section: Any) -> dict[str, Ema]:
+def emas(section: Any) -> FrozenDict[str, Ema]:
     """The EMAs of `config.emas` by name."""
     built = {}
     for name, part in section.items():
         with at(f"emas.{name}"):
             built[name] = build("ema", part)
-    return built
+    return FrozenDict(built)
 
 
 def optimizer(section: Any) -> AdamW:

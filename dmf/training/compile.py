@@ -144,8 +144,7 @@ def lowered_step(config: ConfigDict, devices: list[jax.Device]) -> LoweredStep:
     mesh = make_mesh(**dataclasses.asdict(build.mesh_shape(config.mesh)), devices=devices)
     recipe = build.recipe(config, mesh, _teacher(config), _alignment_encoder(config))
     inputs, key = abstract_inputs(recipe), jax.eval_shape(jax.random.key, 0)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, inputs[0])
-    return LoweredStep(recipe, inputs, compiled_train_step(recipe, shardings).lower(*inputs, key))
+    return LoweredStep(recipe, inputs, compiled_train_step(recipe).lower(*inputs, key))
 
 
 def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:

@@ -33,12 +33,13 @@ class FreezeMask:
 
     Attributes:
       mask: tree like the parameters, true where they are frozen: for each leaf a bool array [], or
-        [depth] for leaves that are stacked by depth; {} if nothing is frozen.
+        [depth] for leaves that are stacked by depth; {} if nothing is frozen. Patterns and network
+        determine it, so that masks of one network are compared by their patterns.
       encoder: whether the whole encoder is frozen, by the pattern "encoder".
       patterns: the patterns of the config, for error messages.
     """
 
-    mask: Params = dataclasses.field(default_factory=dict)
+    mask: Params = dataclasses.field(default_factory=dict, compare=False)
     encoder: bool = False
     patterns: tuple[str, ...] = ()
 

@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import functools
 import math
 import platform
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from dmf.runtime import processes
 from dmf.runtime.device_specs import GIB, mfu
 from dmf.runtime.files import disk_errors, read_json, write_json
 from dmf.runtime.progress import Clock
-from dmf.runtime.sharding import batch_sharding, with_shardings
+from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
 from dmf.training.callbacks import (
@@ -40,12 +39,8 @@ from dmf.training.callbacks import (
 )
 from dmf.training.metric_accumulator import MetricAccumulator, Report
 from dmf.training.metrics_writer import MetricsWriter, NoMetrics
-from dmf.training.train_state import (
-    TrainState,
-    create_train_state,
-    train_state_shardings,
-)
-from dmf.training.train_step import compiled_train_step, initial_state
+from dmf.training.train_state import TrainState
+from dmf.training.train_step import abstract_state, compiled_train_step, create_train_state
 from dmf.types import Batch, Metrics, Params
 
 # Fields that may change when a run resumes: its length, its outputs, and how it is computed.
@@ -86,15 +81,12 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     training = build.training(config)
     recipe = training.recipe
     init_key, draw_key = jax.random.split(jax.random.key(config.seed))
-    init = functools.partial(initial_state, recipe, init_key)
-    abstract = jax.eval_shape(init, {})
-    shardings = train_state_shardings(recipe.mesh, abstract)
     resumed_step = latest_step(workdir)
     pretrained = _pretrained(config, training, resumed_step)
     evaluate = EvaluationCallback(config, training, workdir)
     show = SampleGridCallback(config, training, workdir)
     profiler = Profiler(config.profile_steps, workdir)
-    step = compiled_train_step(recipe, shardings)
+    abstract, step = abstract_state(recipe), compiled_train_step(recipe)
     # Tracing the step finds what its parts refuse of each other, before anything is written. The
     # first step uses this trace, because its key is on no mesh either.
     rows = training.data_loader.abstract_batch(batch_sharding(recipe.mesh))
@@ -111,9 +103,9 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     ):
         state = None
         if resumed_step:
-            state = _restore(checkpoints, with_shardings(abstract, shardings))
+            state = _restore(checkpoints, abstract)
         if state is None:
-            state = create_train_state(init, recipe.mesh, pretrained)
+            state = create_train_state(recipe, init_key, pretrained)
             _describe(workdir, abstract.params, training)
         else:
             done = "nothing left to do" if state.step >= training.run.steps else "resuming"

@@ -1,6 +1,6 @@
 """The train state: the arrays that training carries from step to step, sharded from the start."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -78,17 +78,3 @@ def train_state_shardings(mesh: Mesh, abstract: TrainState) -> TrainState:
         opt_state=state_shardings(mesh, abstract.opt_state),
         ema_params=state_shardings(mesh, abstract.ema_params),
     )
-
-
-def create_train_state(
-    init: Callable[..., TrainState], mesh: Mesh, *inputs: Any
-) -> TrainState:
-    """Creates a train state under jit, so that each device computes its own shards only.
-
-    Args:
-      init: (*inputs) -> state.
-      mesh: devices.
-      *inputs: arguments of `init`.
-    """
-    shardings = train_state_shardings(mesh, jax.eval_shape(init, *inputs))
-    return jax.jit(init, out_shardings=shardings)(*inputs)

@@ -6,6 +6,7 @@
 one term after the other, and `accumulated_gradient` one microbatch after the other.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,18 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.objectives.objective import Term, terms_of
-from dmf.runtime.sharding import batch_sharding, constrain_batch, replicated
+from dmf.runtime.memoize import memoized
+from dmf.runtime.sharding import (
+    batch_sharding,
+    constrain_batch,
+    replicated,
+    shardings_of,
+    with_shardings,
+)
 from dmf.training.apply_if_finite import select_finite, skip_metrics
 from dmf.training.build import Recipe
 from dmf.training.ema import update_ema
-from dmf.training.train_state import TrainState, initial_train_state
+from dmf.training.train_state import TrainState, initial_train_state, train_state_shardings
 from dmf.types import Batch, Metrics, Params, PRNGKey
 
 # Folded into the key of a step for the batch transform; the objective draws from that key itself.
@@ -49,17 +57,42 @@ def initial_state(recipe: Recipe, key: PRNGKey, pretrained: Params) -> TrainStat
     return initial_train_state(params, recipe.optimizer.transform(), sorted(recipe.emas))
 
 
-def compiled_train_step(recipe: Recipe, shardings: TrainState) -> TrainStep:
+@memoized
+def abstract_state(recipe: Recipe) -> TrainState:
+    """The train state of a recipe as shapes with shardings."""
+    init = functools.partial(initial_state, recipe)
+    state = jax.eval_shape(init, jax.random.key(0), {})
+    return with_shardings(state, train_state_shardings(recipe.mesh, state))
+
+
+def create_train_state(recipe: Recipe, key: PRNGKey, pretrained: Params) -> TrainState:
+    """The train state before the first step; each device computes its own shards only.
+
+    Args:
+      recipe, key, pretrained: as for `initial_state`.
+    """
+    return _compiled_initial_state(recipe)(key, pretrained)
+
+
+@memoized
+def _compiled_initial_state(recipe: Recipe) -> Callable[[PRNGKey, Params], TrainState]:
+    init = functools.partial(initial_state, recipe)
+    return jax.jit(init, out_shardings=shardings_of(abstract_state(recipe)))
+
+
+@memoized
+def compiled_train_step(recipe: Recipe) -> TrainStep:
     """The training step, to be compiled on its first call; the train state is donated.
+
+    Runs of one process with equal recipes share one compiled program.
 
     Args:
       recipe: what the step computes, and on which mesh.
-      shardings: shardings of the train state.
 
     Returns:
       (state, rows, frozen parameters, key) -> (state, metrics), see `train_step`.
     """
-    mesh = recipe.mesh
+    mesh, shardings = recipe.mesh, shardings_of(abstract_state(recipe))
 
     def step(
         state: TrainState, rows: Batch, frozen_params: FrozenParams, key: PRNGKey

@@ -158,7 +158,9 @@ FROZEN = {
 }
 
 
-@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.parametrize("name", [
+    "autoencoder_kl", "dinov2", pytest.param("inception", marks=pytest.mark.slow)
+])
 def test_a_frozen_network(tmp_path, name):
     """Its golden values are those of the parameters that its table gives, which are these."""
     tensors, flag = FROZEN[name]

@@ -98,6 +98,14 @@ def test_parameters_of_a_run_are_those_of_its_newest_checkpoint(saved, ema, expe
     same(restore_params(saved, abstract(PARAMS), ema=ema), expected)
 
 
+def test_parameters_that_were_saved_at_another_step_are_refused(saved):
+    """Every file of them is whole."""
+    shutil.rmtree(saved / "checkpoints/5/params")
+    shutil.copytree(saved / "checkpoints/3/params", saved / "checkpoints/5/params")
+    with pytest.raises(RunError, match="damaged .*differs from the saved array.*try checkpoints/3"):
+        restore_params(saved, abstract(PARAMS))
+
+
 @pytest.mark.parametrize(
     ("wanted", "named"),
     [

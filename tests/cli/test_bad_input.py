@@ -1,13 +1,16 @@
 """Every mistake ends in one line that names the field and the remedy, and leaves nothing behind."""
 
+import dataclasses
 import json
 import shutil
 
 import jax
 import numpy as np
+import plugin_files
 import pytest
 import tiny
 
+from dmf import registry
 from dmf.checkpoints.params import latest_step
 from dmf.errors import InputError
 from dmf.objectives import FlowMatching
@@ -141,23 +144,27 @@ def test_a_start_of_another_architecture_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
-    honest = FlowMatching.draw
-
-    def poisoned(self, key, batch, step):
-        # The labels of one step's batch tell it from the others, whatever is traced.
-        draws = honest(self, key, batch, step)
-        bad = jax.numpy.all(batch.y == sixth)
-        return draws._replace(noise=jax.numpy.where(bad, jax.numpy.nan, draws.noise))
-
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     config = tiny.config({"run.steps": 12, "run.log_every": 5})
     built = build.training(config)
     sixth = jax.device_get(built.data_loader.batch(5, batch_sharding(built.recipe.mesh)).y)
-    monkeypatch.setattr(FlowMatching, "draw", poisoned)
-    code = tiny.dmf(
-        "train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}",
-        "--config.run.steps=12", "--config.run.log_every=5",
-    )
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Poisoned(FlowMatching):
+        """The noise of the sixth batch is NaN."""
+
+        def draw(self, key, batch, step):
+            # The labels of one step's batch tell it from the others, whatever is traced.
+            draws = super().draw(key, batch, step)
+            bad = jax.numpy.all(batch.y == sixth)
+            return draws._replace(noise=jax.numpy.where(bad, jax.numpy.nan, draws.noise))
+
+    with plugin_files.registered_components():
+        registry.register("objective", poisoned=Poisoned)
+        code = tiny.dmf(
+            "train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}",
+            "--config.run.steps=12", "--config.run.log_every=5", "--config.objective.name=poisoned",
+        )  # fmt: skip
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 1
     assert "not finite at step 6" in line
@@ -167,9 +174,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     for row in metrics_writer.read_metrics(tmp_path):
         assert all(np.isfinite(value) for value in row.values())
 
-    monkeypatch.setattr(FlowMatching, "draw", honest)
-    resumed = train(config, tmp_path)
-    whole = train(config, tmp_path / "whole")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Cured(FlowMatching):
+        """The objective of the same name, without poison."""
+
+    with plugin_files.registered_components():
+        registry.register("objective", poisoned=Cured)
+        config.objective.name = "poisoned"
+        resumed = train(config, tmp_path)
+        whole = train(config, tmp_path / "whole")
     # The poisoned program is another one, and rounds differently.
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), resumed.params, whole.params
@@ -222,9 +235,10 @@ def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_goes_on(tmp_path):
         "--config.run.steps=12", "--config.run.sample_every=4",
     ]
     # No file may grow beyond 32 kB: room for the metrics, none for a checkpoint. JAX would complain
-    # of its own files.
+    # of its own files, so that it writes no compiled programs.
     limited = (
-        "import os, resource, sys; os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'; "
+        "import os, resource, sys; "
+        "os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '1000'; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); "
         "from dmf.__main__ import main; sys.argv[0] = 'dmf'; main()"
     )

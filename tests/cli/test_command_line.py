@@ -14,7 +14,7 @@ import dmf
 from configs import default
 from dmf import __main__
 from dmf.checkpoints import load
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError, Stopped
 from dmf.objectives import DrawnGuidance
 from dmf.objectives.build import interpolant
 from dmf.runtime import sharding
@@ -75,6 +75,22 @@ def test_a_defect_is_told_whole_and_ends_with_1(monkeypatch, capsys):
     assert told.endswith("ZeroDivisionError: a defect\n")
 
 
+@pytest.mark.parametrize(("error", "code", "line"), [
+    (InputError("seed", -1, "give 0 or more"), 2, "seed=-1: give 0 or more"),
+    (RunError("the loss is not finite"), 1, "the loss is not finite"),
+    (FileNotFoundError(2, "No such file", "a.npz"), 1, "a.npz: No such file"),
+    (Stopped("told to stop at step 3"), 75, "told to stop at step 3"),
+    (KeyboardInterrupt(), 130, "interrupted; the same command resumes from the last checkpoint"),
+], ids=lambda value: type(value).__name__)
+def test_every_other_error_is_one_line_and_has_an_exit_code(monkeypatch, capsys, error, code, line):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("dmf.cli.report.main", fails)
+    assert start(monkeypatch, "report") == code
+    assert capsys.readouterr().err == f"dmf report: {line}\n"
+
+
 def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
     workdir = tmp_path / "run"
     overrides = ["--config.run.steps=2", "--config.sampling.steps=(1,)", "--config.seed=5"]
@@ -110,7 +126,7 @@ def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
         assert (row["protocol"], row["count"], row["ema"]) == ("pixels", 80, "main")
     assert found["reference"]["name"] == "digits"
     assert 0.2 < found["reference"]["halves_distance"] < 0.4
-    assert found["settings"] == {"chunk_size": 12, "part_size": 24}
+    assert found["settings"] == {"chunk_size": 3, "part_size": 24}
     assert (found["seed"], found["step"]) == (0, 8)
 
 
@@ -119,6 +135,15 @@ def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):
     assert tiny.dmf("evaluate", *arguments) == 0
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert [row["steps"] for row in found["results"]] == [1, 2]
+
+
+def test_evaluate_measures_the_parameters_that_it_names(tmp_path):
+    """The EMA, and the raw parameters, which are others after eight steps."""
+    arguments = [made(tiny.flow_run()), "--steps=1", "--ema=main,", f"--output={tmp_path}/n.json"]
+    assert tiny.dmf("evaluate", *arguments) == 0
+    main, raw = json.loads((tmp_path / "n.json").read_text())["results"]
+    assert (main["ema"], raw["ema"]) == ("main", "")
+    assert main["fd_pixels"] != raw["fd_pixels"]
 
 
 def test_a_flow_model_is_measured_as_a_flow_map(tmp_path):
@@ -161,6 +186,7 @@ def test_guidance_of_the_command_line_reaches_the_samples(tmp_path):
     assert (plain != guided).any()
 
 
+@pytest.mark.slow
 def test_guidance_is_drawn_in_training_and_chosen_at_sampling(tmp_path):
     """A flow model that knew of none is given it; what it is asked for changes what it makes."""
     fields = {"model.guidance_input": True, "run.steps": 2, "optimizer.learning_rate": 0.03,

@@ -199,6 +199,7 @@ def test_position_counts_rows_and_epochs():
     assert position == {"step": 13, "rows": 104, "epoch": 2, "seed": 4, "dataset_rows": 50}
 
 
+@pytest.mark.slow
 def test_another_prepared_dataset_trains_through_the_same_path(prepared, tmp_path):
     config = tiny.config({
         "data.name": "squares", "data.directory": prepared, "data.split": "train[:75%]",
@@ -311,15 +312,15 @@ def global_batches(hosts: int, port: int) -> dict[int, list[list[int]]]:
     return {step: [row[i] for i in range(16)] for step, row in rows.items()}
 
 
-def test_hosts_read_the_parts_of_one_stream():
+@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_hosts_read_the_parts_of_one_stream(hosts):
     """Order and content of a global batch are those of one host."""
     alone = DataLoader(dataset=open_dataset("digits"), batch_size=16, seed=2)
     expected = {}
     for step in (0, 1, 113):
         batch = alone.batch(step, batch_sharding(one_device()))
         expected[step] = np.column_stack([batch.y, batch.x.reshape(16, -1)]).tolist()
-    assert global_batches(2, tiny.free_port()) == expected
-    assert global_batches(4, tiny.free_port()) == expected
+    assert global_batches(hosts, tiny.free_port()) == expected
 
 
 def test_a_subset_and_a_mixture():

@@ -144,7 +144,7 @@ def test_two_processes_make_what_one_makes(tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (prepared() / name).read_bytes()
 
 
-@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("shards", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_and_started_again(tmp_path, shards):
     """Finished shards are not redone; the bytes are those of an undisturbed run."""
     prepared()

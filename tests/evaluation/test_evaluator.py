@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.linalg
+import small_network
 import tiny
 import tiny_networks
 
@@ -21,6 +22,12 @@ COUNT = 60
 ADM = ("--protocol=adm", "--inception=I")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with small_network.registered():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def networks(monkeypatch):
     """Networks are tiny ones, and their directories any names."""
@@ -28,12 +35,12 @@ def networks(monkeypatch):
 
 
 def evaluate(*arguments) -> int:
-    return tiny.dmf("evaluate", "--config.evaluation.chunk_size=12", *arguments)
+    return tiny.dmf("evaluate", "--config.evaluation.chunk_size=3", *arguments)
 
 
 def of_run(output, *arguments) -> dict:
     """An evaluation of the tiny flow model."""
-    flags = [f"--checkpoint={tiny.flow_run()}", f"--count={COUNT}", f"--output={output}"]
+    flags = [f"--checkpoint={small_network.run()}", f"--count={COUNT}", f"--output={output}"]
     assert evaluate(*flags, *arguments) == 0
     return json.loads(output.read_text())
 
@@ -181,7 +188,7 @@ def test_adm_takes_precision_and_recall_from_the_images_in_its_file(tmp_path, re
 def test_written_samples_measure_as_samples(tmp_path, real):
     """With the rounding and the labels of the protocol."""
     samples = tmp_path / "samples.npz"
-    assert tiny.dmf("sample", f"--checkpoint={tiny.flow_run()}", f"--output={samples}",
+    assert tiny.dmf("sample", f"--checkpoint={small_network.run()}", f"--output={samples}",
                     f"--count={COUNT}", "--steps=1", "--labels=random",
                     "--rounding=down") == 0  # fmt: skip
     direct = of_run(tmp_path / "a.json", *ADM, f"--reference={real}", "--steps=1")
@@ -202,7 +209,7 @@ def test_every_setting_stands_beside_the_numbers(tmp_path, real):
     assert result["networks"]["inception"]["input"].startswith("299 x 299, bilinear")
     assert result["networks"]["inception"]["checkpoint"] == "I"
     assert result["step"] == 8
-    assert result["model"]["depth"] == 2
+    assert result["model"]["hidden"] == 12
     assert result["sampling"]["sampler"] == {"name": "euler"}
     assert [(row["ema"], row["steps"]) for row in result["results"]] == [
         ("main", 1), ("main", 2), ("", 1), ("", 2)
@@ -223,7 +230,8 @@ def test_what_was_interrupted_goes_on(tmp_path, real, monkeypatch, capsys):
         return distance(a, b)
 
     monkeypatch.setattr(metrics, "frechet_distance", interrupted)
-    cut = [f"--checkpoint={tiny.flow_run()}", f"--count={COUNT}", f"--output={tmp_path}/cut.json"]
+    cut = [f"--checkpoint={small_network.run()}", f"--count={COUNT}",
+           f"--output={tmp_path}/cut.json"]
     assert evaluate(*cut, *flags) == 130
     assert not (tmp_path / "cut.json").exists()
     capsys.readouterr()
@@ -273,7 +281,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, case):
                  for name in ("wide",) for a in arguments]  # fmt: skip
     arguments = [a.replace("SMALL", f"{tmp_path}/small.npz").replace("FEW", f"{tmp_path}/few.npz")
                  for a in arguments]  # fmt: skip
-    run = tiny.flow_run()
+    run = small_network.run()
     capsys.readouterr()
     before = sorted(tmp_path.iterdir())
     code = evaluate(f"--checkpoint={run}", "--inception=I", f"--count={COUNT}", "--metrics=fid",
@@ -290,7 +298,7 @@ def test_samples_that_are_not_finite_fail(tmp_path, real, capsys, monkeypatch):
     monkeypatch.setattr(load, "load_params", lambda *a, **k: jax.tree.map(
         lambda leaf: leaf * jnp.nan, load_params(*a, **k)
     ))  # fmt: skip
-    code = evaluate(f"--checkpoint={tiny.flow_run()}", *ADM, f"--reference={real}", "--steps=1",
+    code = evaluate(f"--checkpoint={small_network.run()}", *ADM, f"--reference={real}", "--steps=1",
                     f"--count={COUNT}", f"--output={tmp_path}/e.json")  # fmt: skip
     assert code == 1
     assert "24 of images 0 to 23 hold NaN or infinity" in capsys.readouterr().err

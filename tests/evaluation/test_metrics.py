@@ -110,6 +110,13 @@ def test_inception_score_of_known_classes():
     assert metrics.inception_score(halves[:75], split=50) == pytest.approx((5 + 1) / 2)
 
 
+def test_inception_score_has_splits_of_5000_samples():
+    """Each split has one class, and the next split has the other."""
+    certain = np.eye(2)[np.arange(10_000) // 5000]
+    assert metrics.inception_score(certain) == pytest.approx(1)
+    assert metrics.inception_score(np.roll(certain, 2500, axis=0)) == pytest.approx(2)
+
+
 def test_inception_score_against_entropies():
     p = RANDOM.dirichlet(np.ones(7), 300)
     q = p.mean(0)

@@ -11,11 +11,12 @@ import time
 import pytest
 import tiny
 
-COUNT = 1000
+# Images, in parts of 48, which are 16 chunks.
+COUNT, PARTS = 240, 5
 
 
 def arguments(output: pathlib.Path) -> list[str]:
-    return ["sample", f"--checkpoint={tiny.flow_run()}", f"--output={output}", "--steps=16",
+    return ["sample", f"--checkpoint={tiny.flow_run()}", f"--output={output}", "--steps=8",
             f"--count={COUNT}", "--labels=random"]  # fmt: skip
 
 
@@ -36,9 +37,13 @@ def generated_hash(output: pathlib.Path, devices: int) -> str:
 
 @pytest.fixture(scope="module")
 def of_eight(tmp_path_factory) -> str:
-    return generated_hash(tmp_path_factory.mktemp("eight") / "images.npz", 8)
+    """The hash of what this process makes, which has eight devices."""
+    output = tmp_path_factory.mktemp("eight") / "images.npz"
+    assert tiny.dmf(*arguments(output)) == 0
+    return hashlib.sha256(output.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_one_device_makes_what_eight_make(tmp_path, of_eight):
     assert generated_hash(tmp_path / "images.npz", 1) == of_eight
 
@@ -51,11 +56,12 @@ def test_killed_on_eight_devices_and_finished_on_three(tmp_path, of_eight):
         time.sleep(0.005)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    assert 2 <= len(list(parts.glob("0*.npy"))) < 6
+    assert 2 <= len(list(parts.glob("0*.npy"))) < PARTS
     assert not (tmp_path / "images.npz").exists()
     assert generated_hash(tmp_path / "images.npz", 3) == of_eight
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures(tmp_path):
     port = tiny.free_port()
     code = (

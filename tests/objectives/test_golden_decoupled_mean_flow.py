@@ -135,8 +135,10 @@ def assert_objective(name: str, kind: str, execution: tuple) -> None:
         assert_gradients(name, gradients, golden, f"{kind}/{weighting}")
 
 
-@over_files
-@pytest.mark.parametrize("kind", GUIDANCES)
+@pytest.mark.parametrize(("name", "kind"), [
+    pytest.param(name, kind, marks=[pytest.mark.slow] * (name != FILES[0] and kind != "mg"))
+    for name in FILES for kind in GUIDANCES
+])
 def test_losses_and_gradients(name, kind):
     assert_objective(name, kind, gv.PLAIN)
 

@@ -12,15 +12,14 @@ from dmf.objectives.path_sample import Draws
 from dmf.types import Batch
 
 FILES = ("meanflow_tiny", "meanflow_tiny_kappa")
-# A batch of 6 does not divide over the 4 shards of the mesh 2x2x2.
-EXECUTIONS = {
-    key: (scan, remat, mesh if mesh is None else (2, 1, 4))
-    for key, (scan, remat, mesh) in gv.EXECUTIONS.items()
-}
 over_files = pytest.mark.parametrize("name", FILES)
-over_executions = pytest.mark.parametrize(
-    "execution", EXECUTIONS.values(), ids=[key.replace("2x2x2", "2x1x4") for key in EXECUTIONS]
-)
+
+
+def execution_of(name: str) -> tuple[bool, str, tuple[int, int, int] | None]:
+    """An execution of `gv.EXECUTIONS`; its mesh is 2x1x4, as a batch of 6 does not divide over the
+    4 shards of 2x2x2."""
+    scan, remat, mesh_sizes = gv.EXECUTIONS[name]
+    return scan, remat, mesh_sizes and (2, 1, 4)
 
 
 def objective_of(name: str) -> MeanFlow:
@@ -36,9 +35,9 @@ def objective_of(name: str) -> MeanFlow:
 
 
 @over_files
-@over_executions
+@gv.over_executions
 def test_loss_and_gradients(name, execution):
-    scan, remat, mesh_sizes = execution
+    scan, remat, mesh_sizes = execution_of(execution)
     golden, model = gv.load(name), gv.meanflow(name, scan, remat)
 
     def mean_loss(params, batch, draws):
@@ -65,9 +64,9 @@ def test_loss_and_gradients(name, execution):
 
 
 @over_files
-@over_executions
+@gv.over_executions
 def test_network(name, execution):
-    scan, remat, mesh_sizes = execution
+    scan, remat, mesh_sizes = execution_of(execution)
     golden, model = gv.load(name), gv.meanflow(name, scan, remat)
     inputs = (jnp.asarray(golden["data"]), golden.vector("t"), golden.vector("r"))
     params, inputs = gv.spread(

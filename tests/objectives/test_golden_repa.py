@@ -4,7 +4,6 @@ import golden_values as gv
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from dmf.checkpoints.convert.tables.dit import POSITIONS, to_pytorch
 from dmf.objectives import FlowMatching
@@ -12,10 +11,9 @@ from dmf.objectives.path_sample import Draws
 from dmf.types import Batch
 
 NAME = "sit_repa_tiny"
-over_executions = pytest.mark.parametrize("execution", gv.EXECUTIONS)
 
 
-@over_executions
+@gv.over_executions
 def test_losses_and_gradient(execution):
     scan, remat, mesh_sizes = gv.EXECUTIONS[execution]
     golden, model = gv.load(NAME), gv.aligned(NAME, scan, remat)
@@ -43,7 +41,7 @@ def test_losses_and_gradient(execution):
     np.testing.assert_allclose(gv.norm(tensors), golden["grad_norm"], 1e-4)
 
 
-@over_executions
+@gv.over_executions
 def test_velocity_and_features(execution):
     scan, remat, mesh_sizes = gv.EXECUTIONS[execution]
     golden, model = gv.load(NAME), gv.aligned(NAME, scan, remat)

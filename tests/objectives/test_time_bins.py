@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_network
 import tiny
 from etils import epath
 
@@ -98,7 +99,8 @@ def test_the_cells_of_an_objective_hold_its_errors():
 def test_a_run_reports_cells(tmp_path):
     """A single cell holds the mean error over steps and microbatches."""
     fields = {"objective.time_bins": 1, "gradient_accumulation": 2, "run.steps": 2}
-    loop.train(tiny.config(fields), tmp_path)
+    with small_network.registered():
+        loop.train(small_network.config(fields), tmp_path)
     (row,) = metrics_writer.read_metrics(tmp_path)
     assert row["flow_matching_error/t_0.00-1.00"] == pytest.approx(row["flow_matching_error"])
     assert not any("bins" in name for name in row)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_network
 import tiny
 
 from dmf.checkpoints import load
@@ -21,11 +22,17 @@ from dmf.training.loop import train
 STEPS = {"run.steps": 8, "run.checkpoint_every": 4, "run.sample_every": 0}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with small_network.registered():
+        yield
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> tuple[pathlib.Path, object]:
     """The workdir of a run with checkpoints of steps 4 and 8, and its last parameters."""
     workdir = tmp_path_factory.mktemp("run")
-    return workdir, jax.device_get(train(tiny.config(STEPS), workdir).params)
+    return workdir, jax.device_get(train(small_network.config(STEPS), workdir).params)
 
 
 def test_a_checksum_is_the_same_on_any_mesh():
@@ -85,7 +92,7 @@ def test_a_run_takes_the_checkpoint_before_a_damaged_one(run, tmp_path, how, cap
     load.load_network(tmp_path / "run", "main")
     with pytest.raises(RunError, match=r"damaged .*; try checkpoints/4$"):
         load.load_network(tmp_path / "run", "")
-    state = train(tiny.config(STEPS), tmp_path / "run")
+    state = train(small_network.config(STEPS), tmp_path / "run")
     assert "the checkpoint of step 8 is damaged" in capsys.readouterr().err
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
     assert latest_step(tmp_path / "run") == 8
@@ -108,10 +115,10 @@ def test_if_all_checkpoints_are_damaged_the_run_ends_and_the_last_stays(run, tmp
     shutil.copytree(run[0], tmp_path / "run")
     for path in (tmp_path / "run/checkpoints").glob("*/checksums/metadata"):
         stored = json.loads(path.read_text())
-        stored["params"]["final/linear/bias"] ^= 1
+        stored["params"]["log_variance"] ^= 1
         path.write_text(json.dumps(stored))
-    with pytest.raises(RunError, match="4: it is damaged .final/linear/bias differs from the"):
-        train(tiny.config(STEPS), tmp_path / "run")
+    with pytest.raises(RunError, match="4: it is damaged .log_variance differs from the"):
+        train(small_network.config(STEPS), tmp_path / "run")
     assert latest_step(tmp_path / "run") == 4
 
 
@@ -128,7 +135,7 @@ def test_a_truncated_config_is_named(run, tmp_path):
     shutil.copytree(run[0], tmp_path / "run")
     config = tmp_path / "run/config.json"
     config.write_text(config.read_text()[:100])
-    for call in (lambda: train(tiny.config(STEPS), tmp_path / "run"),
+    for call in (lambda: train(small_network.config(STEPS), tmp_path / "run"),
                  lambda: load.load_network(tmp_path / "run", "main")):
         with pytest.raises(RunError, match="config.json: it is damaged"):
             call()

@@ -3,12 +3,15 @@
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,11 +36,21 @@ def environment(devices: int) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(tiny.ROOT)}
 
 
+# The command line, whose processes do not wait for long for those that are lost.
+IMPATIENT = """
+from dmf.__main__ import main
+from dmf.runtime import heartbeats
+heartbeats.HEARTBEAT_SECONDS, heartbeats.EXIT_SECONDS = 1, 2
+main()
+"""
+
+
 class Run:
     """The processes of one training, each with devices of its own."""
 
     def __init__(self, folder: pathlib.Path, *, processes: int, devices: int, fields: dict,
-                 flags: Sequence[Sequence[str]] = ((),) * 8, workdir: str = ""):  # fmt: skip
+                 flags: Sequence[Sequence[str]] = ((),) * 8, workdir: str = "",
+                 impatient: bool = False):  # fmt: skip
         self.workdir, port = folder / "run", tiny.free_port()
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
         self.logs = [folder / f"log{i}" for i in range(processes)]
@@ -46,7 +59,7 @@ class Run:
             command = tiny.command(
                 "train", f"--config={tiny.CONFIG}", f"--workdir={workdir or self.workdir}",
                 f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={i}",
-                *overrides, *flags[i],
+                *overrides, *flags[i], code=IMPATIENT if impatient else None,
             )  # fmt: skip
             cwd = folder / f"cwd{i}"
             cwd.mkdir(exist_ok=True)
@@ -81,39 +94,38 @@ def losses(workdir: pathlib.Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def single_process_losses(tmp_path_factory) -> list[float]:
-    """The losses of 24 steps of one process."""
+    """The losses of 8 steps of one process."""
     workdir = tmp_path_factory.mktemp("single")
-    train(tiny.config({"run.steps": 24, "run.log_every": 1}), workdir)
+    train(tiny.config({"run.steps": 8, "run.log_every": 1}), workdir)
     return losses(workdir)
 
 
 def check_trains_as_one(
-    folder, expected, processes: int, devices: int, mesh: dict[str, int]
-) -> None:
-    """A run of 4 steps, which one process on another mesh resumes to 24."""
+    folder, expected, processes: int, devices: int, mesh: dict[str, int],
+    others: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Run:  # fmt: skip
+    """A run of 4 steps, which one process on another mesh resumes to 8."""
     fields = {"run.steps": 4, "run.log_every": 1} | {f"mesh.{k}": v for k, v in mesh.items()}
-    run = Run(folder, processes=processes, devices=devices, fields=fields)
+    run = Run(folder, processes=processes, devices=devices, fields=fields | dict(others))
     assert run.wait() == [0] * processes, run.log(0)
     np.testing.assert_allclose(losses(run.workdir), expected[:4], rtol=1e-5)
     assert latest_step(run.workdir) == 4
     for i in range(processes):
         assert f"process {i} of {processes}: " in run.log(i)
         assert ("step 4/4" in run.log(i)) == (i == 0)
-    train(tiny.config({"run.steps": 24, "run.log_every": 1}), run.workdir)
+    train(tiny.config({"run.steps": 8, "run.log_every": 1}), run.workdir)
     np.testing.assert_allclose(losses(run.workdir), expected, rtol=1e-5)
+    return run
 
 
-def test_two_processes_train_as_one_and_one_resumes(tmp_path, single_process_losses):
-    """Parameters and heads are split across the border of the processes."""
-    check_trains_as_one(tmp_path, single_process_losses, 2, 2, {"data": 1, "fsdp": 2, "tensor": 2})
-
-
-def test_processes_share_an_evaluation_while_they_train(tmp_path):
-    """Three parts of 24 images, so that each process has some; then training continues."""
-    fields = {"run.steps": 4, "mesh.fsdp": 2, "mesh.data": 1, "evaluation.every": 2,
-              "evaluation.steps": "(1,)"}  # fmt: skip
-    run = Run(tmp_path, processes=2, devices=1, fields=fields)
-    assert run.wait() == [0, 0], run.log(0)
+def test_two_processes_train_and_evaluate_as_one_and_one_resumes(tmp_path, single_process_losses):
+    """Parameters and heads are split across the border of the processes. An evaluation has three
+    parts of 24 images, so that each process has some; then training continues."""
+    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
+    run = check_trains_as_one(
+        tmp_path, single_process_losses, 2, 2, mesh,
+        {"evaluation.every": 2, "evaluation.steps": "(1,)"},
+    )  # fmt: skip
     for step in (2, 4):
         evaluation = files.read_json(
             metrics_writer.evaluation_file(epath.Path(run.workdir), step)
@@ -126,6 +138,7 @@ def test_processes_share_an_evaluation_while_they_train(tmp_path):
             rtol=1e-6,
         )
     # One process evaluates the same checkpoint.
+    shutil.rmtree(run.workdir / "checkpoints" / "8")
     assert tiny.dmf("evaluate", f"--checkpoint={run.workdir}", "--steps=1",
                     f"--output={tmp_path}/single.json") == 0
     again = files.read_json(epath.Path(tmp_path / "single.json"))
@@ -180,7 +193,7 @@ def test_a_save_that_waits_for_a_lost_process_is_not_waited_for(
 
 
 def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
-    run = Run(tmp_path, processes=2, devices=1, fields=LONG)
+    run = Run(tmp_path, processes=2, devices=1, fields=LONG, impatient=True)
     run.wait_for("step 5/")  # The save of step 4 has begun, so that of step 2 has ended.
     run.processes[1].kill()
     killed = time.monotonic()
@@ -197,7 +210,7 @@ def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
 WAITING = """
 import sys, time
 from dmf.runtime import heartbeats, processes
-heartbeats.HEARTBEAT_SECONDS, heartbeats.LOST_SECONDS = 0.5, 8
+heartbeats.HEARTBEAT_SECONDS, heartbeats.LOST_SECONDS = 0.3, 3
 processes.initialize(sys.argv[1], 2, int(sys.argv[2]))
 print("here", flush=True)
 time.sleep(float(sys.argv[3]))
@@ -222,7 +235,7 @@ def test_losing_one_ends_the_others_outside_of_collectives():
     _, log = remaining.communicate(timeout=60)
     assert remaining.returncode == 1
     assert re.fullmatch(r"dmf: another process of the run was lost: this one stops; restart all "
-                        r"processes .* \(no heartbeat of process 1 for 8 s\)\n", log)  # fmt: skip
+                        r"processes .* \(no heartbeat of process 1 for 3 s\)\n", log)  # fmt: skip
 
 
 FAILING = """
@@ -275,7 +288,7 @@ def test_all_that_fail_alike_end_alike_however_slowly_one_of_them_exits():
 
 def test_a_process_that_has_ended_is_not_lost_to_the_others():
     """It waits for them, and has heartbeats until they have ended too."""
-    for process in waiting([0, 12]):
+    for process in waiting([0, 5]):
         _, log = process.communicate(timeout=60)
         assert (process.returncode, log) == (0, "")
 

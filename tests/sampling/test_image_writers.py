@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import PIL.Image
 import pytest
+import small_network
 import tiny
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
@@ -23,6 +24,12 @@ COUNT, SIZE = 22, 6
 LABELS = np.array([(7 * i + i // 5) % 4 for i in range(COUNT)], np.int32)
 NAMES = ("images.npz", "images.array_record", "images")
 over_formats = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with small_network.registered():
+        yield
 
 
 def pixels(indices: np.ndarray, labels: np.ndarray, channels: int = 3) -> np.ndarray:
@@ -280,7 +287,7 @@ ROUNDINGS = "choose one of nearest, half_up, down"
 
 def sample(output: pathlib.Path, *flags: str) -> int:
     """Runs `dmf sample` on the small run."""
-    where = f"--checkpoint={tiny.flow_run()}", f"--output={output}"
+    where = f"--checkpoint={small_network.run()}", f"--output={output}"
     return tiny.dmf("sample", *where, *flags)
 
 

@@ -117,7 +117,9 @@ def test_one_step_keeps_the_moments_of_the_path(path, kind):
     np.testing.assert_allclose(x.std(), gaussian.std_at(t_next), atol=0.006)
 
 
-@over_paths
+@pytest.mark.parametrize("path", [
+    pytest.param(LINEAR, id="linear"), pytest.param(COSINE, id="cosine", marks=pytest.mark.slow)
+])
 def test_diffusion_approaches_the_moments_of_the_data(path):
     gaussian = Gaussian(interpolant=path)
     x = samples(gaussian, EulerMaruyama(interpolant=path), 200, flow_map=gaussian.flow_model)
@@ -153,6 +155,17 @@ def test_last_step_adds_no_noise():
     for sampler in (Restart(), ConsistencyTrajectory()):
         x = samples(point, sampler, 3, (3, 2, 2, 1))
         np.testing.assert_allclose(x, point.mean, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampler", [Restart(), ConsistencyTrajectory(), EulerMaruyama()],
+                         ids=lambda value: type(value).__name__)
+def test_the_last_step_does_not_depend_on_its_noise(sampler):
+    gaussian = Gaussian(interpolant=LINEAR)
+    x, y = start()
+    t, t_next, noise = jnp.float32(0.5), jnp.float32(0.0), fresh(x.shape, 0)
+    ends = [sampler.step(gaussian.flow_map, x, t, t_next, y, factor * noise, ())[0]
+            for factor in (0.0, 1.0)]
+    np.testing.assert_array_equal(*ends)
 
 
 def test_loop_applies_the_step_along_the_schedule():

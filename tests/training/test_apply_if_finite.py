@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-import tiny
+import small_network
 
 from dmf.errors import InputError, RunError
 from dmf.objectives import FlowMatching
@@ -42,10 +42,16 @@ class Run(NamedTuple):
         return jax.tree.leaves(jax.device_get((items["params"], items["ema_params_main"], adam)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with small_network.registered():
+        yield
+
+
 @pytest.fixture(scope="module")
-def poisoned():
+def poisoned(registered):
     """Poisons the noise of some steps, whose batches are told from others by their labels."""
-    built = build.training(tiny.config())
+    built = build.training(small_network.config())
     original_draw, sharding = FlowMatching.draw, batch_sharding(built.recipe.mesh)
     labels = jnp.stack([
         jax.device_get(built.data_loader.batch(i - 1, sharding).y) for i in BAD
@@ -65,7 +71,7 @@ def poisoned():
 def run(poisoned, tmp_path_factory) -> Run:
     workdir, log = tmp_path_factory.mktemp("skipping"), io.StringIO()
     with contextlib.redirect_stderr(log):
-        state = loop.train(tiny.config(FIELDS), workdir)
+        state = loop.train(small_network.config(FIELDS), workdir)
     rows = {row["step"]: row for row in metrics_writer.read_metrics(workdir)}
     return Run(state, workdir, rows, log.getvalue())
 
@@ -109,9 +115,9 @@ def test_the_log_says_which_steps_were_skipped(run):
 
 def test_one_more_in_a_row_ends_the_run_also_when_resumed(poisoned, tmp_path):
     fields = FIELDS | {"optimizer.skip_nonfinite": 1}
-    loop.train(tiny.config(fields | {"run.steps": 3}), tmp_path)
+    loop.train(small_network.config(fields | {"run.steps": 3}), tmp_path)
     with pytest.raises(RunError) as error:
-        loop.train(tiny.config(fields), tmp_path)
+        loop.train(small_network.config(fields), tmp_path)
     message = str(error.value)
     assert message.startswith("the loss is not finite at step 4 (loss nan, ")
     assert "after 1 consecutive skipped steps, the maximum of optimizer.skip_nonfinite=1" in message
@@ -120,6 +126,6 @@ def test_one_more_in_a_row_ends_the_run_also_when_resumed(poisoned, tmp_path):
 
 
 def test_a_negative_number_is_refused():
-    config = tiny.config({"optimizer.skip_nonfinite": -1})
+    config = small_network.config({"optimizer.skip_nonfinite": -1})
     with pytest.raises(InputError, match=r"^optimizer\.skip_nonfinite=-1: give 0, for none"):
         build.recipe(config, build.mesh(config.mesh))

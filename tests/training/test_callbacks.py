@@ -5,6 +5,7 @@ import shutil
 
 import jax.numpy as jnp
 import pytest
+import small_network
 import tiny
 from etils import epath
 
@@ -16,6 +17,12 @@ EVALUATING = {
     "evaluation.every": 2, "evaluation.emas": ("main", ""), "evaluation.steps": (1, 2),
     "evaluation.metrics": ("fd_pixels",), "run.checkpoint_every": 3,
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    with small_network.registered():
+        yield
 
 
 @pytest.fixture
@@ -30,7 +37,7 @@ def checkpoints(workdir) -> list[int]:
 
 
 def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores):
-    train(tiny.config(EVALUATING | {"run.keep_last": 1}), tmp_path)
+    train(small_network.config(EVALUATING | {"run.keep_last": 1}), tmp_path)
     names = [f"{step:08}.json" for step in (2, 4, 6, 8)]
     folder = tmp_path / "evaluations"
     assert sorted(p.name for p in folder.iterdir()) == names
@@ -50,8 +57,8 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores):
 
 def test_an_evaluation_that_is_missing_is_made_up_for(tmp_path, monkeypatch):
     """One that was interrupted, or was not asked for when the run was here."""
-    shutil.copytree(tiny.flow_run(), tmp_path / "run")
-    config = tiny.config({"run.sample_every": 4, "evaluation.every": 4, "evaluation.steps": (1,)})
+    shutil.copytree(small_network.run(), tmp_path / "run")
+    config = small_network.config({"evaluation.every": 4, "evaluation.steps": (1,)})
 
     def killed(self, write, path, *what):
         raise KeyboardInterrupt
@@ -81,7 +88,7 @@ def test_an_evaluation_that_is_missing_is_made_up_for(tmp_path, monkeypatch):
 )
 def test_what_cannot_be_evaluated_is_found_before_training(tmp_path, fields, message):
     with pytest.raises(InputError, match=message):
-        train(tiny.config({"evaluation.every": 2} | fields), tmp_path / "run")
+        train(small_network.config({"evaluation.every": 2} | fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

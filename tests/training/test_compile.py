@@ -49,12 +49,14 @@ def test_bytes_of_a_device_follow_from_shapes_and_mesh():
     assert compiled.fits is None
 
 
+@pytest.mark.slow
 def test_parameters_are_split_where_the_mesh_says_so():
     whole, split = (compile.compile_step(tiny.config({"mesh.fsdp": n}), jax.devices()[:2])
                     for n in (1, 2))
     assert split.parameters < 0.7 * whole.parameters
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_not_there_has_the_size_of_the_network():
     config = tiny.flow_map({"teacher.checkpoint": "/nowhere"})
     config.objective = default.component(DecoupledMeanFlow(guidance=TeacherGuidance(scale=1.5)))

@@ -272,6 +272,7 @@ def test_the_gradient_is_that_of_the_others_and_nothing_else():
     )
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_has_no_backward_pass():
     """Five of six blocks are the encoder's: of forward, tangent and backward (7 forward passes of
     Decoupled MeanFlow), the backward is 4. What the compiler is given tells, before it compiles."""

@@ -1,6 +1,7 @@
 """A loss that is a sum of terms: its gradient takes the memory of its largest term."""
 
 import dataclasses
+import functools
 
 import golden_values as gv
 import jax
@@ -8,15 +9,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from test_objectives import PARAMS as PARAMS_OF_LINEAR
+from test_objectives import LinearNetwork, batch_of
 
 from configs import default
 from dmf import registry
-from dmf.objectives import DecoupledMeanFlow, SelfGuidance
+from dmf.models.simple_network import SimpleNetwork
+from dmf.objectives import DecoupledMeanFlow, FlowMatching, SelfGuidance
 from dmf.objectives.objective import Objective, Sum, Term, terms_of
 from dmf.runtime.sharding import make_mesh
 from dmf.training import build, compile
 from dmf.training.abstract_inputs import abstract_inputs
-from dmf.training.train_step import after, compiled_train_step, initial_state, mean_gradient
+from dmf.training.freezing import FreezeMask
+from dmf.training.train_step import (
+    accumulated_gradient,
+    after,
+    compiled_train_step,
+    initial_state,
+    mean_gradient,
+)
 from dmf.types import Batch
 
 X = jnp.arange(1.0, 5.0)
@@ -61,6 +72,38 @@ def test_the_gradient_is_stopped_where_the_parameters_are_frozen():
     gradient, means = mean_gradient(TERMS, PARAMS, stop_gradient)
     assert gradient["a"] == 0
     np.testing.assert_allclose(means["loss"], 15 * jnp.mean(X + X**2 + X**3), rtol=1e-6)
+
+
+class Affine(SimpleNetwork):
+    """A multiple of x_t, and a value for each label."""
+
+    num_classes, sample_shape = 3, (2, 2, 1)
+
+    def init(self, key):
+        return {"factor": jnp.float32(0.5), "values": jnp.arange(4.0)}
+
+    def apply(self, params, x_t, t, r, y):
+        values = params["values"][self.condition(y).labels]
+        return params["factor"] * x_t + values[:, None, None, None]
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_have_the_mean_gradient_and_the_mean_metrics_of_the_batch(microbatches):
+    """To the scale, which clipping and Adam would hide."""
+    network, objective = Affine(), FlowMatching(time_bins=2)
+    x = jax.random.normal(jax.random.key(0), (8, 2, 2, 1))
+    batch = Batch(x, jnp.arange(8, dtype=jnp.int32) % 3)
+    draws, params = objective.draw(jax.random.key(1), batch), network.init(jax.random.key(2))
+    whole, accumulated = (
+        gv.jit(functools.partial(accumulated_gradient, build.Recipe(
+            network=network, objective=objective, optimizer=None, emas={}, mesh=None,
+            batch_transform=None, patch_features=None, batch_size=8, gradient_accumulation=count,
+            freeze_mask=FreezeMask(),
+        )))(params, batch, draws, {}) for count in (1, microbatches)
+    )  # fmt: skip
+    assert float(whole[1]["loss"]) > 0.1
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, accumulated, whole)
 
 
 @pytest.mark.parametrize("done", [1.0, -7.0, jnp.nan, jnp.inf], ids=str)
@@ -114,7 +157,7 @@ def one_step(name: str, fields: dict):
     """The state after one step of a config, its metrics, and the bytes of its temporaries."""
     recipe = build.recipe(config_of(name, fields), make_mesh(devices=jax.devices()[:1]))
     state, rows, frozen_params = abstract_inputs(recipe)
-    step = compiled_train_step(recipe, jax.tree.map(lambda leaf: leaf.sharding, state))
+    step = compiled_train_step(recipe)
     draw = np.random.default_rng(0)
     rows = rows._replace(
         x=jax.device_put(draw.integers(0, 255, rows.x.shape, "u1"), rows.x.sharding),
@@ -130,6 +173,7 @@ def one_step(name: str, fields: dict):
 LARGE = {"model.depth": 8, "model.split_depth": 5, "data.batch_size": 64}
 
 
+@pytest.mark.slow
 def test_a_step_takes_the_memory_of_one_term_and_gives_the_same():
     (state, metrics, temporaries), (single_state, expected, single_temporaries) = (
         one_step(name, LARGE) for name in ("decoupled_mean_flow", "single_term")
@@ -146,10 +190,22 @@ def test_a_step_takes_the_memory_of_one_term_and_gives_the_same():
 
 
 def test_a_derived_objective_adds_a_term():
-    plain, decayed = (one_step(name, {})[1] for name in ("decoupled_mean_flow", "decayed"))
-    assert decayed["decay"] > 1
+    network, batch, gradients, metrics = LinearNetwork(), batch_of(8), [], []
+    draws = DecoupledMeanFlow().draw(jax.random.key(0), batch)
+    for objective in (DecoupledMeanFlow(), SingleTerm(), Decayed(decay=0.5)):
+        terms = terms_of(objective, network, PARAMS_OF_LINEAR, batch, draws, {})
+        gradient, means = mean_gradient(terms, PARAMS_OF_LINEAR)
+        gradients.append(gradient)
+        metrics.append(means)
+    plain, single, decayed = metrics
+    assert decayed["decay"] > 0.1
+    np.testing.assert_allclose(single["loss"], plain["loss"], rtol=1e-6)
     np.testing.assert_allclose(decayed["loss"], plain["loss"] + decayed["decay"], rtol=1e-5)
-    assert decayed["gradient_norm"] > 1.01 * plain["gradient_norm"]
+    for name, leaf in PARAMS_OF_LINEAR.items():
+        whole, one, other = (gradient[name] for gradient in gradients)
+        np.testing.assert_allclose(one, whole, rtol=1e-5, atol=1e-6)
+        # The gradient of decay |p|^2 is 2 decay p.
+        np.testing.assert_allclose(other, whole + leaf, rtol=1e-5, atol=1e-6)
 
 
 def test_an_overridden_loss_is_the_only_term():
@@ -164,17 +220,14 @@ def test_an_overridden_loss_is_the_only_term():
     assert isinstance(DecoupledMeanFlow(), Objective)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scan", "remat"),
     [
-        (True, "dots"),
-        pytest.param(True, "none", marks=pytest.mark.slow),
-        pytest.param(True, "full", marks=pytest.mark.slow),
-        pytest.param(False, "none", marks=pytest.mark.slow),
-        pytest.param(False, "dots", marks=pytest.mark.slow),
-        pytest.param(False, "full", marks=pytest.mark.slow),
+        (True, "dots"), (True, "none"), (True, "full"),
+        (False, "none"), (False, "dots"), (False, "full"),
     ],
-)
+)  # fmt: skip
 def test_compute_sharing_takes_no_more_memory(scan, remat):
     fields = {
         "model.depth": 6, "model.split_depth": 4, "model.width": 128, "model.heads": 4,

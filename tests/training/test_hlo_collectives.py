@@ -172,7 +172,10 @@ class Compiled(NamedTuple):
     stderr: str
 
 
-MESHES = [(8, 1, 1, 1), (2, 2, 2, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 4, 2, 1)]
+MESHES = [(2, 2, 2, 1), (2, 2, 1, 2), *(
+    pytest.param(mesh, marks=pytest.mark.slow)
+    for mesh in ((8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1))
+)]  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=MESHES, ids=str)

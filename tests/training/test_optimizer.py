@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import small_network
 import tiny
 
 from configs import default
@@ -147,11 +148,12 @@ def test_a_run_has_several_emas(tmp_path):
         "live": {"name": "constant", "decay": 0.0},
         "ramped": {"name": "half_life", "images": 64.0, "ramp": 0.5},
     }
-    config = tiny.config({"run.steps": 3, "sampling.ema": "live"}, emas=emas)
-    state = train(config, tmp_path)
+    with small_network.registered():
+        config = small_network.config({"run.steps": 3, "sampling.ema": "live"}, emas=emas)
+        state = train(config, tmp_path)
     assert set(state.ema_params) == set(emas)
-    at = {name: params["patch_embedding"]["kernel"] for name, params in state.ema_params.items()}
-    live = np.asarray(state.params["patch_embedding"]["kernel"])
+    at = {name: params["out"] for name, params in state.ema_params.items()}
+    live = np.asarray(state.params["out"])
     np.testing.assert_array_equal(at["live"], live)
     assert 0 < np.abs(at["ramped"] - live).max() < np.abs(at["still"] - live).max()
 
@@ -167,7 +169,8 @@ def drawn_guidance(fields):
 
 
 @pytest.mark.parametrize("make", [
-    pytest.param(tiny.config, marks=pytest.mark.slow), drawn_guidance,
+    small_network.config, pytest.param(tiny.config, marks=pytest.mark.slow),
+    pytest.param(drawn_guidance, marks=pytest.mark.slow),
 ])
 def test_accumulation_changes_nothing(make, tmp_path):
     runs = {
@@ -177,7 +180,8 @@ def test_accumulation_changes_nothing(make, tmp_path):
     fields = {"data.batch_size": 32, "run.steps": 3, "optimizer.eps": 1e-3}
     flat = {}
     for name, overrides in runs.items():
-        params = train(make(fields | overrides), tmp_path / name).params
+        with small_network.registered():
+            params = train(make(fields | overrides), tmp_path / name).params
         flat[name] = jax.flatten_util.ravel_pytree(jax.device_get(params))[0]
     for name in runs:
         np.testing.assert_allclose(flat[name], flat["whole"], atol=1e-6, err_msg=name)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 from flax import linen as nn
+from tiny_networks import TinyInception
 
 from dmf.checkpoints.convert.name_tables import ParamSlice, Table, to_params, to_tensors
 from dmf.checkpoints.convert.tables.inception import NAMINGS
@@ -182,12 +183,18 @@ def test_bad_fields_are_named(field, value):
         Inception(**{field: value})
 
 
-def test_the_distance_of_a_small_set_is_that_of_a_plain_computation(tmp_path):
+@pytest.mark.parametrize("network", [
+    TinyInception(), pytest.param(NETWORK, marks=pytest.mark.slow)
+], ids=["tiny", "whole"])
+def test_the_distance_of_a_small_set_is_that_of_a_plain_computation(network, tmp_path):
     """From 8-bit images through the whole of `dmf evaluate`, against numpy alone."""
+    weights = params() if network == NETWORK else {
+        "weights": np.random.default_rng(1).normal(size=(27, 7)).astype("f")
+    }
     sets = np.random.default_rng(0).integers(0, 256, (2, 3, 40, 40, 3)).astype(np.uint8)
     sets[1] //= 2
     collector = StatisticsCollector(
-        extractor=extractor(("pool3",), inception=(NETWORK, params())),
+        extractor=extractor(("pool3",), inception=(network, weights)),
         mesh=make_mesh(devices=jax.devices()[:1]), chunk_size=2, part_size=2,
     )  # fmt: skip
     statistics = [
@@ -206,7 +213,7 @@ def test_the_distance_of_a_small_set_is_that_of_a_plain_computation(tmp_path):
         rows = images[:, low] * (1 - share)[:, None, None] + images[:, high] * share[:, None, None]
         both = rows[:, :, low] * (1 - share)[:, None] + rows[:, :, high] * share[:, None]
         inputs = ((both - 128) / 128).astype("f")
-        features.append(np.asarray(run()(params(), inputs)[0].pool3, float))
+        features.append(np.asarray(jax.jit(network.apply)(weights, inputs).pool3, float))
     a, b = (x - x.mean(0) for x in features)
     # The root of the product has the singular values of a b^T, which are three.
     root = np.linalg.svd(a @ b.T, compute_uv=False).sum()

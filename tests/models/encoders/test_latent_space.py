@@ -87,7 +87,9 @@ def test_memory_is_that_of_a_group():
     assert needed(32, 32) > 4 * needed(32, 2)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [
+    "float32", pytest.param("bfloat16", marks=pytest.mark.slow)
+])
 def test_bits_do_not_depend_on_the_number_of_devices(dtype):
     """Each device decodes five latents, in groups of two and a remaining one."""
     latents = jax.random.normal(jax.random.key(1), (40, 4, 4, 4))
