@@ -148,8 +148,8 @@ _OBJECTIVES = (
     Mutant(
         "interval_end", "the end of the guidance interval is not guided",
         "dmf/objectives/interpolants.py",
-        "return (t >= start) & (t <= end)",
-        "return (t >= start) & (t < end)",
+        "(t <= end + _TIME_ROUNDING)",
+        "(t <= end - _TIME_ROUNDING)",
         ("tests/objectives/test_guidance.py",),
     ),
     Mutant(

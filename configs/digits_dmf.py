@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     config.model.learned_variance = True
     config.objective = default.component(DecoupledMeanFlow())
     config.optimizer.learning_rate = 1e-3
-    config.optimizer.decay_steps = 600
     config.run.steps = 600
     config.run.checkpoint_every = 300
     config.sampling.steps = (1, 2, 4)

@@ -18,6 +18,5 @@ def get_config() -> ConfigDict:
     config.model.conditioning = "meanflow"
     config.objective = default.component(MeanFlow())
     config.run.steps = 1950
-    config.optimizer.decay_steps = 1950
     config.sampling.steps = (1, 2, 4)
     return config

@@ -17,7 +17,6 @@ def get_config() -> ConfigDict:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.warmup_steps = 100
     config.optimizer.schedule = "cosine"
-    config.optimizer.decay_steps = 1200
     config.emas.main.decay = 0.99
     config.run.steps = 1200
     config.run.checkpoint_every = 400

@@ -12,6 +12,7 @@ can be computed from while training.
 """
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +62,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if values.unreadable not in ("skip", "fail"):
         raise InputError("--unreadable", values.unreadable, "choose skip or fail")
 
+    _check_output(values)
     from dmf.data.prepare import prepare
     from dmf.data.raw_images import open_raw_images
     from dmf.data.shard_writer import PrepareSettings
@@ -93,6 +95,14 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         processes=values.processes,
     )  # fmt: skip
     print(values.output)
+
+
+def _check_output(values: absl_flags.FlagValues) -> None:
+    """Raises InputError where the output lies among the images, whose part it would become."""
+    source, output = (pathlib.Path(path).resolve() for path in (values.source, values.output))
+    if source.is_dir() and output.is_relative_to(source):
+        raise InputError("--output", values.output, f"it lies in --source={values.source}; choose "
+                         "a directory outside")
 
 
 def _autoencoder(values: absl_flags.FlagValues) -> tuple[Any, Any]:

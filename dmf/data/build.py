@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from dmf.data.batch_transform import BatchTransform, sample_shape
 from dmf.data.data_loader import DataLoader
@@ -126,7 +127,14 @@ def dataset(settings: Data, network: Network, extra: str = "") -> Dataset:
 
 
 def _open(part: Data | MixturePart, network: Network, extra: str) -> Dataset:
-    """A registered dataset, or a stored one where none is registered by that name."""
+    """A registered dataset, or a stored one where none is registered by that name.
+
+    Raises:
+      InputError: the directory does not exist; nothing is made there.
+    """
+    if part.directory and not epath.Path(part.directory).exists():
+        raise InputError("directory", part.directory, "there is no such directory; dmf prepare "
+                         "makes one, and without a directory TFDS uses its own")
     open_registered = components("dataset").get(part.name)
     if open_registered is None:
         return open_dataset(

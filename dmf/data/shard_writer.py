@@ -5,6 +5,7 @@ import concurrent.futures
 import dataclasses
 import io
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -89,6 +90,10 @@ class PrepareSettings:
 
     def __post_init__(self):
         check_at_least(self, 1, "resolution", "shard_size", "batch_size")
+        # Of other names, TFDS would refuse the finished dataset, or shards would lie elsewhere.
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise InputError("name", self.name, "give a name of small letters, digits and _ that "
+                             "begins with a letter, for example my_images_256")
         if self.autoencoder is not None and self.resolution % self.autoencoder.factor:
             raise InputError(
                 "resolution", self.resolution,
@@ -288,7 +293,8 @@ class ShardWriter:
         size, batch = self._settings.batch_size, []
         for crop in self._crops(indices):
             if crop.pixels is None:
-                skipped.append({"image": self._images.names[crop.index], "reason": crop.reason})
+                skipped.append({"image": _printable(self._images.names[crop.index]),
+                                "reason": crop.reason})
                 continue
             batch.append(crop)
             if len(batch) == size:
@@ -341,7 +347,7 @@ class ShardWriter:
 
     def _example(self, crop: Crop, stored: Any, features: np.ndarray | None) -> dict[str, Any]:
         """The features of a record by name."""
-        example: dict[str, Any] = {"name": self._images.names[crop.index]}
+        example: dict[str, Any] = {"name": _printable(self._images.names[crop.index])}
         if self._settings.autoencoder is None:
             example["image"] = stored
         else:
@@ -359,3 +365,12 @@ class ShardWriter:
         if self._images.labels is None:
             return []
         return [int(self._images.labels[crop.index]) for crop in crops]
+
+
+def _printable(name: str) -> str:
+    r"""The name of a file as UTF-8 can hold it: bytes that are no UTF-8 are escaped.
+
+    >>> print(_printable(b"caf\xe9.png".decode("utf-8", "surrogateescape")))
+    caf\xe9.png
+    """
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

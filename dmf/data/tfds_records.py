@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import io
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +20,15 @@ from etils import epath
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dmf.data.digits import Digits
+from dmf.data.feature_files import check_features
 from dmf.errors import InputError
 
 DEFAULT_DIRECTORY = tfds.core.constants.DATA_DIR
 INFO_FILE = "dataset_info.json"
 # The labels of a dataset that `dmf prepare` wrote, in the order of its records.
 LABELS_FILE = "labels.npy"
+# A name, a config and a version, without a namespace.
+_NAME = re.compile(r"\w+(/[\w.+-]+)?(:[\d.*]+)?")
 
 
 class StoredFeature(NamedTuple):
@@ -180,11 +184,17 @@ def open_builder(name: str, directory: str = "") -> tfds.core.DatasetBuilder:
         directory in which TFDS keeps its datasets, empty for TFDS's default.
 
     Raises:
-      InputError: the dataset is not prepared; the message says how to prepare it.
+      InputError: the dataset is not prepared; the message says how to prepare it. Or the name has a
+        namespace, which TFDS would look up in the internet; or a file of the dataset names code.
     """
     directory = directory or DEFAULT_DIRECTORY
     if is_dataset(directory):
+        check_features(directory)
         return tfds.builder_from_directory(directory)
+    if not _NAME.fullmatch(name):
+        raise InputError("name", name, "give the name of a TFDS dataset, with config and version "
+                         "where needed, for example imagenet2012 or mnist:3.0.1")
+    check_features(epath.Path(directory) / re.split("[/:]", name)[0])
     if name == "digits":
         return _digits(directory)
     try:

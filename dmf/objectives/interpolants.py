@@ -95,7 +95,15 @@ def check_interval(field: str, interval: Any) -> None:
         raise InputError(field, interval, "give (start, end) with 0 <= start <= end <= 1")
 
 
+# The times of a sampler are rounded to float32: its step at 0.7 may be at 0.70000005.
+_TIME_ROUNDING = 1e-6
+
+
 def in_interval(t: Times, interval: tuple[float, float]) -> jax.Array:
-    """[b] bool: whether t lies in the closed interval (start, end)."""
+    """[b] bool: whether t lies in the closed interval (start, end), up to rounding.
+
+    >>> in_interval(jnp.array([0.69, 0.7 + 6e-8, 0.701]), (0.0, 0.7)).tolist()
+    [True, True, False]
+    """
     start, end = interval
-    return (t >= start) & (t <= end)
+    return (t >= start - _TIME_ROUNDING) & (t <= end + _TIME_ROUNDING)

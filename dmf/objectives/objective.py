@@ -30,8 +30,12 @@ def values_per_sample(x: Images) -> int:
 
 
 def cosine_distance(tokens: Features, features: Features) -> PerSample:
-    """[b] minus the mean cosine similarity of tokens and features (REPA, arXiv:2410.06940)."""
-    unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (tokens, features)]
+    """[b] minus the mean cosine similarity of tokens and features (REPA, arXiv:2410.06940).
+
+    Norms have a floor of 1e-12, as in the published code, so that the similarity of a zero is 0.
+    """
+    unit = [x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x**2, axis=-1, keepdims=True), 1e-24))
+            for x in (tokens, features)]
     return -jnp.mean(jnp.sum(unit[0] * unit[1], axis=-1), axis=-1)
 
 

@@ -111,10 +111,10 @@ def emas(section: Any) -> FrozenDict[str, Ema]:
     return FrozenDict(built)
 
 
-def optimizer(section: Any) -> AdamW:
-    """The optimizer of `config.optimizer`."""
+def optimizer(section: Any, steps: int) -> AdamW:
+    """The optimizer of `config.optimizer` for a run of so many steps."""
     with at("optimizer"):
-        return build("optimizer", section)
+        return build("optimizer", section).for_run(steps)
 
 
 def alignment(config: ConfigDict) -> Alignment:
@@ -166,7 +166,7 @@ def recipe(
     built = Recipe(
         network=student,
         objective=trained_by,
-        optimizer=optimizer(config.optimizer),
+        optimizer=optimizer(config.optimizer, run(config.run).steps),
         emas=emas(config.emas),
         mesh=mesh,
         batch_transform=batch_transform(config),

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import optax
 
-from dmf.errors import InputError, check_choice
+from dmf.errors import InputError, check_at_least, check_choice
 from dmf.training.apply_if_finite import apply_if_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
@@ -26,7 +26,7 @@ class AdamW:
         warm-up.
       schedule: learning rate after the warm-up: "constant", or "cosine" or "linear" decay to 0.
       decay_steps: step at which a cosine or linear decay reaches 0, counted from the first step;
-        greater than warmup_steps.
+        greater than warmup_steps, and not before the last step of the run; 0 for the last step.
       skip_nonfinite: maximum number of consecutive steps that are skipped because their loss or
         gradient norm is not finite; one more ends the run; 0 skips none.
     """
@@ -44,7 +44,8 @@ class AdamW:
 
     def __post_init__(self):
         check_choice(self, "schedule", SCHEDULES)
-        if self.schedule != "constant" and self.decay_steps <= self.warmup_steps:
+        check_at_least(self, 0, "decay_steps")
+        if self.schedule != "constant" and 0 < self.decay_steps <= self.warmup_steps:
             raise InputError("decay_steps", self.decay_steps, f"a {self.schedule} decay ends after "
                              f"warmup_steps={self.warmup_steps}")
         decay, none = "a decay rate lies in [0, 1)", "give 0, for none, or more"
@@ -62,6 +63,28 @@ class AdamW:
             if not valid:
                 raise InputError(name, getattr(self, name), remedy)
 
+    def for_run(self, steps: int) -> "AdamW":
+        """The optimizer of a run, whose decay ends at a step that is known.
+
+        >>> AdamW(schedule="cosine").for_run(600).decay_steps
+        600
+
+        Args:
+          steps: number of steps of the run.
+
+        Raises:
+          InputError: the decay would end before the run.
+        """
+        if self.schedule == "constant":
+            return self
+        if 0 < self.decay_steps < steps:
+            raise InputError("decay_steps", self.decay_steps, "the learning rate would be 0 from "
+                             f"there to run.steps={steps}; give {steps} or more, or 0 to decay "
+                             "until the last step")
+        # A short run may end within its warm-up.
+        end = self.decay_steps or max(steps, self.warmup_steps + 1)
+        return dataclasses.replace(self, decay_steps=end)
+
     def rate(self, step: jax.Array) -> jax.Array:
         """The learning rate of a training step.
 
@@ -74,7 +97,12 @@ class AdamW:
 
         Returns:
           Float scalar in [0, learning_rate].
+
+        Raises:
+          InputError: the end of the decay is not known; `for_run` gives it.
         """
+        if self.schedule != "constant" and not self.decay_steps:
+            raise InputError("decay_steps", 0, "give the step at which the decay ends")
         length = max(self.decay_steps - self.warmup_steps, 1)
         after_warmup = {
             "constant": optax.constant_schedule(self.learning_rate),

@@ -246,6 +246,7 @@ def test_an_export_evaluates_samples_and_loads_as_its_run(tmp_path):
     np.testing.assert_array_equal(flow_map(x, ones, 0 * ones, jax.numpy.arange(8)), of_run)
 
 
+@pytest.mark.slow
 def test_compiled_programs_are_kept(tmp_path):
     """The second process finds what the first one compiled, and writes nothing new."""
     unset = ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME")

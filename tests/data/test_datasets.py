@@ -358,3 +358,15 @@ def test_a_subset_or_mixture_that_cannot_be(fields, named):
         config.data[name.removeprefix("data.")] = value
     with pytest.raises(InputError, match=named):
         open_dataset_of(config)
+
+
+@pytest.mark.parametrize("fields", [
+    {"data.directory": "typo"},
+    {"data.mixture": {"more": {"name": "digits", "directory": "typo", "weight": 1.0}}},
+], ids=["data", "mixture"])
+def test_a_directory_that_is_not_there_is_refused_and_not_made(fields, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = r"^data\.(mixture\.more\.)?directory=typo: there is no such directory"
+    with pytest.raises(InputError, match=message):
+        open_dataset_of(tiny.config(fields))
+    assert list(tmp_path.iterdir()) == []

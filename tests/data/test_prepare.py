@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -230,6 +231,42 @@ def test_another_resolution_than_the_model(tmp_path):
         train(tiny.config({"data.directory": str(prepared()), "model.channels": 4,
                            "model.input_size": 16}), tmp_path / "run")
     assert "shape (8, 8, 4), but config.model takes (16, 16, 4)" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["imagenet-256", "../evil", "256", "Upper", ""])
+def test_a_name_that_tfds_would_refuse_is_refused_before_the_first_shard(tmp_path, capsys, name):
+    flags = [f"--source={images()}", f"--output={tmp_path}/out", "--resolution=8"]
+    assert tiny.dmf("prepare", *flags, f"--name={name}") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"dmf prepare: name={name}: give a name of small letters")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["images", "images/out", "link/out"])
+def test_an_output_among_the_images_is_refused(tmp_path, capsys, output):
+    (tmp_path / "images" / "one").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    flags = [f"--source={tmp_path}/images", f"--output={tmp_path}/{output}", "--resolution=8"]
+    assert tiny.dmf("prepare", *flags) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert f"--output={tmp_path}/{output}: it lies in --source={tmp_path}/images" in line
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["one"]
+
+
+def test_a_file_name_that_is_no_utf8_is_stored_escaped(tmp_path):
+    folder = tmp_path / "images" / "one"
+    folder.mkdir(parents=True)
+    path = os.fsencode(folder) + b"/caf\xe9.png"
+    PIL.Image.fromarray(np.full((9, 9, 3), 7, np.uint8)).save(folder / "plain.png")
+    os.rename(folder / "plain.png", path)
+    (folder / "broken.png").write_bytes(b"no image")
+    os.rename(folder / "broken.png", path.replace(b"caf", b"tort"))
+    flags = [f"--source={tmp_path}/images", f"--output={tmp_path}/out", "--resolution=8"]
+    assert tiny.dmf("prepare", *flags) == 0
+    (example,) = tfds.builder_from_directory(tmp_path / "out").as_data_source("train")
+    assert example["name"] == rb"one/caf\xe9.png"
+    (skipped,) = json.loads((tmp_path / "out" / "preparation.json").read_text())["skipped"]
+    assert skipped["image"] == r"one/tort\xe9.png"
 
 
 class Pictures(tfds.core.GeneratorBasedBuilder):

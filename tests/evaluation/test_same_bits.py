@@ -48,6 +48,7 @@ def test_one_device_makes_what_eight_make(tmp_path, of_eight):
     assert generated_hash(tmp_path / "images.npz", 1) == of_eight
 
 
+@pytest.mark.slow
 def test_killed_on_eight_devices_and_finished_on_three(tmp_path, of_eight):
     process = subprocess.Popen(tiny.command(*arguments(tmp_path / "images.npz")),
                                env=environment(8), cwd=tiny.ROOT, stderr=subprocess.DEVNULL)

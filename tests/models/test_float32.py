@@ -112,9 +112,8 @@ def gradient_of_a_flow_map(**fields):
     return gv.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize(("scan", "remat"), [
-    (True, "full"), pytest.param(False, "none", marks=pytest.mark.slow)
-])
+@pytest.mark.slow
+@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (False, "none")])
 def test_a_flow_map_with_all_of_them_has_nearly_the_gradient_of_float32(scan, remat):
     """Leaf by leaf; the remaining difference comes from the matmuls that stay in bfloat16."""
     exact = gradient_of_a_flow_map()

@@ -188,6 +188,7 @@ def test_on_every_mesh_and_with_every_remat(kind, execution, sharing):
     assert_same(kind, shared)
 
 
+@pytest.mark.slow
 def test_microbatches_of_the_unconditional_pass_on_a_mesh():
     sharing, mesh = ComputeSharing(unconditional_microbatches=2), make_mesh(2, 2, 2)
     assert_same("decoupled", losses_and_gradients("decoupled", sharing, mesh, remat="dots"))

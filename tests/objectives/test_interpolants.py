@@ -8,6 +8,7 @@ from gaussian_data import Gaussian
 
 from dmf.errors import InputError
 from dmf.objectives.interpolants import COSINE, LINEAR, check_interval, in_interval
+from dmf.sampling.samplers import uniform_schedule
 
 SHAPE = (5, 2, 3, 1)
 over_paths = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
@@ -68,6 +69,19 @@ def test_time_of_inverts_the_log_ratio_of_noise_to_data(path):
 def test_interval_is_closed():
     t = jnp.asarray([0.19, 0.2, 0.5, 0.7, 0.71])
     assert in_interval(t, (0.2, 0.7)).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("steps", [10, 20, 50, 100, 250, 1000])
+def test_the_times_of_a_sampler_at_both_ends_of_an_interval_lie_in_it(steps):
+    """Their rounding to float32 is of either sign."""
+    for end in (0.1, 0.3, 0.7, 0.9):
+        times = uniform_schedule(steps)
+        index = round((1 - end) * steps)
+        at, before = times[index : index + 1], times[index - 1 : index]
+        np.testing.assert_allclose(at, end, atol=1e-6)
+        assert in_interval(at, (0.0, end))
+        assert in_interval(at, (end, 1.0))
+        assert not in_interval(before, (0.0, end))
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.4), (-0.1, 0.5), (0.5, 1.1)])

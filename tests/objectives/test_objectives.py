@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from gaussian_data import Gaussian
+from small_network import NETWORK
+from small_network import PARAMS as PARAMS_OF_TWO_LAYERS
 
 from dmf.errors import InputError
 from dmf.models.simple_network import SimpleNetwork
@@ -229,7 +231,7 @@ def test_distillation_follows_the_teacher_and_no_data():
 @over_objectives
 def test_no_sample_sees_another(objective):
     """Permuting the batch with its draws permutes losses and metrics."""
-    model, params = gv.decoupled("dmf_tiny"), gv.decoupled_params("dmf_tiny")
+    model, params = NETWORK, PARAMS_OF_TWO_LAYERS
     batch = batch_of(6, model.sample_shape, 10)
     draws = drawn(dataclasses.replace(objective, label_dropout=0.5), 2, batch)
     order = np.asarray([3, 0, 5, 1, 4, 2])
@@ -301,6 +303,13 @@ def test_alignment_adds_the_distance_times_its_coefficient():
     loss, _ = linear_loss(plain, batch, draws)
     aligned_loss, metrics = linear_loss(aligned, batch, draws)
     np.testing.assert_allclose(aligned_loss, loss + 0.5 * metrics["alignment_distance"], rtol=1e-5)
+
+
+def test_a_token_that_is_zero_has_no_direction_and_no_nan():
+    tokens, features = jnp.zeros((2, 4, 3)).at[0, 1].set(2.0), jnp.ones((2, 4, 3))
+    np.testing.assert_allclose(cosine_distance(tokens, features), [-1 / 4, 0], atol=1e-6)
+    slope = jax.grad(lambda tokens: cosine_distance(tokens, features).sum())(tokens)
+    assert jnp.isfinite(slope).all()
 
 
 def test_cosine_distance_ignores_lengths_and_not_directions():

@@ -76,7 +76,7 @@ def exported(checkpoint, output, *flags: str) -> pathlib.Path:
     return output
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_images_are_those_of_dmf_sample(tmp_path, steps):
     folder = exported(tiny.flow_map_run(), tmp_path / "out", f"--steps={steps}")
     images = run_alone(folder, tmp_path)
@@ -85,6 +85,7 @@ def test_the_images_are_those_of_dmf_sample(tmp_path, steps):
     np.testing.assert_array_equal(images, expected)
 
 
+@pytest.mark.slow
 def test_latents_are_decoded(tmp_path):
     """Noise, flow map, autoencoder and rounding in one function."""
     folder = exported(latent_checkpoint(), tmp_path / "out", "--steps=2")

@@ -84,6 +84,7 @@ def metric(workdir, name: str) -> list[float]:
     return [row[name] for row in metrics_writer.read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_the_crop_and_its_features():
     rows = tfds.builder_from_directory(prepared()).as_data_source("train")
     files = open_images(str(images()))

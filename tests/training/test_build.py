@@ -49,7 +49,7 @@ def test_a_builder_of_each_room_builds_its_section():
     assert evaluation(config.evaluation).count == 48
     assert build.run(config.run).steps == 7
     assert build.emas(config.emas) == {"fast": ConstantEma(decay=0.5), "slow": HalfLifeEma()}
-    assert build.optimizer(config.optimizer) == AdamW(learning_rate=1e-3)
+    assert build.optimizer(config.optimizer, 8) == AdamW(learning_rate=1e-3)
     assert dict(build.mesh(config.mesh).shape) == {"slices": 1, "data": 8, "fsdp": 1, "tensor": 1}
 
 

@@ -7,12 +7,14 @@ import optax
 import pytest
 import small_network
 import tiny
+from etils import epath
 
 from configs import default
 from dmf.errors import InputError
 from dmf.objectives import DrawnGuidance
 from dmf.training.ema import ConstantEma, HalfLifeEma, update_ema
 from dmf.training.loop import train
+from dmf.training.metrics_writer import read_metrics
 from dmf.training.optimizer import AdamW
 
 NAN = float("nan")
@@ -123,6 +125,37 @@ def test_an_ema_halves_its_distance_in_one_half_life():
     values = np.array([1.0] + [0.0] * 25)
     ema = HalfLifeEma(images=100.0, ramp=0.0)
     assert ema_of_series(ema, values) == pytest.approx(0.5, rel=1e-5)
+
+
+def test_a_decay_ends_with_the_run_unless_it_is_given():
+    cosine = AdamW(schedule="cosine", warmup_steps=10)
+    assert cosine.for_run(600).decay_steps == 600
+    longer = AdamW(schedule="cosine", decay_steps=700)
+    assert longer.for_run(600).decay_steps == 700
+    assert AdamW().for_run(600) == AdamW()
+    with pytest.raises(InputError, match="^decay_steps=500: .* run.steps=600; give 600 or more, "):
+        AdamW(schedule="linear", decay_steps=500).for_run(600)
+    assert cosine.for_run(4).decay_steps == 11, "a run may end within its warm-up"
+    with pytest.raises(InputError, match="^decay_steps=0: give the step at which the decay ends"):
+        cosine.rate(jnp.int32(3))
+    with pytest.raises(InputError, match="^decay_steps=-1: give a whole number >= 0"):
+        AdamW(schedule="cosine", decay_steps=-1)
+
+
+def test_a_run_that_is_extended_does_not_train_at_rate_zero(tmp_path):
+    fields = {"optimizer.schedule": "linear", "run.log_every": 1}
+    with small_network.registered():
+        for steps in (4, 8):
+            train(small_network.config(fields | {"run.steps": steps}), tmp_path)
+        rates = [row["learning_rate"] for row in read_metrics(epath.Path(tmp_path))]
+        expected = [1 - i / 4 for i in range(4)] + [1 - i / 8 for i in range(4, 8)]
+        np.testing.assert_allclose(rates, 1e-3 * np.array(expected), rtol=1e-4)
+        given = fields | {"run.steps": 12, "optimizer.decay_steps": 8}
+        with pytest.raises(InputError, match="^optimizer.decay_steps=8: the learning rate"):
+            train(small_network.config(given), tmp_path)
+        train(small_network.config(given | {"optimizer.decay_steps": 16}), tmp_path)
+    rates = [row["learning_rate"] for row in read_metrics(epath.Path(tmp_path))]
+    np.testing.assert_allclose(rates[8:], [1e-3 * (1 - i / 16) for i in range(8, 12)], rtol=1e-4)
 
 
 def test_the_half_life_ramps_up_with_the_images_seen():
