@@ -14,6 +14,7 @@ plain dataclass is a group of fields without a name.
 import dataclasses
 import difflib
 import inspect
+import math
 import re
 import types
 import typing
@@ -25,6 +26,8 @@ from dmf.errors import InputError
 
 _COMPONENTS: dict[str, dict[str, Any]] = {}
 _DESCRIPTIONS: dict[str, str] = {}
+# Whole numbers are int32 in compiled programs.
+_LARGEST = 2**31
 
 
 def define_kind(kind: str, description: str, **components: Any) -> None:
@@ -136,8 +139,9 @@ def build(kind: str | type, config: Any, **given: Any) -> Any:
       given: fields that do not come from the config.
 
     Raises:
-      InputError: an unknown name or field, or a value that the component refuses. The error names
-        the field relative to this part of the config.
+      InputError: an unknown name or field; a number that is NaN, infinite, or too large for int32;
+        or a value that the component refuses. The error names the field relative to this part of
+        the config.
     """
     values = _named_values(config)
     if isinstance(kind, type):
@@ -318,10 +322,20 @@ def _field_value(field: dataclasses.Field, value: Any) -> Any:
     kind = field_kind(field)
     with at(field.name):
         if kind is None:
+            for number in value if isinstance(value, list | tuple) else (value,):
+                _check_number(value, number)
             return tuple(value) if isinstance(value, list | tuple) else value
         if holds_by_name(field):
             return {name: _build_at(name, kind, part) for name, part in value.items()}
         return value if _is_component(value) else build(kind, value)
+
+
+def _check_number(value: Any, number: Any) -> None:
+    """Raises InputError for a number that no field takes; `value` is the number, or holds it."""
+    if isinstance(number, float) and not math.isfinite(number):
+        raise InputError("", value, "give a finite number")
+    if isinstance(number, int) and abs(number) >= _LARGEST:
+        raise InputError("", value, f"give a whole number below 2^31 = {_LARGEST}")
 
 
 def _build_at(place: str, kind: str | type, config: Any) -> Any:

@@ -181,3 +181,21 @@ def test_an_unregistered_component_has_no_config():
 
     with pytest.raises(InputError, match="kind=sampler: no component of this kind is a Unknown"):
         registry.to_config(Unknown(), "sampler")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2**31, -(10**20)])
+def test_numbers_that_no_field_takes_are_refused(value):
+    """Wherever they stand: in a component, in one within it, in a list, or among named parts."""
+    bad = str(value)
+    for kind, config, field in (
+        ("time_sampler", {"name": "logit_normal", "mean": value}, "mean"),
+        ("objective", {"name": "flow_matching",
+                       "time_sampler": {"name": "logit_normal", "std": value}}, "time_sampler.std"),
+        ("optimizer", {"name": "adamw", "weight_decay": value}, "weight_decay"),
+        ("optimizer", {"name": "adamw", "warmup_steps": value}, "warmup_steps"),
+    ):
+        with pytest.raises(InputError) as error:
+            registry.build(kind, config)
+        assert str(error.value).startswith(f"{field}={bad}: give a ")
+    with pytest.raises(InputError, match=r"^interval=\[0.1, .*\]: give a "):
+        registry.build("guidance", {"name": "self", "interval": [0.1, value]})

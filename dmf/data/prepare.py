@@ -31,7 +31,7 @@ from dmf.data.tfds_records import INFO_FILE, LABELS_FILE
 from dmf.errors import InputError, RunError
 from dmf.runtime import progress
 from dmf.runtime.checksums import fingerprint
-from dmf.runtime.files import disk_errors, write_json
+from dmf.runtime.files import disk_errors, partial_path, write_json
 from dmf.types import Params
 
 SETTINGS_FILE = "preparation.json"
@@ -134,8 +134,11 @@ def _claim(output: epath.Path, identity: dict[str, Any]) -> None:
       InputError: the directory holds other work, or other files.
     """
     path = output / SETTINGS_FILE
+    # What is there is listed first: another process that begins now writes its settings before all
+    # other files.
+    others = [p for p in output.iterdir() if p.name != REPORTS] if output.exists() else []
     if not path.exists():
-        if output.exists() and any(p.name != REPORTS for p in output.iterdir()):
+        if any(not p.name.startswith(".") for p in others):
             raise InputError("output", output, "it exists and is not empty; choose another")
         write_json(path, {"settings": identity})
         return
@@ -181,9 +184,7 @@ def _write_info(
     reports: Sequence[dict[str, Any]],
 ) -> None:
     """Writes the metadata that TFDS reads; `dataset_info.json` appears last."""
-    partial = output / ".info.partial"
-    if partial.exists():
-        partial.rmtree()
+    partial = partial_path(output / "info")
     partial.mkdir()
     # TFDS looks for the names of the shards in the directory that it writes into.
     placeholders = [partial / shard_name(settings, i, len(reports)) for i in range(len(reports))]

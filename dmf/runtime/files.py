@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +56,15 @@ def _is_full(error: Exception) -> bool:
     return "memory" not in text.lower() and any(word in text for word in words)
 
 
+def partial_path(path: epath.Path) -> epath.Path:
+    """A new hidden name beside a path, for what is to be renamed to it once it is complete.
+
+    No two calls give the same name, so that processes that write one file at once do not disturb
+    each other: the last one stays.
+    """
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
+
+
 def write_text(path: epath.Path, text: str) -> None:
     """Writes a text file; if the process is interrupted, the old file stays complete.
 
@@ -65,11 +75,15 @@ def write_text(path: epath.Path, text: str) -> None:
     Raises:
       RunError: the disk is full or cannot be written.
     """
-    partial = path.parent / f".{path.name}.partial"
+    partial = partial_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
+        try:
+            partial.write_text(text)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: epath.Path, value: Any) -> None:

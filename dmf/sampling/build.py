@@ -39,6 +39,24 @@ class Sampling:
         if not self.shift > 0:
             raise InputError("shift", self.shift, "the time shift is positive; 1 leaves the times "
                              "equal")
+        if not self.steps:
+            raise InputError("steps", self.steps, "give one number of sampling steps, or several")
+
+    def check_steps(self, field: str, steps: tuple[int, ...]) -> None:
+        """Checks that the sampler can take these numbers of steps.
+
+        Args:
+          field: the field that gives them, for the error.
+          steps: numbers of sampling steps.
+
+        Raises:
+          InputError: one of them is too small for the sampler.
+        """
+        for number in steps:
+            try:
+                self.sampler.schedule(number, self.shift)
+            except InputError as error:
+                raise InputError(field, steps, error.remedy) from None
 
 
 def sampling(section: Any, path: Interpolant) -> Sampling:

@@ -87,6 +87,7 @@ class SampleGridCallback(Callback):
         self._every = training.run.sample_every if shown else 0
         self._mesh, self._generator = local_mesh(), None
         if self._every:
+            training.sampling.check_steps("sampling.steps", training.sampling.steps)
             self._generator = Generator(
                 network, training.sampling, load_latent_space(config), mesh=self._mesh
             )
@@ -133,6 +134,9 @@ class EvaluationCallback(Callback):
         if not self._settings.every:
             return
         self._check_emas()
+        self._steps = self._settings.steps or training.sampling.steps
+        field = "evaluation.steps" if self._settings.steps else "sampling.steps"
+        training.sampling.check_steps(field, self._steps)
         network = training.recipe.network
         labelled = bool(network.num_classes)
         self._evaluator = Evaluator(config, self._folder / ".parts", labelled=labelled)
@@ -145,6 +149,9 @@ class EvaluationCallback(Callback):
 
     def _check_emas(self) -> None:
         known = self._training.recipe.emas
+        if not self._settings.emas:
+            raise InputError("evaluation.emas", self._settings.emas, "give one name or several, '' "
+                             "for the raw parameters; or evaluation.every=0")
         for name in self._settings.emas:
             if name and name not in known:
                 raise InputError(
@@ -166,7 +173,7 @@ class EvaluationCallback(Callback):
             self._generator,
             settings,
             ((name, chosen_params(state, name)) for name in settings.emas),
-            steps=settings.steps or self._training.sampling.steps,
+            steps=self._steps,
         )
         description = flow_map_evaluation.sample_description(settings, self._generator)
         result = evaluator.result(rows, step=step, **description)

@@ -233,6 +233,43 @@ def test_another_resolution_than_the_model(tmp_path):
     assert "shape (8, 8, 4), but config.model takes (16, 16, 4)" in str(error.value)
 
 
+TOGETHER = """
+import sys
+import time
+from dmf.data.prepare import prepare
+from dmf.data.raw_images import open_raw_images
+from dmf.data.shard_writer import PrepareSettings
+
+source, output, process, start = sys.argv[1:]
+images = open_raw_images(source)
+settings = PrepareSettings(resolution=8, shard_size=1, batch_size=1)
+for attempt in range(8):
+    time.sleep(max(0, float(start) + 0.7 * attempt - time.time()))
+    prepare(images, f"{output}/{attempt}", settings, process=int(process), processes=2)
+"""
+
+
+@pytest.mark.slow
+def test_processes_may_begin_and_end_together(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(2):
+            PIL.Image.fromarray(np.full((9, 9, 3), i, np.uint8)).save(
+                tmp_path / "images" / name / f"{i}.png")
+    start = time.time() + 8
+    command = tiny.command(tmp_path / "images", tmp_path, code=TOGETHER)
+    workers = [subprocess.Popen([*command, str(i), str(start)], env=tiny.environment(),
+                                stderr=subprocess.PIPE, text=True) for i in range(2)]  # fmt: skip
+    for worker in workers:
+        _, log = worker.communicate(timeout=120)
+        assert worker.returncode == 0, log
+    for attempt in range(8):
+        builder = tfds.builder_from_directory(tmp_path / str(attempt))
+        assert len(builder.as_data_source("train")) == 4
+        left = [p.name for p in (tmp_path / str(attempt)).iterdir() if p.name.startswith(".")]
+        assert left == []
+
+
 @pytest.mark.parametrize("name", ["imagenet-256", "../evil", "256", "Upper", ""])
 def test_a_name_that_tfds_would_refuse_is_refused_before_the_first_shard(tmp_path, capsys, name):
     flags = [f"--source={images()}", f"--output={tmp_path}/out", "--resolution=8"]

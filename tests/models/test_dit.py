@@ -316,7 +316,16 @@ def test_features_can_be_taken_after_the_last_block():
     ids=["all_r", "split", "all_t", "interleaved", "both", "letters", "flow", "meanflow", "of_r"],
 )  # fmt: skip
 def test_encode_then_decode_equals_apply(fields, scan):
-    model, params = randomised(scan=scan, **fields)
+    check_encode_then_decode(scan=scan, **fields)
+
+
+@pytest.mark.parametrize("remat", ["dots", pytest.param("full", marks=pytest.mark.slow)])
+def test_encode_then_decode_equals_apply_with_remat(remat):
+    check_encode_then_decode(conditioning="decoupled", split_depth=1, remat=remat)
+
+
+def check_encode_then_decode(**fields):
+    model, params = randomised(**fields)
     x_t, t, r, y = inputs(model)
     decode = gv.jit(model.decode)
     hidden = gv.jit(model.encode)(params, x_t, t, y)

@@ -106,3 +106,24 @@ def test_steps_are_traced_as_far_as_they_are_left(tmp_path, capsys, start, trace
     assert bool(list(tmp_path.glob("profile/**/*.xplane.pb"))) == traced
     (line,) = capsys.readouterr().err.splitlines()
     assert said in line
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"run.sample_every": 2, "sampling.steps": (2, 0)},
+     r"sampling.steps=\(2, 0\): sampling needs at least 1 step"),
+    ({"run.sample_every": 2, "sampling.steps": (4, 1), "sampling.sampler": {"name": "sde"}},
+     r"sampling.steps=\(4, 1\): the sde sampler needs at least 2 steps"),
+    ({"run.sample_every": 2, "sampling.steps": ()}, r"sampling.steps=\(\): give one number"),
+    ({"evaluation.every": 2, "sampling.steps": (-1,)},
+     r"sampling.steps=\(-1,\): sampling needs at least 1 step"),
+    ({"evaluation.every": 2, "evaluation.steps": (0,)},
+     r"evaluation.steps=\(0,\): sampling needs at least 1 step"),
+    ({"evaluation.every": 2, "evaluation.emas": ()}, r"evaluation.emas=\(\): give one name"),
+])  # fmt: skip
+def test_what_a_later_step_needs_is_checked_before_the_first_one(fields, message, tmp_path):
+    config = small_network.config()
+    config.update_from_flattened_dict({k: v for k, v in fields.items() if k != "sampling.sampler"})
+    config.sampling.sampler = fields.get("sampling.sampler", config.sampling.sampler)
+    with pytest.raises(InputError, match=f"^{message}"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
