@@ -30,7 +30,7 @@ def check_features(directory: epath.PathLike) -> None:
       directory: a dataset, or the directory of its configs and versions; it need not exist.
 
     Raises:
-      InputError: a file is no JSON object, or names a class that is no feature of TFDS.
+      InputError: a file is no JSON, or names a class that is no feature of TFDS.
     """
     root = epath.Path(directory)
     for path in [path for place in _PLACES for path in root.glob(f"{place}{FEATURES_FILE}")]:

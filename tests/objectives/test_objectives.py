@@ -31,7 +31,7 @@ from dmf.objectives.compute_sharing import ComputeSharing
 from dmf.objectives.guidance import GuidedVelocity
 from dmf.objectives.interpolants import per_sample
 from dmf.objectives.mean_flow import average_velocity, mean_flow_loss
-from dmf.objectives.objective import Objective, cosine_distance, squared_error, terms_of
+from dmf.objectives.objective import Objective, terms_of
 from dmf.objectives.path_sample import PathSample
 from dmf.runtime.sharding import batch_sharding, make_mesh
 from dmf.types import Batch, ClassLabels, Condition, Flops
@@ -303,27 +303,6 @@ def test_alignment_adds_the_distance_times_its_coefficient():
     loss, _ = linear_loss(plain, batch, draws)
     aligned_loss, metrics = linear_loss(aligned, batch, draws)
     np.testing.assert_allclose(aligned_loss, loss + 0.5 * metrics["alignment_distance"], rtol=1e-5)
-
-
-def test_a_token_that_is_zero_has_no_direction_and_no_nan():
-    tokens, features = jnp.zeros((2, 4, 3)).at[0, 1].set(2.0), jnp.ones((2, 4, 3))
-    np.testing.assert_allclose(cosine_distance(tokens, features), [-1 / 4, 0], atol=1e-6)
-    slope = jax.grad(lambda tokens: cosine_distance(tokens, features).sum())(tokens)
-    assert jnp.isfinite(slope).all()
-
-
-def test_cosine_distance_ignores_lengths_and_not_directions():
-    features = batch_of(3).features
-    scaled = features * jnp.arange(1.0, 5.0).reshape(1, 4, 1)
-    np.testing.assert_allclose(cosine_distance(scaled, features), -1, atol=1e-6)
-    np.testing.assert_allclose(cosine_distance(-scaled, features), 1, atol=1e-6)
-
-
-def test_squared_error_sums_in_float32():
-    x = jnp.full((2, 4, 4, 4), 0.1, jnp.bfloat16)
-    error = squared_error(x, jnp.zeros_like(x))
-    assert error.dtype == jnp.float32
-    np.testing.assert_allclose(error, 64 * float(x[0, 0, 0, 0]) ** 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weighting", [AdaptiveWeighting(power=0.0), UniformWeighting()])
