@@ -2,6 +2,7 @@
 
 import json
 
+import small_network
 import tiny
 
 LOADED = "import json, sys; print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
@@ -33,7 +34,7 @@ def test_a_run_needs_neither_tensorflow_nor_torch(tmp_path):
         "    None if name in ('tensorflow', 'torch') else find(name, *rest))\n"
         "from dmf.cli import evaluate, sample, train\n"
         "from dmf.cli.exit_codes import run\n"
-        f"config, run_there = '--config={tiny.CONFIG}', '{tmp_path}/run'\n"
+        f"config, run_there = '--config={small_network.CONFIG}', '{tmp_path}/run'\n"
         "made = '--checkpoint=' + run_there\n"
         "for verb, arguments in (\n"
         "    (train, [config, '--workdir=' + run_there, '--config.run.sample_every=4']),\n"

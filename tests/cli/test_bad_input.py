@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
-import plugin_files
 import pytest
+import small_network
 import tiny
 
 from dmf import registry
@@ -145,8 +144,9 @@ def test_a_start_of_another_architecture_is_refused(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
-    config = tiny.config({"run.steps": 12, "run.log_every": 5})
-    built = build.training(config)
+    with small_network.registered():
+        config = small_network.config({"run.steps": 12, "run.log_every": 5})
+        built = build.training(config)
     sixth = jax.device_get(built.data_loader.batch(5, batch_sharding(built.recipe.mesh)).y)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,10 +159,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
             bad = jax.numpy.all(batch.y == sixth)
             return draws._replace(noise=jax.numpy.where(bad, jax.numpy.nan, draws.noise))
 
-    with plugin_files.registered_components():
+    with small_network.registered():
         registry.register("objective", poisoned=Poisoned)
         code = tiny.dmf(
-            "train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}",
+            "train", f"--config={small_network.CONFIG}", f"--workdir={tmp_path}",
             "--config.run.steps=12", "--config.run.log_every=5", "--config.objective.name=poisoned",
         )  # fmt: skip
     line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -178,7 +178,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     class Cured(FlowMatching):
         """The objective of the same name, without poison."""
 
-    with plugin_files.registered_components():
+    with small_network.registered():
         registry.register("objective", poisoned=Cured)
         config.objective.name = "poisoned"
         resumed = train(config, tmp_path)
@@ -216,10 +216,11 @@ def test_nothing_is_heard_of_threads_after_a_run_failed():
 
 
 def test_a_learning_rate_far_too_high_is_told(tmp_path, capsys):
-    code = tiny.dmf(
-        "train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}",
-        "--config.optimizer.learning_rate=1e30",
-    )
+    with small_network.registered():
+        code = tiny.dmf(
+            "train", f"--config={small_network.CONFIG}", f"--workdir={tmp_path}",
+            "--config.optimizer.learning_rate=1e30",
+        )  # fmt: skip
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert code == 1
     assert "not finite at step" in line
@@ -227,30 +228,32 @@ def test_a_learning_rate_far_too_high_is_told(tmp_path, capsys):
 
 
 def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_goes_on(tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny.flow_run(), run)
-    before = json.loads((run / "config.json").read_text())
-    arguments = [
-        "train", f"--config={tiny.CONFIG}", f"--workdir={run}",
-        "--config.run.steps=12", "--config.run.sample_every=4",
-    ]
-    # No file may grow beyond 32 kB: room for the metrics, none for a checkpoint. JAX would complain
-    # of its own files, so that it writes no compiled programs.
-    limited = (
-        "import os, resource, sys; "
-        "os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '1000'; "
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); "
-        "from dmf.__main__ import main; sys.argv[0] = 'dmf'; main()"
-    )
-    done = tiny.process(*arguments, code=limited)
-    assert done.returncode == 1, done.stderr
-    line = done.stderr.strip().splitlines()[-1]
-    assert "no space left to write" in line
-    assert "run the same command again" in line
-    assert "Traceback" not in done.stderr
-    assert latest_step(run) == 8
-    assert before["run"]["steps"] == 8
+    # The parameters take more than 32 kB.
+    fields, run = {"model.hidden": 400, "run.sample_every": 4}, tmp_path / "run"
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    with small_network.registered():
+        train(small_network.config(fields), run)
+        before = json.loads((run / "config.json").read_text())
+        # No file may grow beyond 32 kB: room for the metrics, none for a checkpoint. JAX would
+        # complain of its own files, so that it writes no compiled programs.
+        limited = (
+            "import os, resource, sys; "
+            "os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '1000'; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15)); "
+            "from dmf.__main__ import main; sys.argv[0] = 'dmf'; main()"
+        )
+        done = tiny.process(
+            "train", f"--config={small_network.CONFIG}", f"--workdir={run}",
+            "--config.run.steps=12", *overrides, code=limited,
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr
+        line = done.stderr.strip().splitlines()[-1]
+        assert "no space left to write" in line
+        assert "run the same command again" in line
+        assert "Traceback" not in done.stderr
+        assert latest_step(run) == 8
+        assert before["run"]["steps"] == 8
 
-    state = train(tiny.config({"run.steps": 12, "run.sample_every": 4}), run)
-    whole = train(tiny.config({"run.steps": 12, "run.sample_every": 4}), tmp_path / "whole")
+        longer = small_network.config(fields | {"run.steps": 12})
+        state, whole = train(longer, run), train(longer, tmp_path / "whole")
     jax.tree.map(np.testing.assert_array_equal, state.params, whole.params)

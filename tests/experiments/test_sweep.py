@@ -8,6 +8,7 @@ import subprocess
 import time
 
 import pytest
+import small_network
 import tiny
 
 from dmf import registry
@@ -32,8 +33,8 @@ def sweep_file(tmp_path, *overrides) -> str:
     return f"--sweep={path}"
 
 
-def sweep(tmp_path, *arguments, overrides=({"seed": 0}, {"seed": 1})) -> int:
-    return tiny.dmf("sweep", f"--config={tiny.CONFIG}", sweep_file(tmp_path, *overrides),
+def sweep(tmp_path, *arguments, overrides=({"seed": 0}, {"seed": 1}), config=tiny.CONFIG) -> int:
+    return tiny.dmf("sweep", f"--config={config}", sweep_file(tmp_path, *overrides),
                     f"--workdir={tmp_path}/out", *arguments)  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def processes(workdir) -> list[int]:
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_goes_on_and_leaves_alone_what_is_complete(tmp_path):
     workdir = tmp_path / "out"
-    arguments = ["sweep", f"--config={tiny.CONFIG}", sweep_file(tmp_path, *seeds(2)),
+    arguments = ["sweep", f"--config={small_network.CONFIG}", sweep_file(tmp_path, *seeds(2)),
                  f"--workdir={workdir}", *SHORT]  # fmt: skip
     start = subprocess.Popen(tiny.command(*arguments), env=tiny.environment(), cwd=tiny.ROOT,
                              stderr=subprocess.DEVNULL)  # fmt: skip
@@ -190,7 +191,9 @@ def test_a_workdir_of_another_sweep_is_refused(tmp_path, capsys, monkeypatch):
 
 def test_failed_runs_are_listed_and_the_exit_code_is_1(tmp_path, capsys):
     fields = {"optimizer.learning_rate": 1e30}, {"optimizer.learning_rate": 1e-3, "seed": 7}
-    code = sweep(tmp_path, *SHORT[:2], "--parallel=2", overrides=fields)
+    with small_network.registered():
+        code = sweep(tmp_path, *SHORT[:2], "--parallel=2", overrides=fields,
+                     config=small_network.CONFIG)  # fmt: skip
     said, name = capsys.readouterr().err.strip().splitlines(), "optimizer.learning_rate=1e+30"
     assert code == 1
     assert said[-1] == f"dmf sweep: 1 of 2 runs failed: {name}; the same command starts them again"

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import small_network
 import tiny
 from etils import epath
 
@@ -50,14 +51,14 @@ class Run:
 
     def __init__(self, folder: pathlib.Path, *, processes: int, devices: int, fields: dict,
                  flags: Sequence[Sequence[str]] = ((),) * 8, workdir: str = "",
-                 impatient: bool = False):  # fmt: skip
+                 impatient: bool = False, config: pathlib.Path = small_network.CONFIG):  # fmt: skip
         self.workdir, port = folder / "run", tiny.free_port()
         overrides = [f"--config.{name}={value}" for name, value in fields.items()]
         self.logs = [folder / f"log{i}" for i in range(processes)]
         self.processes = []
         for i, path in enumerate(self.logs):
             command = tiny.command(
-                "train", f"--config={tiny.CONFIG}", f"--workdir={workdir or self.workdir}",
+                "train", f"--config={config}", f"--workdir={workdir or self.workdir}",
                 f"--coordinator=localhost:{port}", f"--processes={processes}", f"--process={i}",
                 *overrides, *flags[i], code=IMPATIENT if impatient else None,
             )  # fmt: skip
@@ -106,7 +107,8 @@ def check_trains_as_one(
 ) -> Run:  # fmt: skip
     """A run of 4 steps, which one process on another mesh resumes to 8."""
     fields = {"run.steps": 4, "run.log_every": 1} | {f"mesh.{k}": v for k, v in mesh.items()}
-    run = Run(folder, processes=processes, devices=devices, fields=fields | dict(others))
+    run = Run(folder, processes=processes, devices=devices, fields=fields | dict(others),
+              config=tiny.CONFIG)  # fmt: skip
     assert run.wait() == [0] * processes, run.log(0)
     np.testing.assert_allclose(losses(run.workdir), expected[:4], rtol=1e-5)
     assert latest_step(run.workdir) == 4
@@ -166,7 +168,8 @@ def test_the_same_processes_resume_bit_for_bit(tmp_path):
     for name, lengths in (("once", [8]), ("twice", [4, 8])):
         (tmp_path / name).mkdir()
         for steps in lengths:
-            run = Run(tmp_path / name, processes=2, devices=2, fields={"run.steps": steps})
+            run = Run(tmp_path / name, processes=2, devices=2, fields={"run.steps": steps},
+                      config=tiny.CONFIG)  # fmt: skip
             assert run.wait() == [0, 0], run.log(0)
         state = train(tiny.config(), run.workdir)
         fingerprints.append(checksums.fingerprint(jax.device_get(state.params)))
@@ -203,7 +206,8 @@ def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
     assert "Traceback" not in run.log(0)
     done = latest_step(run.workdir)
     assert done >= 2
-    state = train(tiny.config({"run.steps": done}), run.workdir)
+    with small_network.registered():
+        state = train(small_network.config({"run.steps": done}), run.workdir)
     assert int(state.step) == done
 
 
@@ -302,7 +306,8 @@ def test_on_sigterm_all_save_the_same_step_and_say_so(tmp_path, processes):
     done = latest_step(run.workdir)
     for i in range(processes):
         assert f"dmf train: told to stop at step {done} of 100000: saved" in run.log(i)
-    assert int(train(tiny.config({"run.steps": done}), run.workdir).step) == done
+    with small_network.registered():
+        assert int(train(small_network.config({"run.steps": done}), run.workdir).step) == done
 
 
 def test_processes_with_different_configs_all_say_so(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import jax
 import numpy as np
 import pytest
+import small_network
 import tiny
 from etils import epath
 
@@ -34,13 +35,16 @@ def same(a, b) -> None:
 def whole(tmp_path_factory):
     """An uninterrupted run of 30 steps: (state, losses)."""
     workdir = tmp_path_factory.mktemp("whole")
-    state = train(tiny.config(EVERY_STEP), workdir)
-    return state, [row["loss"] for row in rows(workdir)]
+    with small_network.registered():
+        state = train(small_network.config(EVERY_STEP), workdir)
+        yield state, [row["loss"] for row in rows(workdir)]
 
 
 def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
     fields = [f"--config.{name}={value}" for name, value in EVERY_STEP.items()]
-    arguments = ["train", f"--config={tiny.CONFIG}", f"--workdir={tmp_path}/run", *fields]
+    arguments = [
+        "train", f"--config={small_network.CONFIG}", f"--workdir={tmp_path}/run", *fields
+    ]  # fmt: skip
     process = subprocess.Popen(
         tiny.command(*arguments),
         env=tiny.environment(), cwd=tiny.ROOT, stderr=subprocess.PIPE, text=True,
@@ -57,16 +61,17 @@ def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
     assert step is not None
     assert 5 <= step < 30
 
-    state = train(tiny.config(EVERY_STEP), tmp_path / "run")
+    state = train(small_network.config(EVERY_STEP), tmp_path / "run")
     same(state, whole[0])
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 31))
     assert [row["loss"] for row in rows(tmp_path / "run")] == whole[1]
 
 
 def test_a_finished_run_is_extended(whole, tmp_path):
-    train(tiny.config(EVERY_STEP | {"run.steps": 7, "run.checkpoint_every": 50}), tmp_path)
+    shorter = {"run.steps": 7, "run.checkpoint_every": 50}
+    train(small_network.config(EVERY_STEP | shorter), tmp_path)
     assert latest_step(tmp_path) == 7
-    state = train(tiny.config(EVERY_STEP | {"run.log_every": 5}), tmp_path)
+    state = train(small_network.config(EVERY_STEP | {"run.log_every": 5}), tmp_path)
     same(state, whole[0])
     assert [row["step"] for row in rows(tmp_path)] == [*range(1, 8), 10, 15, 20, 25, 30]
 
@@ -81,20 +86,21 @@ def test_a_finished_run_is_left_alone(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_resumes_on_another_mesh(whole, tmp_path, monkeypatch):
+def test_a_run_resumes_on_another_mesh(tmp_path, monkeypatch):
     """From one device to eight, split along every axis."""
+    train(tiny.config(EVERY_STEP), tmp_path / "whole")
     fields = [{"run.steps": 5}, {"run.steps": 30, "mesh.fsdp": 2, "mesh.tensor": 2}]
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     for overrides, shape in zip(fields, [(1, 1, 1), (2, 2, 2)], strict=True):
         with monkeypatch.context() as patch:
             if shape == (1, 1, 1):
                 patch.setattr(build, "mesh", lambda section: one)
-            state = train(tiny.config(EVERY_STEP | overrides), tmp_path)
+            state = train(tiny.config(EVERY_STEP | overrides), tmp_path / "run")
         meshes = {leaf.sharding.mesh for leaf in jax.tree.leaves(state)}
         assert [tuple(mesh.shape.values()) for mesh in meshes] == [(1, *shape)]
-    losses = [row["loss"] for row in rows(tmp_path)]
+    losses, expected = ([row["loss"] for row in rows(tmp_path / name)] for name in ("run", "whole"))
     assert len(losses) == 30
-    np.testing.assert_allclose(losses, whole[1], rtol=1e-5)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
 def test_metrics_written_after_the_last_checkpoint_are_dropped(tmp_path):
