@@ -79,6 +79,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip)
 
 
+@pytest.fixture(scope="module")
+def small_network_registered() -> Iterator[None]:
+    """Configs may name the network of `small_network`."""
+    import small_network
+
+    with small_network.registered():
+        yield
+
+
 class CpuSeconds:
     """What each room of the tests costs: CPU seconds of its tests and of the processes they start.
 

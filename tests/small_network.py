@@ -13,6 +13,7 @@ from two_layers import TwoLayers
 
 from configs import default
 from dmf import registry
+from dmf.objectives import DecoupledMeanFlow
 
 NETWORK = TwoLayers(side=4)
 # `config` as a config file, for command lines and other processes.
@@ -31,6 +32,16 @@ def registered() -> Iterator[None]:
 def run() -> pathlib.Path:
     """The workdir of a flow model of this network; copy it to change it."""
     return tiny.shared_run("small", config)
+
+
+def flow_map_run() -> pathlib.Path:
+    """A Decoupled MeanFlow run that started from `run`."""
+    return tiny.shared_run("small_flow_map", _flow_map_config)
+
+
+def _flow_map_config() -> ConfigDict:
+    objective = default.component(DecoupledMeanFlow())
+    return config({"init.checkpoint": str(run())}, objective=objective)
 
 
 def config(overrides: dict[str, Any] | None = None, **components: ConfigDict) -> ConfigDict:

@@ -151,26 +151,26 @@ def test_a_row_takes_a_step(key):
     mesh = make_mesh(devices=jax.devices()[:1])
     teacher = network(config.model) if config.teacher.checkpoint else None
     recipe = build.recipe(config, mesh, teacher)
-    keys = iter(jax.random.split(jax.random.key(0), 100))
+    numbers = np.random.default_rng(0)
     state, batch, frozen = abstract_inputs(recipe)
 
     def drawn(leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.integer):
-            made = jax.random.randint(next(keys), leaf.shape, 0, 10)
+            made = numbers.integers(0, 10, leaf.shape)
         else:
-            made = jax.random.normal(next(keys), leaf.shape)
+            made = numbers.normal(size=leaf.shape)
         return jax.device_put(made.astype(leaf.dtype), leaf.sharding)
 
     # A network that starts at zero has no gradient but in its last layer.
     params = jax.tree.map(lambda leaf: 0.1 * drawn(leaf), state.params)
-    start = create_train_state(recipe, next(keys), params)
-    before = jax.tree.map(jnp.copy, start.params)
+    start = create_train_state(recipe, jax.random.key(0), params)
+    before = jax.device_get(start.params)
     step = compiled_train_step(recipe)
     inputs = jax.tree.map(drawn, (batch, frozen))
     after, metrics = step(start, *inputs, jax.random.key(1))
     assert int(after.step) == 1
     assert jnp.isfinite(metrics["loss"])
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before, after.params)
+    moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), before, jax.device_get(after.params))
     mask = recipe.freeze_mask.mask or jax.tree.map(lambda _: np.False_, before)
     assert moved == jax.tree.map(lambda frozen: not frozen.all(), mask)
 

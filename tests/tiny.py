@@ -131,14 +131,5 @@ def flow_run() -> pathlib.Path:
     return shared_run("flow", _flow_config)
 
 
-def flow_map_run() -> pathlib.Path:
-    """A Decoupled MeanFlow run that started from `flow_run`."""
-    return shared_run("flow_map", _flow_map_config)
-
-
 def _flow_config() -> ConfigDict:
     return config({"run.sample_every": 4})
-
-
-def _flow_map_config() -> ConfigDict:
-    return flow_map({"init.checkpoint": str(flow_run())})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import small_network
 import tiny
 
 from dmf.checkpoints import load
@@ -168,13 +169,13 @@ def test_an_export_restores_with_orbax_alone(tmp_path):
     assert "8 steps of 16" in card
 
 
-def test_an_export_is_a_checkpoint(tmp_path):
-    tiny.dmf("export", f"--checkpoint={tiny.flow_map_run()}", f"--output={tmp_path}/out")
+def test_an_export_is_a_checkpoint(tmp_path, small_network_registered):
+    tiny.dmf("export", f"--checkpoint={small_network.flow_map_run()}", f"--output={tmp_path}/out")
     _, config, params = load.load_network(tmp_path / "out", "main")
-    _, run_config, average = load.load_network(tiny.flow_map_run(), "main")
+    _, run_config, average = load.load_network(small_network.flow_map_run(), "main")
     same(params, average)
     expected = load.config_to_json(run_config)
-    assert expected["init"]["checkpoint"] == str(tiny.flow_run())
+    assert expected["init"]["checkpoint"] == str(small_network.run())
     expected["init"]["checkpoint"] = ""
     assert load.config_to_json(config) == expected
     moved = shutil.move(tmp_path / "out", tmp_path / "elsewhere")

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import PIL.Image
 import pytest
+import small_network
 import tiny
 
 import dmf
@@ -21,6 +22,8 @@ from dmf.runtime import sharding
 from dmf.sampling.build import sampling
 from dmf.sampling.generator import Generator, chunks
 from dmf.training.loop import train
+
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 
 
 def made(run) -> str:
@@ -106,7 +109,7 @@ def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
 
 def test_directories_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train = ["train", f"--config={tiny.CONFIG}", "--config.run.steps=2"]
+    train = ["train", f"--config={small_network.CONFIG}", "--config.run.steps=2"]
     assert tiny.dmf(*train, "--workdir=runs/first") == 0
     assert tiny.dmf(*train, "--workdir=runs/next", "--config.init.checkpoint=runs/first") == 0
     assert tiny.dmf("export", "--checkpoint=runs/next", "--output=runs/export") == 0
@@ -115,7 +118,7 @@ def test_directories_may_be_relative(tmp_path, monkeypatch):
 
 def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
     output = tmp_path / "deep/numbers.json"
-    arguments = [made(tiny.flow_run()), "--steps=1,3", "--count=80", f"--output={output}"]
+    arguments = [made(small_network.run()), "--steps=1,3", "--count=80", f"--output={output}"]
     assert tiny.dmf("evaluate", *arguments) == 0
     assert capsys.readouterr().out.strip() == str(output)
     found = json.loads(output.read_text())
@@ -131,7 +134,7 @@ def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
 
 
 def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):
-    arguments = [made(tiny.flow_run()), f"--output={tmp_path}/numbers.json"]
+    arguments = [made(small_network.run()), f"--output={tmp_path}/numbers.json"]
     assert tiny.dmf("evaluate", *arguments) == 0
     found = json.loads((tmp_path / "numbers.json").read_text())
     assert [row["steps"] for row in found["results"]] == [1, 2]
@@ -139,7 +142,8 @@ def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):
 
 def test_evaluate_measures_the_parameters_that_it_names(tmp_path):
     """The EMA, and the raw parameters, which are others after eight steps."""
-    arguments = [made(tiny.flow_run()), "--steps=1", "--ema=main,", f"--output={tmp_path}/n.json"]
+    arguments = [made(small_network.run()), "--steps=1", "--ema=main,",
+                 f"--output={tmp_path}/n.json"]  # fmt: skip
     assert tiny.dmf("evaluate", *arguments) == 0
     main, raw = json.loads((tmp_path / "n.json").read_text())["results"]
     assert (main["ema"], raw["ema"]) == ("main", "")
@@ -158,13 +162,13 @@ def test_a_flow_model_is_measured_as_a_flow_map(tmp_path):
 
 
 def test_a_grid_of_samples_is_a_picture(tmp_path):
-    arguments = [made(tiny.flow_run()), f"--output={tmp_path}/grid.png", "--count=20"]
+    arguments = [made(small_network.run()), f"--output={tmp_path}/grid.png", "--count=20"]
     assert tiny.dmf("sample", *arguments, "--steps=1") == 0
     assert PIL.Image.open(tmp_path / "grid.png").size == (6 * 91, 6 * 19)
 
 
 def test_samples_are_arrays_with_the_labels_asked_for(tmp_path):
-    common = [made(tiny.flow_run()), "--steps=1", "--count=7"]
+    common = [made(small_network.run()), "--steps=1", "--count=7"]
     for name, more in (("some", ["--labels=3,10"]), ("all", []), ("other", ["--seed=1"])):
         assert tiny.dmf("sample", *common, f"--output={tmp_path}/{name}.npz", *more) == 0
     some, everything, other = (
@@ -174,11 +178,11 @@ def test_samples_are_arrays_with_the_labels_asked_for(tmp_path):
     assert some["arr_0"].dtype == np.uint8
     assert some["labels"].tolist() == [3, 10, 3, 10, 3, 10, 3]
     assert everything["labels"].tolist() == list(range(7))
-    assert (everything["arr_0"] != other["arr_0"]).mean() > 0.9
+    assert (everything["arr_0"] != other["arr_0"]).mean() > 0.5
 
 
 def test_guidance_of_the_command_line_reaches_the_samples(tmp_path):
-    common = [made(tiny.flow_run()), "--steps=1", "--count=8"]
+    common = [made(small_network.run()), "--steps=1", "--count=8"]
     scale = "--config.sampling.guidance.scale=9.0"
     for name, more in (("plain", []), ("guided", [scale])):
         assert tiny.dmf("sample", *common, f"--output={tmp_path}/{name}.npz", *more) == 0
@@ -212,7 +216,7 @@ def test_drawn_guidance_wants_a_network_that_takes_it(tmp_path):
 
 @pytest.mark.parametrize("sampler", ["euler", "ctm"])
 def test_samples_depend_on_seed_and_index_alone(sampler):
-    network, config, params = load.load_network(tiny.flow_run())
+    network, config, params = load.load_network(small_network.run())
     config.sampling.sampler = {"name": sampler}
     settings = sampling(config.sampling, interpolant(config.objective))
     labels = np.arange(24) % 10
@@ -227,12 +231,12 @@ def test_samples_depend_on_seed_and_index_alone(sampler):
     eight, one = generators
     np.testing.assert_array_equal(samples(eight, 24), samples(one, 3))
     np.testing.assert_allclose(samples(one, 24).astype(int), samples(one, 3), atol=1)
-    assert (samples(one, 24, seed=1) != samples(one, 24)).mean() > 0.9
+    assert (samples(one, 24, seed=1) != samples(one, 24)).mean() > 0.5
 
 
 def test_an_export_evaluates_samples_and_loads_as_its_run(tmp_path):
-    assert tiny.dmf("export", made(tiny.flow_map_run()), f"--output={tmp_path}/out") == 0
-    for name, where in (("run", tiny.flow_map_run()), ("export", tmp_path / "out")):
+    assert tiny.dmf("export", made(small_network.flow_map_run()), f"--output={tmp_path}/out") == 0
+    for name, where in (("run", small_network.flow_map_run()), ("export", tmp_path / "out")):
         output = f"--output={tmp_path}/{name}.npz"
         assert tiny.dmf("sample", made(where), "--steps=1", "--count=8", output) == 0
     run, export = (np.load(tmp_path / f"{n}.npz")["arr_0"] for n in ("run", "export"))
@@ -242,7 +246,7 @@ def test_an_export_evaluates_samples_and_loads_as_its_run(tmp_path):
     flow_map, _ = dmf.load(tmp_path / "out")
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     ones = jax.numpy.ones(8)
-    of_run = dmf.load(tiny.flow_map_run())[0](x, ones, 0 * ones, jax.numpy.arange(8))
+    of_run = dmf.load(small_network.flow_map_run())[0](x, ones, 0 * ones, jax.numpy.arange(8))
     np.testing.assert_array_equal(flow_map(x, ones, 0 * ones, jax.numpy.arange(8)), of_run)
 
 

@@ -22,12 +22,6 @@ COUNT = 60
 ADM = ("--protocol=adm", "--inception=I")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with small_network.registered():
-        yield
-
-
 @pytest.fixture(autouse=True)
 def networks(monkeypatch):
     """Networks are tiny ones, and their directories any names."""
@@ -105,6 +99,8 @@ import numpy as np
 
 from dmf.evaluation import Metric
 from dmf.registry import register
+
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 
 register("metric", mean_gap=Metric(
     description="Largest difference of the mean pixels.",

@@ -19,13 +19,9 @@ from dmf.runtime import checksums
 from dmf.runtime.sharding import make_mesh, parameter_shardings
 from dmf.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("small_network_registered")
+
 STEPS = {"run.steps": 8, "run.checkpoint_every": 4, "run.sample_every": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with small_network.registered():
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -20,16 +20,12 @@ from dmf.sampling import image_writers
 from dmf.sampling.class_labels import class_labels
 from dmf.sampling.generator import GeneratedImages
 
+pytestmark = pytest.mark.usefixtures("small_network_registered")
+
 COUNT, SIZE = 22, 6
 LABELS = np.array([(7 * i + i // 5) % 4 for i in range(COUNT)], np.int32)
 NAMES = ("images.npz", "images.array_record", "images")
 over_formats = pytest.mark.parametrize("name", NAMES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with small_network.registered():
-        yield
 
 
 def pixels(indices: np.ndarray, labels: np.ndarray, channels: int = 3) -> np.ndarray:

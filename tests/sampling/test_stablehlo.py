@@ -7,6 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
+import small_network
 import tiny
 from safetensors.numpy import load_file, save_file
 
@@ -16,6 +17,8 @@ from dmf.checkpoints.convert import namings
 from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.sampling import stablehlo
+
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 
 # Packages that the function must not need.
 BLOCKED = "dmf", "flax", "optax", "orbax", "safetensors", "ml_collections", "jaxtyping"
@@ -78,9 +81,9 @@ def exported(checkpoint, output, *flags: str) -> pathlib.Path:
 
 @pytest.mark.parametrize("steps", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_images_are_those_of_dmf_sample(tmp_path, steps):
-    folder = exported(tiny.flow_map_run(), tmp_path / "out", f"--steps={steps}")
+    folder = exported(small_network.flow_map_run(), tmp_path / "out", f"--steps={steps}")
     images = run_alone(folder, tmp_path)
-    expected = sampled(tiny.flow_map_run(), tmp_path, f"--steps={steps}")
+    expected = sampled(small_network.flow_map_run(), tmp_path, f"--steps={steps}")
     assert images.dtype == np.uint8
     np.testing.assert_array_equal(images, expected)
 
@@ -99,7 +102,7 @@ def test_latents_are_decoded(tmp_path):
 def test_labels_seed_and_count_are_free(tmp_path):
     """The function contains the guidance of the overrides."""
     overrides = ("--config.sampling.guidance.scale=2.0",)
-    folder = exported(tiny.flow_map_run(), tmp_path / "out", "--steps=2", *overrides)
+    folder = exported(small_network.flow_map_run(), tmp_path / "out", "--steps=2", *overrides)
     function = jax.export.deserialize(
         bytearray((folder / stablehlo.FUNCTION_FILE).read_bytes())
     )
@@ -108,7 +111,7 @@ def test_labels_seed_and_count_are_free(tmp_path):
     for count, seed in ((3, 5), (1, 0)):
         labels = np.full(count, 7, np.int32)
         images = function.call(weights, labels, np.int32(seed))
-        expected = sampled(tiny.flow_map_run(), tmp_path, "--steps=2", "--labels=7",
+        expected = sampled(small_network.flow_map_run(), tmp_path, "--steps=2", "--labels=7",
                            f"--seed={seed}", *overrides)
         np.testing.assert_array_equal(images, expected[:count])
 

@@ -17,6 +17,8 @@ from dmf.objectives import FlowMatching
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build, loop, metrics_writer
 
+pytestmark = pytest.mark.usefixtures("small_network_registered")
+
 FIELDS = {
     "optimizer.skip_nonfinite": 2, "optimizer.schedule": "linear", "optimizer.decay_steps": 100,
     "run.checkpoint_every": 1, "run.keep_last": 9, "run.log_every": 2, "run.steps": 8,
@@ -42,14 +44,8 @@ class Run(NamedTuple):
         return jax.tree.leaves(jax.device_get((items["params"], items["ema_params_main"], adam)))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with small_network.registered():
-        yield
-
-
 @pytest.fixture(scope="module")
-def poisoned(registered):
+def poisoned(small_network_registered):
     """Poisons the noise of some steps, whose batches are told from others by their labels."""
     built = build.training(small_network.config())
     original_draw, sharding = FlowMatching.draw, batch_sharding(built.recipe.mesh)

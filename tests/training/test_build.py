@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_network
 import tiny
 from ml_collections import ConfigDict
 
@@ -156,16 +157,16 @@ def test_a_value_that_a_component_refuses_is_named_in_its_place(field, value, me
     assert "\n" not in str(error.value)
 
 
-def test_a_loaded_flow_map_is_the_network_at_its_ema_parameters():
-    flow_map, config = dmf.load(tiny.flow_map_run())
-    trained, _, ema_params = load.load_network(tiny.flow_map_run(), "main")
-    params = load.load_network(tiny.flow_map_run(), "")[2]
+def test_a_loaded_flow_map_is_the_network_at_its_ema_parameters(small_network_registered):
+    flow_map, config = dmf.load(small_network.flow_map_run())
+    trained, _, ema_params = load.load_network(small_network.flow_map_run(), "main")
+    params = load.load_network(small_network.flow_map_run(), "")[2]
     x = jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     t, r, y = jnp.linspace(0.3, 1.0, 8), jnp.linspace(0.0, 0.3, 8), jnp.arange(8)
     u = flow_map(x, t, r, y)
     np.testing.assert_array_equal(u, trained.apply(ema_params, x, t, r, y))
     assert np.abs(u - trained.apply(params, x, t, r, y)).max() > 1e-6
-    assert config.model.split_depth == 1
+    assert config.model.hidden == 12
     assert config.objective.name == "decoupled_mean_flow"
 
 

@@ -13,16 +13,12 @@ from dmf.errors import InputError
 from dmf.training import callbacks, metrics_writer
 from dmf.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("small_network_registered")
+
 EVALUATING = {
     "evaluation.every": 2, "evaluation.emas": ("main", ""), "evaluation.steps": (1, 2),
     "evaluation.metrics": ("fd_pixels",), "run.checkpoint_every": 3,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with small_network.registered():
-        yield
 
 
 @pytest.fixture

@@ -170,8 +170,8 @@ def test_metrics_hold_every_reported_step():
         assert row["loss"] == pytest.approx(row["flow_matching_error"], rel=1e-5)
 
 
-def test_metrics_of_a_flow_map_hold_the_raw_errors():
-    for row in metrics(tiny.flow_map_run()):
+def test_metrics_of_a_flow_map_hold_the_raw_errors(small_network_registered):
+    for row in metrics(small_network.flow_map_run()):
         assert set(row) >= {"du_dt_norm", "mean_flow_error", "velocity_error",
                             "mean_flow_log_variance"}
         halves = row["flow_matching_loss"] + row["mean_flow_loss"]

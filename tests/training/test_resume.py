@@ -32,12 +32,11 @@ def same(a, b) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, small_network_registered):
     """An uninterrupted run of 30 steps: (state, losses)."""
     workdir = tmp_path_factory.mktemp("whole")
-    with small_network.registered():
-        state = train(small_network.config(EVERY_STEP), workdir)
-        yield state, [row["loss"] for row in rows(workdir)]
+    state = train(small_network.config(EVERY_STEP), workdir)
+    return state, [row["loss"] for row in rows(workdir)]
 
 
 def test_a_killed_run_resumes_bit_for_bit(whole, tmp_path):
