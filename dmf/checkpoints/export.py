@@ -20,9 +20,10 @@ from safetensors.numpy import save_file
 
 from dmf.checkpoints import load, model_card
 from dmf.checkpoints import params as stored_params
-from dmf.checkpoints.convert import format_1, namings, open_checkpoint
+from dmf.checkpoints.convert import format_1, namings, open_checkpoint, source_files
 from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
+from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.objectives.build import interpolant
 from dmf.runtime import files, progress
 from dmf.sampling import stablehlo
@@ -47,6 +48,7 @@ class Parts(NamedTuple):
       params: parameters of the network.
       origin: one line that says where the parameters come from.
       autoencoder: the autoencoder of the latents that the network makes; None without one.
+      scaling: the scaling of the latents that is stated beside an autoencoder; None without one.
     """
 
     network: Any
@@ -54,6 +56,7 @@ class Parts(NamedTuple):
     params: Params
     origin: str
     autoencoder: "Parts | None" = None
+    scaling: LatentScaling | None = None
 
 
 def convert(
@@ -83,21 +86,24 @@ def convert(
       RunError: the disk is full or cannot be written.
     """
     with files.new_directory(output) as folder:
-        parts = _read(source, fields, key, naming, defaults)
-        if autoencoder:
-            decoder = _read(autoencoder, {}, "", "", None)
-            if "autoencoder" not in decoder.config:
-                raise InputError(
-                    "autoencoder", autoencoder,
-                    f"it holds another network, {type(decoder.network).__name__}",
-                )
+        decoder = _read_autoencoder(autoencoder) if autoencoder else None
+        parts = _read(source, fields, key, naming, defaults, decoder and decoder.scaling)
+        if decoder:
             parts = parts._replace(autoencoder=decoder)
         _write_orbax(folder, parts)
 
 
+def _read_autoencoder(source: str) -> Parts:
+    parts = _read(source, {}, "", "", None)
+    if "autoencoder" not in parts.config:
+        raise InputError("autoencoder", source,
+                         f"it holds another network, {type(parts.network).__name__}")
+    return parts
+
+
 def _read(
     source: str, fields: Mapping[str, Any], key: str, naming: str,
-    defaults: Mapping[str, Any] | None,
+    defaults: Mapping[str, Any] | None, scaling: LatentScaling | None = None,
 ) -> Parts:
     """The parts of a run, an export, or a checkpoint of another project."""
     if stored_params.is_dmf_checkpoint(source):
@@ -108,20 +114,23 @@ def _read(
         kind = next((kind for kind in ("model", *FROZEN_KINDS) if kind in stated), "model")
         known = {name: tuple(value) if isinstance(value, list) else value
                  for name, value in stated.get(kind, {}).items() if name != "name"}
-        converted = namings.from_named_tensors(opened.tensors, {**known, **fields}, naming=naming)
-        config = load.export_config(converted.network, stated, defaults)
+        converted = namings.from_named_tensors(
+            opened.tensors, {**known, **fields}, naming=naming, settings=opened.settings,
+            neighbour=opened.neighbour,
+        )
+        config = load.export_config(converted.network, stated, defaults, scaling)
     except InputError as error:
         raise error.within(source) from None
     progress.log("; ".join(filter(None, [
-        f"{source}: read as {converted.naming.name}",
-        f"part {opened.part!r}" if opened.part else "",
-        converted.naming.notes,
+        f"{source}: read as {converted.naming.name}", opened.note, converted.naming.notes,
         str(converted.network),
+        f"its latents have {converted.scaling}" if converted.scaling else "",
         f"dropped {', '.join(converted.unused)}" if converted.unused else "",
         note,
     ])))
     origin = f"converted from {_public_name(source)} ({converted.naming.name})"
-    return Parts(converted.network, config, converted.params, origin, _read_autoencoder_of(source))
+    inner = _read_autoencoder_of(source)
+    return Parts(converted.network, config, converted.params, origin, inner, converted.scaling)
 
 
 def _read_autoencoder_of(source: str) -> Parts | None:
@@ -151,7 +160,7 @@ def _stated_config(
 
 def _public_name(source: str) -> str:
     """The name of a source without the folders of this machine."""
-    return source if source.startswith(open_checkpoint.HUB) else epath.Path(source).name
+    return source if source.startswith(source_files.HUB) else epath.Path(source).name
 
 
 def _read_dmf(directory: str, fields: Mapping[str, Any], key: str) -> Parts:

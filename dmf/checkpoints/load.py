@@ -17,6 +17,7 @@ from dmf.models.build import latents, network
 from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.registry import at
 from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
@@ -100,7 +101,8 @@ def config_from_json(stored: Mapping[str, Any]) -> ConfigDict:
 
 
 def export_config(
-    network: Any, stated: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+    network: Any, stated: Mapping[str, Any], defaults: Mapping[str, Any] | None = None,
+    scaling: LatentScaling | None = None,
 ) -> dict[str, Any]:
     """The config of a network that was converted, for its export.
 
@@ -108,6 +110,8 @@ def export_config(
       network: a network that is trained, or a frozen network.
       stated: the config that the converted file states; empty if it states none.
       defaults: a config with every field, for a network whose file states none.
+      scaling: the scaling of the latents of its autoencoder, for a network whose file states none;
+        the published one by default.
 
     Returns:
       The config as JSON holds it; that of a frozen network has one section, its kind.
@@ -126,7 +130,7 @@ def export_config(
     config.model = registry.to_config(network, "model")
     published = AutoencoderKL()
     if not stated and network.channels == published.latent_channels:
-        config.latents.scale = published.default_scaling.scale
+        config.latents.update(registry.to_config(scaling or published.default_scaling))
         config.data.name = f"imagenet_latents_{published.factor * network.input_size}"
         # Latents of images of 512 x 512 are sampled with a time shift, as published.
         config.sampling.shift = 1.5 if network.input_size == _LATENTS_OF_512 else 1.0

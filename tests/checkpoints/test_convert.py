@@ -123,30 +123,36 @@ def test_an_orbax_directory_of_meanflow(tmp_path, name):
     gv.assert_each_near(u, golden["u_at_data"], 1e-5)
 
 
-def test_the_part_that_was_converted_is_said(tmp_path, capsys):
-    """The EMA parameters by default; where they are in an unknown form, none before it is named."""
+@pytest.mark.parametrize("average", ["ema", "swa_net", "state_dict.ema_model.module"])
+def test_the_part_that_was_converted_is_said(tmp_path, capsys, average):
+    """The EMA parameters, whatever they are called."""
+    golden = gv.load("dmf_tiny").below("params")
+    raw = {f"state_dict.model.{name}": np.zeros_like(w) for name, w in golden.items()}
+    path = tmp_path / "state.safetensors"
+    save_file(raw | {f"{average}.{name}": w for name, w in golden.items()}, path)
+    output = converted(tmp_path, path, *OF_DMF_TINY)
+    part = average.removesuffix(".module")
+    assert f"read as dmf; part '{part}', its EMA parameters; " in capsys.readouterr().err
+    bias = load.load_network(output)[2]["patch_embedding"]["bias"]
+    np.testing.assert_array_equal(bias, golden["x_embedder.proj.bias"])
+
+
+def test_an_average_that_is_not_known_is_no_raw_network(tmp_path, capsys):
     golden = gv.load("dmf_tiny").below("params")
     raw = {f"model.{name}": np.zeros_like(w) for name, w in golden.items()}
-    for part, flags in (("ema", ()), ("swa_net", ("--key=swa_net",))):
-        path = tmp_path / f"{part}.safetensors"
-        save_file(raw | {f"{part}.{name}": w for name, w in golden.items()}, path)
-        if flags:
-            line = refused(capsys, tmp_path, path, *OF_DMF_TINY)
-            assert "'swa_net' seems to hold EMA parameters" in line and "--key=model" in line
-        output = tmp_path / part
-        assert tiny.dmf("convert", path, f"--output={output}", *OF_DMF_TINY, *flags) == 0
-        assert f"read as dmf; part '{part}'" in capsys.readouterr().err
-        bias = load.load_network(output)[2]["patch_embedding"]["bias"]
-        np.testing.assert_array_equal(bias, golden["x_embedder.proj.bias"])
+    nameless = {f"model_ema.{name.replace('.', '')}": w for name, w in golden.items()}
+    save_file(raw | nameless, tmp_path / "state.safetensors")
+    line = refused(capsys, tmp_path, tmp_path / "state.safetensors", *OF_DMF_TINY)
+    assert "'model_ema' seems to hold EMA parameters" in line and "give --key=model for" in line
 
 
 def test_a_part_of_an_orbax_directory_is_named(tmp_path, capsys):
-    weights = {"a": np.ones(3, np.float32)}
-    state = {"params": weights, "ema_slow": weights, "step": np.int32(3)}
+    params = unflatten_dict(gv.load("meanflow_tiny").below("params"), sep="/")
+    state = {"params": params, "ema_slow": params, "ema_fast": params, "step": np.int32(3)}
     ocp.PyTreeCheckpointer().save(tmp_path / "run", state)
     line = refused(capsys, tmp_path, tmp_path / "run")
-    assert "'ema_slow' seems to hold EMA parameters" in line and "--key=params" in line
-    assert "it has no part 'swa'; it has ema_slow, params, step" in refused(
+    assert "several of its parts could be meant; give one of --key=ema_fast, --key=ema_slow" in line
+    assert "it has no part 'swa' with tensors; it has ema_fast, ema_slow, params, step" in refused(
         capsys, tmp_path, tmp_path / "run", "--key=swa"
     )
 
@@ -185,7 +191,7 @@ def test_sit_is_our_flow_model_backwards(tmp_path):
     unfolded = dit.from_pytorch(model, theirs)
     save_file(tensors, tmp_path / "sit.safetensors")
     flow_map, config = flow_map_of(
-        converted(tmp_path, tmp_path / "sit.safetensors", "--num-heads=2")
+        converted(tmp_path, tmp_path / "sit.safetensors", "--num-heads=2", "--naming=sit")
     )
     assert config.model.conditioning == "flow"
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 4))
@@ -212,8 +218,8 @@ def test_there_and_back(name):
     tensors = tensors_of(network, naming.table)
     given = {"heads": 2} | ({"input_size": 8} if name == "meanflow" else {})
     given |= {"split_depth": 2} if name == "dmf" else {}
-    conversion = namings.from_named_tensors(tensors, given)
-    assert conversion.naming.name == name
+    assert namings.detect_naming(tensors) is naming
+    conversion = namings.from_named_tensors(tensors, given, naming=name)
     assert conversion.network == network
     back = namings.to_named_tensors(network, conversion.params, naming)
     assert back.keys() == tensors.keys()

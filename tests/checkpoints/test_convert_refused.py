@@ -134,7 +134,7 @@ def test_a_file_that_cannot_be_read(tmp_path, capsys):
     assert "cut.pt" in refused(capsys, tmp_path, tmp_path / "cut.pt")
     (tmp_path / "empty").mkdir()
     assert "it holds no checkpoint of Orbax" in refused(capsys, tmp_path, tmp_path / "empty")
-    assert "it has no part 'swa'" in refused(
+    assert "it has no part 'swa' with" in refused(
         capsys, tmp_path, tmp_path / "bad.safetensors", "--key=swa"
     )
 

@@ -14,7 +14,7 @@ import pytest
 
 from dmf.checkpoints.convert import pytorch_files
 from dmf.checkpoints.convert.name_tables import Tensor
-from dmf.checkpoints.convert.pytorch_files import LEGACY_MAGIC, flatten, read, state_dict
+from dmf.checkpoints.convert.pytorch_files import LEGACY_MAGIC, flatten, read
 from dmf.checkpoints.convert.pytorch_storages import Storage, StoredTensor
 from dmf.checkpoints.convert.safe_pickle import Record
 from dmf.errors import InputError
@@ -119,8 +119,8 @@ def test_what_is_not_a_tensor_comes_as_plain_values(name):
     assert found["opt"]["param_groups"][0]["betas"] == (0.9, 0.95)
 
 
-def test_state_dict_of_a_network_is_the_golden_one():
-    found = state_dict(read(golden("dmf_tiny")))
+def test_tensors_of_a_network_are_the_golden_ones():
+    found = flatten(read(golden("dmf_tiny")))
     expected = gv.load("dmf_tiny").below("params")
     assert found.keys() == expected.keys()
     for name, values in expected.items():
@@ -298,63 +298,11 @@ def stored(*sizes: int) -> dict[str, StoredTensor]:
         ({"a": {"w1": stored(1)}, "a.w1": stored(1)}, "two tensors have the name 'a.w1.w1'"),
         ({"a" * 600: {"b" * 600: stored(1)}}, "characters"),
         ([stored(1)] * 11, "more than 10 tensors"),
+        ({}, "the file holds a dict without tensors: save its state_dict"),
+        (None, "the file holds a NoneType without tensors"),
     ],
 )
 def test_names_that_cannot_be(structure, message, monkeypatch):
     monkeypatch.setattr(pytorch_files, "MAX_TENSORS", 10)
     with pytest.raises(InputError, match=message):
         flatten(structure)
-
-
-FOUR = {"steps": 3, "opt": stored(9), "model": stored(1), "ema": stored(2)}
-
-
-@pytest.mark.parametrize(
-    ("structure", "key", "expected"),
-    [
-        (stored(1, 2), "", ["w1", "w2"]),
-        (stored(1) | {"steps": 3, 7: stored(2)["w2"]}, "", ["w1"]),
-        (FOUR, "", ["w2"]),
-        (FOUR, "model", ["w1"]),
-        (FOUR, "opt", ["w9"]),
-        (FOUR | {"ema": {"decay": 0.9}}, "", ["w1"]),
-        (FOUR | {"ema": None, "model_ema": stored(3)}, "", ["w3"]),
-        (FOUR | stored(4), "", ["w2"]),
-        ({"state_dict": stored(1), "epoch": 1}, "", ["w1"]),
-        ({"ema": {"state_dict": stored(1), "decay": 0.9}}, "", ["w1"]),
-        ({"net": {"state_dict": stored(1)}}, "net", ["w1"]),
-        ({"model": stored(1), "ema_model": stored(2)}, "", ["w2"]),
-        ({"state_dict": stored(1), "ema_state_dict": stored(2)}, "", ["w2"]),
-        ({"model": stored(1), "ema": {"decay": 0.9, "shadow": stored(2)}}, "", ["w2"]),
-        ({"model": stored(1), "ema": {"shadow": stored(2), "raw": stored(3)}}, "ema.raw", ["w3"]),
-        ({"model": stored(1), "ema.raw": stored(3)}, "ema.raw", ["w3"]),
-        ({"model": stored(1), "ema_decay": 0.9, "schema": {"a": stored(2)}}, "", ["w1"]),
-        ({"model": stored(1), "ema": {"shadow_params": list(stored(2).values())}}, "model", ["w1"]),
-        ({"model": {"module.w": stored(1)["w1"]}}, "", ["module.w"]),
-        (Record("argparse.Namespace", {"model": stored(1)}), "", ["w1"]),
-    ],
-)
-def test_state_dict_that_is_meant(structure, key, expected):
-    assert list(state_dict(structure, key)) == expected
-
-
-@pytest.mark.parametrize(
-    ("structure", "key", "message"),
-    [
-        (FOUR, "teacher", "no state dict under teacher: .* 'steps', 'opt', 'model', 'ema'; give"),
-        (FOUR, "steps", "no state dict under steps: "),
-        (FOUR | stored(4), "teacher", "no state dict under teacher: "),
-        ({"net": stored(1)}, "", "under ema_params, .*, state_dict: .* keys 'net'; give --key"),
-        ({"model": stored(1), "ema": {"shadow_params": list(stored(2).values())}}, "",
-         "'ema' seems to hold EMA parameters in a form .* give --key=model for the raw parameters"),
-        ({"model": stored(1), "net_ema": stored(2)}, "", "'net_ema' seems to hold EMA parameters"),
-        (FOUR, "ema.shadow", "no state dict under ema.shadow: "),
-        ({}, "", "keys none;"),
-        ([stored(1)], "", "holds a list"),
-        (None, "", "holds a NoneType"),
-    ],
-)  # fmt: skip
-def test_state_dict_that_is_not_there(structure, key, message):
-    with pytest.raises(InputError, match=message) as error:
-        state_dict(structure, key)
-    assert "\n" not in str(error.value)

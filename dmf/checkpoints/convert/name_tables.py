@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dmf.checkpoints.convert.config_files import StatedNetwork
 from dmf.errors import InputError
 from dmf.types import Params
 
@@ -119,6 +120,9 @@ class Naming:
         network.
       table: network -> its name table.
       matches_shapes: tells namings with the same names from each other by the shapes.
+      check: (tensors, settings of the training file, whether the user named the naming) -> None;
+        it raises InputError where the network is of another kind, or cannot be told from one.
+      read_config: what `config.json` beside the weights says -> the fields that it states.
       notes: what a user should know of the conversion.
     """
 
@@ -128,7 +132,31 @@ class Naming:
     infer_network: Callable[[Mapping[str, Shape], Mapping[str, Any]], Any]
     table: Callable[[Any], Table]
     matches_shapes: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
+    check: Callable[[Tensors, Mapping[str, str], bool], None] = lambda *arguments: None
+    read_config: Callable[[Mapping[str, Any]], StatedNetwork] = lambda config: StatedNetwork({})
     notes: str = ""
+
+
+def with_given(
+    told: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The fields of a network: what its tensors tell, what is given, and else the defaults.
+
+    >>> with_given({"depth": 2}, {"heads": 3}, {"heads": 1, "patch_size": 2})
+    {'heads': 3, 'patch_size': 2, 'depth': 2}
+
+    Args:
+      told: fields that the shapes of the tensors tell.
+      given: fields that the user gave, or the file states.
+      defaults: fields that the shapes do not tell.
+
+    Raises:
+      InputError: a given field contradicts the tensors.
+    """
+    for field in given.keys() & told.keys():
+        if given[field] != told[field]:
+            raise InputError(field, str(given[field])[:40], f"its tensors say {told[field]}")
+    return {**(defaults or {}), **given, **told}
 
 
 def shapes_of(tensors: Tensors) -> dict[str, Shape]:
@@ -174,8 +202,8 @@ def to_params(table: Table, tensors: Tensors, abstract: Params) -> Params:
       InputError: a tensor is missing, unknown, of another shape or not of floating point; the
         message names it.
     """
+    check_names(table, tensors)
     slices = {name: entry for name, entry in table.items() if isinstance(entry, ParamSlice)}
-    _check_names(table, slices, tensors)
     for name, entry in table.items():
         if name in tensors:
             _check_tensor(name, entry, tensors[name])
@@ -192,10 +220,11 @@ def to_params(table: Table, tensors: Tensors, abstract: Params) -> Params:
     return unflatten_dict(params, sep="/")
 
 
-def _check_names(table: Table, slices: Table, tensors: Tensors) -> None:
+def check_names(table: Table, tensors: Tensors) -> None:
     """Raises InputError where a tensor is missing or unknown."""
+    slices = {name for name, entry in table.items() if isinstance(entry, ParamSlice)}
     for problem, names in (
-        ("is missing from the checkpoint", slices.keys() - tensors.keys()),
+        ("is missing from the checkpoint", slices - tensors.keys()),
         ("is not a tensor of this network", tensors.keys() - table.keys()),
     ):
         if names:

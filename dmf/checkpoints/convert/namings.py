@@ -5,6 +5,7 @@ import importlib
 import itertools
 import pkgutil
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -18,12 +19,14 @@ from dmf.checkpoints.convert.name_tables import (
     Shape,
     Tensors,
     Unused,
+    check_names,
     shapes_of,
     strip_wrappers,
     to_params,
     to_tensors,
 )
 from dmf.errors import InputError
+from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.types import Params
 
 _TABLES = sorted(module.name for module in pkgutil.iter_modules(tables.__path__))
@@ -31,6 +34,8 @@ NAMINGS: tuple[Naming, ...] = tuple(itertools.chain.from_iterable(
     importlib.import_module(f"{tables.__name__}.{name}").NAMINGS for name in _TABLES
 ))
 _LISTED = ", ".join(naming.name for naming in NAMINGS)
+# For each network, the names of tensors that tell it.
+IDENTIFYING_TENSORS = tuple(naming.identifying_tensors for naming in NAMINGS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +47,14 @@ class Converted:
       params: parameters of the network, float32.
       naming: the naming of the checkpoint.
       unused: names of tensors of the checkpoint that the network has no use for.
+      scaling: the scaling of the latents that `config.json` states; None where it states none.
     """
 
     network: Any
     params: Params
     naming: Naming
     unused: tuple[str, ...]
+    scaling: LatentScaling | None
 
 
 def detect_naming(tensors: Tensors, name: str = "") -> Naming:
@@ -83,7 +90,9 @@ def _check_naming(tensors: Tensors, name: str) -> Naming:
 
 
 def from_named_tensors(
-    tensors: Tensors, fields: Mapping[str, Any], *, naming: str = ""
+    tensors: Tensors, fields: Mapping[str, Any], *, naming: str = "",
+    settings: Mapping[str, str] = MappingProxyType({}),
+    neighbour: Mapping[str, Any] = MappingProxyType({}),
 ) -> Converted:
     """A published checkpoint as a network and its parameters.
 
@@ -91,19 +100,28 @@ def from_named_tensors(
       tensors: tensors by name, in memory or in a file; each is read once.
       fields: fields of the network that the shapes do not tell, or that override them.
       naming: name of the naming; empty to detect it.
+      settings: what the training file says of what the network predicts; see `predictions`.
+      neighbour: what `config.json` beside the weights says.
 
     Raises:
-      InputError: the checkpoint is of no known network, or a tensor is missing, unknown or of
-        another shape.
+      InputError: the checkpoint is of no known network, a tensor is missing, unknown or of another
+        shape, or the network predicts something else.
     """
     tensors = strip_wrappers(tensors)
     detected = detect_naming(tensors, naming)
-    network = _infer_network(detected, shapes_of(tensors), fields)
+    stated = detected.read_config(neighbour)
+    for field, value in fields.items():
+        if stated.fields.get(field, value) != value:
+            raise InputError(field, value, f"config.json says {stated.fields[field]}")
+    network = _infer_network(detected, shapes_of(tensors), {**stated.fields, **fields})
     table = detected.table(network)
+    check_names(table, tensors)  # before anything of the claimed size is made
     abstract = jax.eval_shape(network.init, jax.random.key(0))
     params = to_params(table, tensors, abstract)
+    detected.check(tensors, settings, bool(naming))
     unused = {name for name, entry in table.items() if isinstance(entry, Unused)}
-    return Converted(network, params, detected, tuple(sorted(unused & tensors.keys())))
+    return Converted(network, params, detected, tuple(sorted(unused & tensors.keys())),
+                     stated.scaling)
 
 
 def _infer_network(
@@ -118,7 +136,7 @@ def _infer_network(
         network = naming.infer_network(shapes, fields)
     except InputError:
         raise
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise InputError("", remedy=f"its tensors have the names of {naming.name}, but not the "
                          f"shapes of such a network ({error})") from None
     for field, value in fields.items():

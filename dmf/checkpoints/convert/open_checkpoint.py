@@ -1,33 +1,35 @@
-"""Opens a checkpoint: a file, a directory, or a repository of the Hugging Face hub.
+"""Opens a checkpoint: its tensors by name, which are read when they are used, and what the files
+say of the network.
 
-Whatever the form, it becomes tensors by name that are read when they are used, and the config that
-a file of dmf states.
+The sizes that a checkpoint claims are compared with what its files hold before anything of that
+size is made.
 """
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
-from dmf.checkpoints.convert import pytorch_files
+from dmf.checkpoints.convert import orbax_files, predictions, pytorch_files, source_files
 from dmf.checkpoints.convert.name_tables import Shape, Tensors
-from dmf.checkpoints.convert.training_files import choose_part
-from dmf.checkpoints.params import SAFETENSORS_FILE
+from dmf.checkpoints.convert.namings import IDENTIFYING_TENSORS
+from dmf.checkpoints.convert.training_files import Part, choose_part
 from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
 
-HUB = "hf:"
 # The key of the metadata of a safetensors file that holds the config as JSON.
 CONFIG_KEY = "dmf.config"
 _SECTIONS = ("model", *FROZEN_KINDS)
+# The tensors of a part may have as many bytes as this many files, beyond the first bytes: a file
+# may hold a tensor once that a network has several times.
+_MAX_REPEATS = 4
+_FREE_BYTES = 2**24
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -41,14 +43,35 @@ class OpenedCheckpoint:
     """An opened checkpoint.
 
     Attributes:
-      tensors: the tensors by their names in the file.
+      tensors: the tensors by their names in the part that is converted.
       config: the config that a file of dmf states; empty for other files.
-      part: name of the part of a training file that the tensors are of; empty for a whole file.
+      note: one line for the user: the part of a training file that is converted, and the file if
+        the source is not the file itself; may be empty.
+      settings: what a training file says of what its network predicts.
+      neighbour: what the `config.json` of another project beside the file says; may be empty.
     """
 
     tensors: Tensors
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    part: str = ""
+    note: str = ""
+    settings: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    neighbour: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Contents(NamedTuple):
+    """What a file or a directory holds.
+
+    Attributes:
+      tensors: all tensors by name.
+      config: the config that a file of dmf states; empty for other files.
+      settings: what it says of what its network predicts.
+      take: checks that a part is there, and returns its tensors with their values.
+    """
+
+    tensors: Tensors
+    config: Mapping[str, Any]
+    settings: Mapping[str, str]
+    take: Callable[[Part], Tensors]
 
 
 def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
@@ -56,49 +79,61 @@ def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
 
     Args:
       source: a `.pt`, `.pth`, `.bin` or `.ckpt` file of PyTorch, a `.safetensors` file, a
-        directory with `model.safetensors`, a directory that Orbax wrote, or `hf:OWNER/REPO/FILE`.
+        directory of such a file, a pipeline of diffusers, the index of sharded files, a directory
+        that Orbax wrote, or `hf:OWNER/REPO/FILE`.
       key: name of the part of a training file, for example "ema" or "model"; empty for the EMA
         parameters if there are any.
 
     Raises:
-      InputError: there is no such file, it cannot be read, or it has no such part.
+      InputError: there is no such file, it cannot be read, it claims more than it holds, it has no
+        such part, or it is unclear which part is meant.
     """
-    path = _download(source) if source.startswith(HUB) else epath.Path(source)
-    if not path.exists():
-        raise InputError(source, remedy="there is no such file or directory")
-    if path.is_dir() and (path / SAFETENSORS_FILE).exists():
-        path = path / SAFETENSORS_FILE
-    if path.suffix == ".safetensors":
-        return _open_safetensors(path, key)
-    structure = None if path.is_dir() else pytorch_files.read(path)
+    files = source_files.find(source)
+    first = files.weights[0]
+    contents = _contents(files.weights)
     try:
-        if path.is_dir():
-            return _open_orbax(path, key)
-        part, tensors = pytorch_files.find_state_dict(structure, key)
+        part = choose_part(contents.tensors, IDENTIFYING_TENSORS, key)
+        tensors = contents.take(part)
     except InputError as error:
-        raise error.within(str(path)) from None
-    return OpenedCheckpoint(tensors, part=part)
+        raise error.within(str(first)) from None
+    inner = first.name if first.name not in source and first.is_file() else ""
+    note = "; ".join(filter(None, [inner and f"file {first.parent.name}/{inner}", part.note]))
+    return OpenedCheckpoint(tensors, contents.config, note, contents.settings, files.config)
 
 
-def _download(source: str) -> epath.Path:
-    """The local copy of a file of the hub, which is downloaded if it is not there yet."""
-    owner, _, rest = source.removeprefix(HUB).partition("/")
-    name, _, file = rest.partition("/")
-    if not file:
-        raise InputError(source, remedy="give hf:OWNER/REPO/FILE")
+def _contents(weights: tuple[epath.Path, ...]) -> _Contents:
+    """The contents of files of weights, or of a directory that Orbax wrote."""
+    (first, *others) = weights
     try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise InputError(source, remedy="it needs huggingface_hub; install dmf-jax[hub]") from None
-    try:
-        return epath.Path(hub.hf_hub_download(f"{owner}/{name}", file))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            source,
-            remedy=f"it cannot be downloaded ({type(error).__name__}: {reason}); without a "
-                   "network, give a file that was downloaded elsewhere",
-        ) from None
+        if first.is_dir():
+            return _of_orbax(first)
+        if first.suffix != ".safetensors":
+            return _of_pytorch(first)
+    except InputError as error:
+        raise error.within(str(first)) from None
+    shards = [_of_safetensors(path) for path in weights]
+    tensors: dict[str, Any] = {}
+    for path, shard in zip(weights, shards, strict=True):
+        if tensors.keys() & shard.tensors.keys():
+            twice = min(tensors.keys() & shard.tensors.keys())
+            raise InputError(str(path), remedy=f"tensor {twice!r} is in another file too")
+        tensors |= shard.tensors
+    return shards[0]._replace(tensors=tensors) if others else shards[0]
+
+
+def _of_pytorch(path: epath.Path) -> _Contents:
+    structure = pytorch_files.read(path)
+    size = path.stat().length
+
+    def take(part: Part) -> Tensors:
+        claimed = sum(math.prod(tensor.shape) * tensor.dtype.itemsize
+                      for tensor in part.tensors.values())
+        if claimed > _FREE_BYTES + _MAX_REPEATS * size:
+            raise InputError("", remedy=f"its tensors claim {claimed} bytes, and it has {size}")
+        return part.tensors
+
+    settings = predictions.settings(pytorch_files.texts(structure))
+    return _Contents(pytorch_files.flatten(structure), {}, settings, take)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,25 +151,24 @@ class _SafetensorsTensor:
         return values if dtype is None else values.astype(dtype)
 
 
-def _open_safetensors(path: epath.Path, key: str) -> OpenedCheckpoint:
+def _of_safetensors(path: epath.Path) -> _Contents:
+    """The contents of a safetensors file, whose library checks its claims when it is opened."""
     try:
         with safe_open(path, framework="np") as file:
-            config = _stated_config((file.metadata() or {}).get(CONFIG_KEY, "{}"))
+            metadata = file.metadata() or {}
+            config = _stated_config(metadata.get(CONFIG_KEY, "{}"))
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             tensors = {
                 name: _SafetensorsTensor(path, name, tuple(s.get_shape()), _dtype(s.get_dtype()))
                 for name, s in slices.items()
             }
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             str(path),
             remedy=f"no safetensors file, or not a whole one ({error})",
         ) from None
-    try:
-        part = key or choose_part(sorted({name.split(".")[0] for name in tensors if "." in name}))
-    except InputError as error:
-        raise error.within(str(path)) from None
-    return OpenedCheckpoint(_below(tensors, part, path), config, part)
+    settings = predictions.settings({name: str(text) for name, text in metadata.items()})
+    return _Contents(tensors, config, settings, lambda part: part.tensors)
 
 
 def _stated_config(text: str) -> Mapping[str, Any]:
@@ -152,61 +186,31 @@ def _dtype(name: str) -> np.dtype:
     return _DTYPES.get(name, np.dtype(np.int64))
 
 
-def _below(tensors: Tensors, key: str, path: epath.Path) -> Tensors:
-    """The tensors whose names begin with `key.`, by the rest of their names; all without a key."""
-    if not key:
-        return tensors
-    prefix = f"{key}."
-    part = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-            if name.startswith(prefix)}
-    if not part:
-        raise InputError(
-            str(path),
-            remedy=f"it has no part {key!r}; its names begin with "
-                   f"{', '.join(sorted({name.split('.')[0] for name in tensors})[:8])}",
-        )
-    return part
+@dataclasses.dataclass(frozen=True)
+class _OrbaxArray:
+    """An array of a directory that Orbax wrote, as its metadata claims it."""
+
+    checkpoint: epath.Path
+    name: str
+    shape: Shape
+    dtype: np.dtype
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        values = orbax_files.read(self.checkpoint, [self.name])[self.name]
+        return values if dtype is None else values.astype(dtype)
 
 
-def _open_orbax(directory: epath.Path, key: str) -> OpenedCheckpoint:
-    """The parameters in a directory that Orbax wrote, of its last step.
+def _of_orbax(directory: epath.Path) -> _Contents:
+    """The contents of a directory that Orbax wrote, of its last step."""
+    checkpoint = orbax_files.last_checkpoint(directory)
+    arrays = orbax_files.claimed_arrays(checkpoint)
+    tensors = {name: _OrbaxArray(checkpoint, name, tuple(leaf.shape), np.dtype(leaf.dtype))
+               for name, leaf in arrays.items()}
 
-    The names are the paths below the part, without a further `params/`.
-    """
-    checkpoint = _last_orbax_checkpoint(directory)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(checkpoint).item_metadata
-        stored = flatten_dict(getattr(metadata, "tree", metadata), sep="/")
-        parts = sorted({name.split("/")[0] for name in stored})
-        if key and key not in parts:
-            raise InputError("", remedy=f"it has no part {key!r}; it has {', '.join(parts)}")
-        part = key or choose_part([name.split("/")[0] for name in stored if "/" in name])
-        wanted = {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in stored.items()
-                  if not part or name.startswith(f"{part}/")}
-        item = unflatten_dict(wanted, sep="/")
-        restored = checkpointer.restore(
-            checkpoint,
-            args=ocp.args.PyTreeRestore(
-                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                partial_restore=True,
-            ),
-        )
-    flat = flatten_dict(restored, sep="/")
-    tensors = {name.removeprefix(f"{part}/").removeprefix("params/"): leaf
-               for name, leaf in flat.items()}
-    return OpenedCheckpoint(tensors, part=part)
+    def take(part: Part) -> Tensors:
+        claimed = {claim.name: name for name, claim in part.tensors.items()}
+        orbax_files.check_stored(checkpoint, {name: arrays[name] for name in claimed})
+        values = orbax_files.read(checkpoint, claimed)
+        return {claimed[name]: array for name, array in values.items()}
 
-
-def _last_orbax_checkpoint(directory: epath.Path) -> epath.Path:
-    """The directory itself, or the checkpoint of the last step in it."""
-    folders = [directory, *directory.glob("*"), *directory.glob("*/*")]
-    checkpoints = [folder for folder in folders if (folder / "_METADATA").exists()]
-    if not checkpoints:
-        raise InputError("", remedy=f"it holds no checkpoint of Orbax, and no {SAFETENSORS_FILE}")
-    return max(checkpoints, key=_step)
-
-
-def _step(directory: epath.Path) -> tuple[int, ...]:
-    """The numbers in the last two names of a path, for the order of steps."""
-    digits = ["".join(filter(str.isdigit, part)) for part in directory.parts[-2:]]
-    return tuple(int(number) if number else -1 for number in digits)
+    return _Contents(tensors, {}, {}, take)

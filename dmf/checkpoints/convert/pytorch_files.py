@@ -16,8 +16,7 @@ from typing import Any
 from dmf.checkpoints.convert import pickle_constructors, pytorch_storages
 from dmf.checkpoints.convert.pickle_source import MAX_BYTES
 from dmf.checkpoints.convert.pytorch_storages import SAVE_AGAIN, Storage, Storages, StoredTensor
-from dmf.checkpoints.convert.safe_pickle import Record, load, walk
-from dmf.checkpoints.convert.training_files import EMA_PARTS, RAW_PARTS, choose_part
+from dmf.checkpoints.convert.safe_pickle import load, walk
 from dmf.errors import InputError
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -191,7 +190,7 @@ def flatten(structure: Any) -> dict[str, StoredTensor]:
     """The tensors of nested containers by their paths, for example "ema.blocks.0.weight".
 
     Raises:
-      InputError: two tensors have the same name, there are too many, or a name is too long.
+      InputError: there are none, two have the same name, there are too many, or a name is too long.
     """
     tensors: dict[str, StoredTensor] = {}
     for path, leaf in walk(structure):
@@ -204,76 +203,13 @@ def flatten(structure: Any) -> dict[str, StoredTensor]:
             if name in tensors:
                 raise InputError("", remedy=f"two tensors have the name {name!r}")
             tensors[name] = leaf
+    if not tensors:
+        raise InputError("", remedy=f"the file holds a {type(structure).__name__} without tensors: "
+                         + SAVE_AGAIN)
     return tensors
 
 
-def state_dict(structure: Any, key: str = "") -> dict[str, StoredTensor]:
-    """The tensors of a network in what `read` returns, by name; see `find_state_dict`."""
-    return find_state_dict(structure, key)[1]
-
-
-def find_state_dict(structure: Any, key: str = "") -> tuple[str, dict[str, StoredTensor]]:
-    """The state dict of a network in what `read` returns.
-
-    Args:
-      structure: a state dict, or a training file: a dict with state dicts in it.
-      key: name of the part that holds the state dict, for example "ema" or "ema.shadow"; empty for
-        the EMA parameters, else the raw parameters, else the whole file. The part may also hold the
-        state dict below "state_dict" or "shadow".
-
-    Returns:
-      The name of the part, empty for the whole file, and its tensors by name. Other values beside
-      the tensors, for example a count of steps, are left out.
-
-    Raises:
-      InputError: there is no such part, or it holds no tensors; the message lists the keys. Or it
-        is unclear which part holds the EMA parameters.
-    """
-    fields = structure.fields if isinstance(structure, Record) else structure
-    if not isinstance(fields, dict):
-        raise InputError("", remedy=f"the file holds a {type(structure).__name__}: " + SAVE_AGAIN)
-    if key:
-        tensors = _tensors(_below(fields, key))
-    else:
-        key, tensors = _default_state_dict(fields)
-    if tensors:
-        return key, tensors
-    keys = ", ".join(repr(str(name)[:40]) for name in list(fields)[:20]) or "none"
-    raise InputError(
-        f"no state dict under {key or ', '.join((*EMA_PARTS, *RAW_PARTS))}",
-        remedy=f"the file has the keys {keys}; give --key, the one of a state dict",
-    )
-
-
-def _default_state_dict(fields: dict[Any, Any]) -> tuple[str, dict[str, StoredTensor]]:
-    """The part that is converted where the user names none, and its tensors."""
-    parts = {name: value for name, value in fields.items()
-             if isinstance(name, str) and isinstance(value, dict | list | tuple | Record)}
-    usable = {name: tensors for name, value in parts.items() if (tensors := _tensors(value))}
-    others = [name for name in parts.keys() - usable.keys() if _holds_tensors(parts[name])]
-    chosen = choose_part(list(usable), sorted(others))
-    return chosen, usable[chosen] if chosen else _tensors(fields)
-
-
-def _below(fields: dict[Any, Any], key: str) -> Any:
-    """The value under a key, or under keys within each other that are joined with "."."""
-    if key in fields:
-        return fields[key]
-    value: Any = fields
-    for name in key.split("."):
-        value = value.fields if isinstance(value, Record) else value
-        value = value.get(name) if isinstance(value, dict) else None
-    return value
-
-
-def _tensors(part: Any) -> dict[str, StoredTensor]:
-    """The tensors of a state dict, which may lie in a dict of its own; {} if there are none."""
-    if not isinstance(part, dict):
-        return {}
-    tensors = {name: tensor for name, tensor in part.items()
-               if isinstance(name, str) and isinstance(tensor, StoredTensor)}
-    return tensors or _tensors(part.get("state_dict")) or _tensors(part.get("shadow"))
-
-
-def _holds_tensors(part: Any) -> bool:
-    return any(isinstance(leaf, StoredTensor) for _, leaf in walk(part))
+def texts(structure: Any) -> dict[str, str]:
+    """The texts of nested containers by their paths, for example "args.model"."""
+    return {".".join(map(str, path)): leaf for path, leaf in walk(structure)
+            if isinstance(leaf, str)}

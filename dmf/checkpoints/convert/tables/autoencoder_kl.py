@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dmf.checkpoints.convert import config_files
 from dmf.checkpoints.convert.name_tables import (
     CONVOLUTION,
     PLAIN,
@@ -17,6 +18,7 @@ from dmf.checkpoints.convert.name_tables import (
     ParamSlice,
     Shape,
     Table,
+    with_given,
 )
 from dmf.errors import InputError
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
@@ -31,8 +33,8 @@ _ATTENTIONS = {
 def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> AutoencoderKL:
     """The network of a checkpoint; see `Naming.infer_network`.
 
-    The shapes do not tell the number of groups of the group normalisations, 32 as published unless
-    it is given.
+    The shapes do not tell the number of groups of the group normalisations: it is given, or stated
+    in `config.json`, or else 32 as published.
 
     Raises:
       InputError: a tensor that tells a field is missing or of another rank, or no network has
@@ -41,13 +43,13 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
     matches = [re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", name) for name in shapes]
     levels, layers = ({match[i] for match in matches if match} for i in (1, 2))
     first = (f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(len(levels)))
-    inferred = {
+    told = {
         "channels": _kernel(shapes, "encoder.conv_in.weight")[1],
         "latent_channels": _kernel(shapes, "decoder.conv_in.weight")[1],
         "widths": tuple(_kernel(shapes, name)[0] for name in first),
         "layers_per_block": len(layers),
     }
-    return AutoencoderKL(**inferred | dict(fields))
+    return AutoencoderKL(**with_given(told, fields))
 
 
 def _kernel(shapes: Mapping[str, Shape], name: str) -> Shape:
@@ -165,6 +167,7 @@ NAMINGS = tuple(
         identifying_tensors=(f"encoder.mid_block.attentions.0.{attention[0]}.weight",),
         infer_network=infer_network,
         table=functools.partial(_autoencoder, attention=attention),
+        read_config=config_files.autoencoder_kl,
     )
     for name, attention in _ATTENTIONS.items()
 )

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from dmf.checkpoints.convert import config_files
 from dmf.checkpoints.convert.name_tables import (
     CONVOLUTION,
     PLAIN,
@@ -18,6 +19,7 @@ from dmf.checkpoints.convert.name_tables import (
     Shape,
     Table,
     Unused,
+    with_given,
 )
 from dmf.errors import InputError
 from dmf.models.encoders.dinov2 import DINOV2_SIZES, DinoV2
@@ -167,13 +169,15 @@ def _infer_network(
         )
     numbered = re.compile(re.escape(names.block) + r"(\d+)\.")
     blocks = [int(match[1]) for name in shapes if (match := numbered.match(name))]
-    known = {
+    ratio = float(fields.get("mlp_ratio", 0))
+    told = {
         "width": width,
         "depth": max(blocks) + 1,
         "patch_size": patch,
         "table_side": side,
-        "mlp_ratio": hidden / width,
-    } | dict(fields)
+        "mlp_ratio": ratio if round(width * ratio) == hidden else hidden / width,
+    }
+    known = with_given(told, fields)
     return DinoV2(**{"heads": _published_heads(known)} | known)
 
 
@@ -207,6 +211,7 @@ NAMINGS = tuple(
         identifying_tensors=names.identifying_tensors,
         infer_network=functools.partial(_infer_network, names),
         table=functools.partial(_table, names),
+        read_config=config_files.dinov2,
     )
     for name, names in (
         ("dinov2-hub", _HUB),

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dmf.checkpoints.convert import predictions
 from dmf.checkpoints.convert.name_tables import (
     CONVOLUTION,
     PLAIN,
@@ -30,6 +31,7 @@ from dmf.checkpoints.convert.name_tables import (
     strip_wrappers,
     to_params,
     to_tensors,
+    with_given,
 )
 from dmf.errors import InputError
 from dmf.models.dit import SIZES, DiT
@@ -42,6 +44,8 @@ _PUBLISHED_SPLIT = {28: 20, 24: 18}
 _PUBLISHED_ALIGNMENT = 8
 # Number of latents along a side in the published JAX checkpoints, which hold no position table.
 _JAX_INPUT_SIZE = 32
+# Largest input of a checkpoint without a position table, which is computed from it.
+_MAX_INPUT_SIZE = 4096
 _TIME_FEATURES = 256
 
 
@@ -221,18 +225,16 @@ def infer_pytorch_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]
       InputError: a field that the shapes do not tell was not given.
     """
     width, channels, _, patch = shapes["x_embedder.proj.weight"]
-    inferred = _infer_fields(shapes, lambda name: name)
-    inferred |= {"channels": channels, "patch_size": patch, "width": width}
+    told = _told_fields(shapes, fields, lambda name: name)
+    told |= {"channels": channels, "patch_size": patch, "width": width}
+    defaults = {}
     if POSITIONS in shapes:
-        inferred["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
+        told["input_size"] = math.isqrt(shapes[POSITIONS][1]) * patch
     if "projectors.0.0.bias" in shapes:
         (hidden,), (outputs,) = shapes["projectors.0.0.bias"], shapes["projectors.0.4.bias"]
-        inferred |= {
-            "alignment_hidden": hidden,
-            "alignment_width": outputs,
-            "alignment_depth": min(_PUBLISHED_ALIGNMENT, inferred["depth"]),
-        }
-    return _complete({**inferred, **fields}, fields)
+        told |= {"alignment_hidden": hidden, "alignment_width": outputs}
+        defaults["alignment_depth"] = min(_PUBLISHED_ALIGNMENT, told["depth"])
+    return _complete(told, fields, defaults)
 
 
 def infer_jax_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> DiT:
@@ -246,28 +248,33 @@ def infer_jax_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) ->
       InputError: a field that the shapes do not tell was not given.
     """
     patch, _, channels, width = shapes[_jax_name("x_embedder.proj.weight")]
-    inferred = _infer_fields(shapes, _jax_name)
-    inferred |= {"channels": channels, "patch_size": patch, "width": width,
-                 "input_size": _JAX_INPUT_SIZE}
-    return _complete({**inferred, **fields}, fields)
+    told = _told_fields(shapes, fields, _jax_name)
+    told |= {"channels": channels, "patch_size": patch, "width": width}
+    return _complete(told, fields, {"input_size": _JAX_INPUT_SIZE})
 
 
-def _infer_fields(
-    shapes: Mapping[str, Shape], rename: Callable[[str], str]
+def _told_fields(
+    shapes: Mapping[str, Shape], fields: Mapping[str, Any], rename: Callable[[str], str]
 ) -> dict[str, Any]:
-    """The fields that the shapes tell alike in both projects; `rename` takes a PyTorch name."""
+    """The fields that the shapes tell alike in both projects; `rename` takes a PyTorch name.
+
+    Of the ratios with the width of the MLP, it is the one that is given, if it is one of them.
+    """
     (width,) = shapes[rename("x_embedder.proj.bias")]
-    inferred = {
+    (hidden,) = shapes[rename("blocks.0.mlp.fc1.bias")]
+    ratio = float(fields.get("mlp_ratio", 0))
+    told = {
         "depth": _count_blocks(shapes, rename),
-        "mlp_ratio": shapes[rename("blocks.0.mlp.fc1.bias")][0] / width,
+        "mlp_ratio": ratio if int(width * ratio) == hidden else hidden / width,
         "num_classes": shapes[rename("y_embedder.embedding_table.weight")][0] - 1,
-        "conditioning": "meanflow" if rename("h_embedder.mlp.0.bias") in shapes else "flow",
         "learned_variance": rename("logvar_linear.weight") in shapes,
     }
+    if rename("h_embedder.mlp.0.bias") in shapes:
+        told["conditioning"] = "meanflow"
     head_norm = shapes.get(rename("blocks.0.attn.q_norm.scale"))
     if head_norm:
-        inferred |= {"qk_norm": True, "heads": width // head_norm[0]}
-    return inferred
+        told |= {"qk_norm": True, "heads": width // head_norm[0]}
+    return told
 
 
 def _count_blocks(shapes: Mapping[str, Shape], rename: Callable[[str], str]) -> int:
@@ -275,26 +282,32 @@ def _count_blocks(shapes: Mapping[str, Shape], rename: Callable[[str], str]) -> 
     return next(i for i in numbers if rename(f"blocks.{i}.attn.qkv.bias") not in shapes)
 
 
-def _complete(known: Mapping[str, Any], given: Mapping[str, Any]) -> DiT:
+def _complete(
+    told: Mapping[str, Any], given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> DiT:
     """The network of the known fields; what they leave open is as published.
 
     Args:
-      known: fields that the shapes tell or the user gave.
-      given: fields that the user gave.
+      told: fields that the shapes tell.
+      given: fields that the user gave, or the file states.
+      defaults: published fields that the shapes do not tell.
 
     Raises:
-      InputError: a field is unknown, or one that nothing tells was not given.
+      InputError: a field is unknown, contradicts the tensors, or nothing tells it.
     """
     unknown = given.keys() - {field.name for field in dataclasses.fields(DiT)}
     if unknown:
         raise InputError(min(unknown), remedy="a diffusion transformer has no such field")
-    fields = dict(known)
+    fields = with_given(told, given, {"conditioning": "flow", **defaults})
     if "heads" not in fields:
         fields["heads"] = _published_heads(fields["depth"], fields["width"])
     if "input_size" not in fields:
         raise InputError(
             "input_size", remedy="the checkpoint has no pos_embed to tell it; give --input-size"
         )
+    if not ("input_size" in told or 1 <= fields["input_size"] <= _MAX_INPUT_SIZE):
+        raise InputError("input_size", fields["input_size"],
+                         f"give a whole number from 1 to {_MAX_INPUT_SIZE}")
     if fields.get("split_depth") is None and fields.get("learned_variance"):
         fields["split_depth"] = _published_split(fields["depth"])
     if fields.get("split_depth") is not None:
@@ -319,12 +332,6 @@ def _published_split(depth: int) -> int:
     return _PUBLISHED_SPLIT[depth]
 
 
-def _has_unused_half(shapes: Mapping[str, Shape]) -> bool:
-    """Whether the last layer outputs twice the channels of the input."""
-    _, channels, rows, columns = shapes["x_embedder.proj.weight"]
-    return shapes["final_layer.linear.bias"][0] == 2 * channels * rows * columns
-
-
 _IDENTIFYING = ("x_embedder.proj.weight", "blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.bias",
                 "y_embedder.embedding_table.weight", "final_layer.linear.bias")  # fmt: skip
 NAMINGS = (
@@ -334,7 +341,9 @@ NAMINGS = (
         identifying_tensors=_IDENTIFYING,
         infer_network=infer_pytorch_network,
         table=pytorch_table,
-        matches_shapes=lambda shapes: not _has_unused_half(shapes),
+        matches_shapes=lambda shapes: not predictions.has_unused_half(shapes),
+        check=predictions.check_dmf,
+        notes="taken to predict the velocity, from data at t = 0 to noise at t = 1",
     ),
     Naming(
         name="sit",
@@ -342,7 +351,8 @@ NAMINGS = (
         identifying_tensors=_IDENTIFYING,
         infer_network=infer_pytorch_network,
         table=sit_table,
-        matches_shapes=_has_unused_half,
+        matches_shapes=predictions.has_unused_half,
+        check=predictions.check_sit,
         notes="time and sign folded into the weights; unused output channels dropped",
     ),
     Naming(

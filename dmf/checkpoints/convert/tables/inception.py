@@ -19,6 +19,7 @@ from dmf.checkpoints.convert.name_tables import (
     Shape,
     Table,
     Unused,
+    with_given,
 )
 from dmf.errors import InputError
 from dmf.models.encoders.inception import Inception
@@ -73,7 +74,7 @@ def _infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> In
             remedy="FID is measured with the Inception-v3 of 2015-12-05, which has "
                    f"{Inception.num_outputs}; give that one, or num_outputs={rows}",
         )
-    return Inception(**{"num_outputs": rows} | dict(fields))
+    return Inception(**with_given({"num_outputs": rows}, fields))
 
 
 NAMINGS = (

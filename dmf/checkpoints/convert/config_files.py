@@ -1,0 +1,114 @@
+"""What the `config.json` of another project says of its network, as fields of ours.
+
+A field that is unknown here may change what the network computes, and is refused, as is a value
+that no network of ours has.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from dmf.errors import InputError
+from dmf.models.encoders.latent_scaling import LatentScaling
+
+
+class StatedNetwork(NamedTuple):
+    """What a config says of a network.
+
+    Attributes:
+      fields: fields of the network.
+      scaling: the scaling of its latents; None where the config says none.
+    """
+
+    fields: dict[str, Any]
+    scaling: LatentScaling | None = None
+
+
+# transformers' DINOv2, which has many fields of other purposes.
+_OF_DINOV2 = {
+    "hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads",
+    "patch_size": "patch_size", "mlp_ratio": "mlp_ratio",
+}  # fmt: skip
+_FIXED_IN_DINOV2 = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
+                    "use_swiglu_ffn": False, "num_channels": 3}  # fmt: skip
+# diffusers' AutoencoderKL: its fields that are fields of ours, those that have only one value here,
+# and those that change nothing.
+_RENAMED = {
+    "in_channels": "channels", "out_channels": "channels", "latent_channels": "latent_channels",
+    "block_out_channels": "widths", "layers_per_block": "layers_per_block",
+    "norm_num_groups": "groups",
+}  # fmt: skip
+_FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
+          "use_post_quant_conv": True}  # fmt: skip
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+_WITHOUT_EFFECT = ("sample_size", "force_upcast", "architectures", "model_type", "torch_dtype",
+                   "dtype", "transformers_version")  # fmt: skip
+
+
+def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
+    """The fields and the scaling of an autoencoder that diffusers wrote.
+
+    >>> stated = autoencoder_kl({"norm_num_groups": 8, "scaling_factor": 0.5})
+    >>> stated.fields, stated.scaling.scale
+    ({'groups': 8}, 0.5)
+
+    Args:
+      config: its `config.json`; empty where there is none.
+
+    Raises:
+      InputError: it is of another class, or has a field or value that no autoencoder here has.
+    """
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise _unfit("_class_name", config["_class_name"], "only AutoencoderKL is known")
+    fields: dict[str, Any] = {}
+    for name, value in config.items():
+        if name in _RENAMED:
+            field, ours = _RENAMED[name], tuple(value) if isinstance(value, list) else value
+            if fields.setdefault(field, ours) != ours:
+                raise _unfit(name, value, f"another field says {fields[field]}")
+        elif name in _FIXED and value != _FIXED[name]:
+            raise _unfit(name, value, f"only {_FIXED[name]} is known")
+        elif name in _BLOCKS and set(value or ()) != {_BLOCKS[name]}:
+            raise _unfit(name, value, f"only {_BLOCKS[name]} is known")
+        elif name not in (*_FIXED, *_BLOCKS, *_SCALING, *_WITHOUT_EFFECT) and name[:1] != "_":
+            raise _unfit(name, value, "the field is not known, and may change the network")
+    return StatedNetwork(fields, _scaling(config))
+
+
+def dinov2(config: Mapping[str, Any]) -> StatedNetwork:
+    """The fields of a DINOv2 that transformers wrote; others are for other purposes.
+
+    >>> dinov2({"num_attention_heads": 6, "image_size": 518})
+    StatedNetwork(fields={'heads': 6}, scaling=None)
+
+    Args:
+      config: its `config.json`; empty where there is none.
+
+    Raises:
+      InputError: it has a value that no DINOv2 here has.
+    """
+    for name, value in _FIXED_IN_DINOV2.items():
+        if config.get(name, value) != value:
+            raise _unfit(name, config[name], f"only {value} is known")
+    return StatedNetwork({ours: config[name] for name, ours in _OF_DINOV2.items()
+                          if name in config})
+
+
+def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
+    """The scaling of the latents; None where the config says none."""
+    factor, shift, mean, std = (config.get(name) for name in _SCALING)
+    if factor is None and shift is None and mean is None:
+        return None
+    factor = 1.0 if factor is None else factor
+    try:
+        if mean is None:
+            return LatentScaling(scale=float(factor), shift=float(shift or 0))
+        return LatentScaling(mean=tuple(map(float, mean)),
+                             std=tuple(float(value) / factor for value in std))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        stated = {name: config[name] for name in _SCALING if name in config}
+        raise _unfit("scaling", stated, f"it is no scaling of latents ({error})") from None
+
+
+def _unfit(name: str, value: Any, remedy: str) -> InputError:
+    return InputError(f"config.json: {name}", str(value)[:80], remedy)

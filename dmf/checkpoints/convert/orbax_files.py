@@ -1,0 +1,133 @@
+"""Directories that Orbax wrote: what they claim, what is stored of it, and the arrays."""
+
+import bisect
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from etils import epath
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dmf.errors import Damaged, InputError
+from dmf.runtime.checksums import reading_errors
+
+# Arrays may be this many times as large as the compressed files, beyond the first bytes.
+MAX_COMPRESSION = 100
+FREE_BYTES = 2**26
+_METADATA = (".zarray", "zarr.json", ".zattrs")
+
+
+def last_checkpoint(directory: epath.Path) -> epath.Path:
+    """The directory itself, or the checkpoint of the last step in it.
+
+    Raises:
+      InputError: there is none.
+    """
+    folders = [directory, *directory.glob("*"), *directory.glob("*/*")]
+    checkpoints = [folder for folder in folders if (folder / "_METADATA").exists()]
+    if not checkpoints:
+        raise InputError("", remedy="it holds no checkpoint of Orbax, and no file of weights with "
+                         "a usual name")
+    return max(checkpoints, key=_step)
+
+
+def _step(directory: epath.Path) -> tuple[int, ...]:
+    """The numbers in the last two names of a path, for the order of steps."""
+    digits = ["".join(filter(str.isdecimal, part))[:18] for part in directory.parts[-2:]]
+    return tuple(int(number) if number else -1 for number in digits)
+
+
+def claimed_arrays(checkpoint: epath.Path) -> dict[str, Any]:
+    """The metadata of each array of a checkpoint, by its path: its shape, dtype and chunks.
+
+    Raises:
+      InputError: the metadata is damaged.
+    """
+    with _damage_refused(), ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(checkpoint).item_metadata
+        leaves = flatten_dict(getattr(metadata, "tree", metadata), sep="/")
+        arrays = {name: leaf for name, leaf in leaves.items()
+                  if isinstance(leaf, ocp.metadata.ArrayMetadata)}
+        for leaf in arrays.values():
+            if not all(size >= 0 for size in leaf.shape):
+                raise Damaged(f"an array has shape {leaf.shape}")
+            np.dtype(leaf.dtype)
+    return arrays
+
+
+def check_stored(checkpoint: epath.Path, arrays: Mapping[str, Any]) -> None:
+    """Checks that the arrays that a checkpoint claims are stored, before any is read.
+
+    Args:
+      checkpoint: the directory.
+      arrays: metadata of the arrays by path, as `claimed_arrays` returns it.
+
+    Raises:
+      InputError: chunks of an array are missing, or the arrays are far larger than the files.
+    """
+    with _damage_refused():
+        files = [folder / name for folder, _, names in checkpoint.walk() for name in names]
+        size = sum(path.stat().length for path in files if path.is_file())
+        keys = _stored_keys(checkpoint, files)
+    claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
+                  for leaf in arrays.values())
+    if claimed > FREE_BYTES + MAX_COMPRESSION * size:
+        raise InputError("", remedy=f"its arrays claim {claimed} bytes, and its files hold {size}")
+    for name, leaf in arrays.items():
+        chunks = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or leaf.shape
+        count = math.prod(-(-size // max(chunk, 1))
+                          for size, chunk in zip(leaf.shape, chunks, strict=True))
+        stored = _count_below(keys, leaf.name or name.replace("/", "."))
+        if stored < count:
+            raise InputError("", remedy=f"its array {name!r} has {stored} of {count} chunks")
+
+
+def _stored_keys(checkpoint: epath.Path, files: Iterable[epath.Path]) -> list[str]:
+    """The keys of all chunks that are stored in the files of a checkpoint, sorted."""
+    if (checkpoint / "manifest.ocdbt").exists():
+        path = f"{checkpoint}/"
+        base = path if "://" in path else {"driver": "file", "path": path}
+        store = ts.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys: Iterable[str] = (key.decode() for key in store.list().result())
+    else:
+        keys = (str(path.relative_to(checkpoint)) for path in files)
+    return sorted(key for key in keys if not key.endswith(_METADATA))
+
+
+def _count_below(keys: list[str], name: str) -> int:
+    """The number of keys that begin with `name/`."""
+    return bisect.bisect(keys, f"{name}0") - bisect.bisect(keys, f"{name}/")
+
+
+def read(checkpoint: epath.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """The arrays of these paths.
+
+    Raises:
+      InputError: they are damaged.
+    """
+    with _damage_refused(), ocp.PyTreeCheckpointer() as checkpointer:
+        item = unflatten_dict(dict.fromkeys(names, 0), sep="/")
+        as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+        wanted = unflatten_dict(dict.fromkeys(names, as_numpy), sep="/")
+        restored = checkpointer.restore(checkpoint, args=ocp.args.PyTreeRestore(
+            item, restore_args=wanted, partial_restore=True
+        ))
+    return flatten_dict(restored, sep="/")
+
+
+@contextmanager
+def _damage_refused() -> Iterator[None]:
+    """Turns damage into an error of input.
+
+    Raises:
+      InputError: something in the directory is damaged.
+    """
+    try:
+        with reading_errors():
+            yield
+    except Damaged as error:
+        raise InputError("", remedy=f"it is damaged ({error})") from None

@@ -1,0 +1,194 @@
+"""The files of a checkpoint: in a directory, on the Hugging Face hub, or a file by itself.
+
+Directories are those that PyTorch's ecosystem writes: weights in one file, or in several with an
+index, beside a `config.json`; and pipelines of diffusers, of which the autoencoder is taken.
+"""
+
+import dataclasses
+import importlib
+import json
+import os
+from typing import Any
+
+from etils import epath
+
+from dmf.errors import InputError
+
+HUB = "hf:"
+CONFIG_FILE = "config.json"
+_INDEX = ".index.json"
+# Files of weights in the order of preference.
+_WEIGHTS = tuple(
+    f"{stem}{suffix}"
+    for suffix in (".safetensors", f".safetensors{_INDEX}", ".bin")
+    for stem in ("model", "diffusion_pytorch_model", "pytorch_model")
+)
+_PIPELINE_FILE = "model_index.json"
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_JSON_BYTES = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFiles:
+    """The files of a checkpoint.
+
+    Attributes:
+      weights: the files of weights, several if they are sharded; or a directory that Orbax wrote.
+      config: what `config.json` beside the weights says, unless dmf wrote it; empty without one.
+    """
+
+    weights: tuple[epath.Path, ...]
+    config: dict[str, Any]
+
+
+def find(source: str) -> SourceFiles:
+    """The files of a checkpoint.
+
+    Args:
+      source: a file, a directory, or `hf:OWNER/REPO/FILE`.
+
+    Raises:
+      InputError: there is no such file, it is a pointer of Git LFS, or it is unclear which file of
+        a directory is meant.
+    """
+    if source.startswith(HUB):
+        return _of_hub(source)
+    path = _absolute(source)
+    if not path.exists():
+        raise InputError(source, remedy="there is no such file or directory")
+    if path.is_dir():
+        path = _in_directory(path)
+    if path.is_dir():
+        return SourceFiles((path,), {})
+    weights = tuple(path.parent / name for name in _shards(path))
+    for file in weights:
+        if not file.is_file():
+            raise InputError(str(file), remedy=f"it is no file, and {path.name} names it"
+                             if file != path else "is not a file")
+        _refuse_pointer(file)
+    return SourceFiles(weights, _config(path.parent / CONFIG_FILE))
+
+
+def _absolute(source: str) -> epath.Path:
+    """The absolute path of a source; links stay, which in the hub's cache bear the files' names."""
+    if "://" in source:
+        return epath.Path(source)
+    return epath.Path(os.path.abspath(os.path.expanduser(source)))
+
+
+def _in_directory(directory: epath.Path) -> epath.Path:
+    """The file of weights in a directory; the directory itself if there is none.
+
+    Raises:
+      InputError: there are several, and none has a usual name.
+    """
+    inner = [directory / name for name in _WEIGHTS if (directory / name).exists()]
+    if inner:
+        return inner[0]
+    others = sorted(path for path in directory.iterdir()
+                    if path.suffix in _SUFFIXES or path.name.endswith(_INDEX))
+    if len(others) > 1:
+        names = ", ".join(path.name for path in others[:8])
+        raise InputError(str(directory), remedy=f"it holds several files of weights, give one: "
+                         f"{names}")
+    return others[0] if others else _in_pipeline(directory)
+
+
+def _in_pipeline(directory: epath.Path) -> epath.Path:
+    """The weights of the autoencoder of a pipeline of diffusers; the directory if it is none.
+
+    An average, as `vae_ema`, comes before the raw parameters.
+    """
+    parts = [directory / name for name in ("vae_ema", "vae")
+             if (directory / name / CONFIG_FILE).is_file()]
+    if parts:
+        return _in_directory(parts[0])
+    if (directory / _PIPELINE_FILE).exists():
+        raise InputError(str(directory), remedy="it is a pipeline of diffusers without a vae; give "
+                         "the directory of one of its networks")
+    return directory
+
+
+def _shards(path: epath.Path) -> list[str]:
+    """The names of the files that an index lists, in order; that of the file if it is no index.
+
+    Raises:
+      InputError: the index is damaged, or lists a file elsewhere.
+    """
+    if not path.name.endswith(_INDEX):
+        return [path.name]
+    places = _read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise InputError(str(path), remedy="it has no weight_map, which lists the files of weights")
+    names = list(dict.fromkeys(map(str, places.values())))
+    for name in names:
+        if not name.endswith(".safetensors") or name != os.path.basename(name):
+            raise InputError(str(path), remedy=f"it lists {name[:80]!r}, which is no .safetensors "
+                             "file beside it")
+    return names
+
+
+def _config(path: epath.Path) -> dict[str, Any]:
+    """The config beside weights; empty if there is none, or dmf wrote it."""
+    config = _read_json(path) if path.is_file() else {}
+    return {} if "format" in config else config
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    """A JSON file with an object.
+
+    Raises:
+      InputError: it is too large, damaged, or holds something else.
+    """
+    _refuse_pointer(path)
+    try:
+        if path.stat().length > _MAX_JSON_BYTES:
+            raise ValueError(f"more than {_MAX_JSON_BYTES} bytes")
+        value = json.loads(path.read_text())
+        if not isinstance(value, dict):
+            raise ValueError(f"it holds a {type(value).__name__}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(str(path), remedy=f"it cannot be read ({str(error)[:200]})") from None
+    return value
+
+
+def _refuse_pointer(path: epath.Path) -> None:
+    """Raises InputError for a pointer of Git LFS, which stands for a file that is elsewhere."""
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(str(path), remedy="it is a pointer of Git LFS, and no file itself; "
+                             "get the file with git lfs pull")
+
+
+def _of_hub(source: str) -> SourceFiles:
+    """The files of a repository of the hub, which are downloaded if they are not there yet."""
+    owner, _, rest = source.removeprefix(HUB).partition("/")
+    name, _, file = rest.partition("/")
+    if not file:
+        raise InputError(source, remedy="give hf:OWNER/REPO/FILE")
+    path = _download(source, f"{owner}/{name}", file)
+    folder = file.rpartition("/")[0]
+    inner = [f"{folder}/{shard}" if folder else shard for shard in _shards(path)]
+    weights = tuple(_download(source, f"{owner}/{name}", shard) for shard in inner)
+    config = _download(source, f"{owner}/{name}", f"{folder}/{CONFIG_FILE}".lstrip("/"), False)
+    return SourceFiles(weights, _config(config) if config else {})
+
+
+def _download(source: str, repository: str, file: str, needed: bool = True) -> epath.Path | None:
+    """The local copy of a file of the hub; None if it is not there, and not needed."""
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError:
+        raise InputError(source, remedy="it needs huggingface_hub; install dmf-jax[hub]") from None
+    try:
+        return epath.Path(hub.hf_hub_download(repository, file))
+    except Exception as error:
+        if not needed and isinstance(error, hub.utils.EntryNotFoundError):
+            return None
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            source,
+            remedy=f"it cannot be downloaded ({type(error).__name__}: {reason}); without a "
+                   "network, give a file that was downloaded elsewhere",
+        ) from None
