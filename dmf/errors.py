@@ -45,6 +45,15 @@ class InputError(ValueError):
         return InputError(str(subject), remedy=str(self))
 
 
+def brief(error: BaseException, length: int = 200) -> str:
+    """The text of an error of a library on one line, cut to a length.
+
+    >>> brief(ValueError("line one\\n  line two"), 12)
+    'line one lin'
+    """
+    return " ".join(str(error).split())[:length]
+
+
 def check_at_least(component: Any, minimum: int, *fields: str) -> None:
     """Raises InputError where a field of a component is below a minimum.
 

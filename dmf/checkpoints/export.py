@@ -9,7 +9,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import flatbuffers
@@ -18,10 +19,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
+from dmf import registry
 from dmf.checkpoints import load, model_card
 from dmf.checkpoints import params as stored_params
 from dmf.checkpoints.convert import format_1, namings, open_checkpoint, source_files
-from dmf.errors import InputError
+from dmf.errors import InputError, brief
 from dmf.models import FROZEN_KINDS
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.objectives.build import interpolant
@@ -30,6 +32,7 @@ from dmf.sampling import stablehlo
 from dmf.sampling.build import sampling
 from dmf.types import Params
 
+_MAX_ERROR_LENGTH = 600
 FORMATS = ("orbax", "safetensors", "stablehlo")
 # Config fields that hold paths of the machine that trained the network.
 _LOCAL_PATHS = (
@@ -110,16 +113,18 @@ def _read(
         return _read_dmf(source, fields, key)
     opened = open_checkpoint.open_checkpoint(source, key)
     try:
-        stated, note = _stated_config(opened.config, defaults)
-        kind = next((kind for kind in ("model", *FROZEN_KINDS) if kind in stated), "model")
-        known = {name: tuple(value) if isinstance(value, list) else value
-                 for name, value in stated.get(kind, {}).items() if name != "name"}
+        with _stated_errors(opened.config):
+            stated, note = _stated_config(opened.config, defaults)
+            known = _stated_network(stated)
         converted = namings.from_named_tensors(
             opened.tensors, {**known, **fields}, naming=naming, settings=opened.settings,
             neighbour=opened.neighbour,
         )
-        config = load.export_config(converted.network, stated, defaults, scaling)
+        with _stated_errors(opened.config):
+            config = load.export_config(converted.network, stated, defaults, scaling)
     except InputError as error:
+        if len(str(error)) > _MAX_ERROR_LENGTH:  # it quotes what the file states
+            error = InputError("", remedy=f"{brief(error, _MAX_ERROR_LENGTH)} ...")
         raise error.within(source) from None
     progress.log("; ".join(filter(None, [
         f"{source}: read as {converted.naming.name}", opened.note, converted.naming.notes,
@@ -156,6 +161,38 @@ def _stated_config(
         raise InputError("", remedy=f"the config that it states has format {config['format']}, and "
                          f"this dmf reads {stored_params.FORMAT}")
     return {name: value for name, value in config.items() if name != "format"}, ""
+
+
+def _stated_network(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the network in a config that a file states; none if it states none.
+
+    Raises:
+      InputError: there is no such network.
+    """
+    kind = next((kind for kind in ("model", *FROZEN_KINDS) if kind in stated), "")
+    if not kind:
+        return {}
+    with registry.at(kind):
+        network = registry.build(kind, stated[kind])
+    return {name: getattr(network, name) for name in stated[kind] if name != "name"}
+
+
+@contextmanager
+def _stated_errors(config: Mapping[str, Any]) -> Iterator[None]:
+    """Turns errors about a config that a file states, whatever it holds, into one line.
+
+    Raises:
+      InputError: the config cannot be used.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # its parts may have any type
+        if not config:
+            raise
+        raise InputError("", remedy="the config that it states cannot be used "
+                         f"({type(error).__name__}: {brief(error)})") from None
 
 
 def _public_name(source: str) -> str:

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dmf.checkpoints.orbax_files import check_stored
 from dmf.errors import Damaged, InputError, RunError
 from dmf.runtime.checksums import check_checksums, checksums, reading_errors
 from dmf.runtime.files import absolute, read_json, write_json
@@ -178,6 +179,8 @@ def restore_params(
         stored = _stored_shapes(checkpointer, item)
         expected = flatten_dict(abstract, sep="/")
         _check_architecture(directory, stored, expected, allow_missing, allow_unexpected)
+        with reading_errors():
+            check_stored(item, stored)
         target = {
             name: expected.get(name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
             for name, leaf in stored.items()

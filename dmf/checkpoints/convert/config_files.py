@@ -4,10 +4,11 @@ A field that is unknown here may change what the network computes, and is refuse
 that no network of ours has.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from dmf.errors import InputError
+from dmf.errors import InputError, brief
 from dmf.models.encoders.latent_scaling import LatentScaling
 
 
@@ -62,13 +63,16 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
         raise _unfit("_class_name", config["_class_name"], "only AutoencoderKL is known")
     fields: dict[str, Any] = {}
     for name, value in config.items():
+        values = value if isinstance(value, list) else [value]
         if name in _RENAMED:
+            if {type(number) for number in values} != {int}:
+                raise _unfit(name, value, "give whole numbers")
             field, ours = _RENAMED[name], tuple(value) if isinstance(value, list) else value
             if fields.setdefault(field, ours) != ours:
                 raise _unfit(name, value, f"another field says {fields[field]}")
         elif name in _FIXED and value != _FIXED[name]:
             raise _unfit(name, value, f"only {_FIXED[name]} is known")
-        elif name in _BLOCKS and set(value or ()) != {_BLOCKS[name]}:
+        elif name in _BLOCKS and any(block != _BLOCKS[name] for block in values):
             raise _unfit(name, value, f"only {_BLOCKS[name]} is known")
         elif name not in (*_FIXED, *_BLOCKS, *_SCALING, *_WITHOUT_EFFECT) and name[:1] != "_":
             raise _unfit(name, value, "the field is not known, and may change the network")
@@ -99,15 +103,20 @@ def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
     factor, shift, mean, std = (config.get(name) for name in _SCALING)
     if factor is None and shift is None and mean is None:
         return None
-    factor = 1.0 if factor is None else factor
     try:
+        factor = 1.0 if factor is None else float(factor)
         if mean is None:
-            return LatentScaling(scale=float(factor), shift=float(shift or 0))
-        return LatentScaling(mean=tuple(map(float, mean)),
-                             std=tuple(float(value) / factor for value in std))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+            scaling = LatentScaling(scale=factor, shift=float(shift or 0))
+        else:
+            scaling = LatentScaling(mean=tuple(map(float, mean)),
+                                    std=tuple(float(value) / factor for value in std))
+        numbers = (scaling.scale, scaling.shift, *scaling.mean, *scaling.std)
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a number is not finite")
+    except (TypeError, ValueError, ArithmeticError) as error:
         stated = {name: config[name] for name in _SCALING if name in config}
-        raise _unfit("scaling", stated, f"it is no scaling of latents ({error})") from None
+        raise _unfit("scaling", stated, f"it is no scaling of latents ({brief(error)})") from None
+    return scaling
 
 
 def _unfit(name: str, value: Any, remedy: str) -> InputError:

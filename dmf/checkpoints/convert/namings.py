@@ -25,7 +25,7 @@ from dmf.checkpoints.convert.name_tables import (
     to_params,
     to_tensors,
 )
-from dmf.errors import InputError
+from dmf.errors import InputError, brief
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.types import Params
 
@@ -138,7 +138,7 @@ def _infer_network(
         raise
     except (KeyError, ValueError, TypeError, IndexError, ArithmeticError) as error:
         raise InputError("", remedy=f"its tensors have the names of {naming.name}, but not the "
-                         f"shapes of such a network ({error})") from None
+                         f"shapes of such a network ({brief(error)})") from None
     for field, value in fields.items():
         if getattr(network, field, None) != value:
             raise InputError(

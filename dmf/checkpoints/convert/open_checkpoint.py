@@ -16,11 +16,12 @@ import numpy as np
 from etils import epath
 from safetensors import SafetensorError, safe_open
 
-from dmf.checkpoints.convert import orbax_files, predictions, pytorch_files, source_files
+from dmf.checkpoints import orbax_files
+from dmf.checkpoints.convert import predictions, pytorch_files, source_files
 from dmf.checkpoints.convert.name_tables import Shape, Tensors
 from dmf.checkpoints.convert.namings import IDENTIFYING_TENSORS
 from dmf.checkpoints.convert.training_files import Part, choose_part
-from dmf.errors import InputError
+from dmf.errors import InputError, brief
 from dmf.models import FROZEN_KINDS
 
 # The key of the metadata of a safetensors file that holds the config as JSON.
@@ -165,7 +166,7 @@ def _of_safetensors(path: epath.Path) -> _Contents:
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(
             str(path),
-            remedy=f"no safetensors file, or not a whole one ({error})",
+            remedy=f"no safetensors file, or not a whole one ({brief(error)})",
         ) from None
     settings = predictions.settings({name: str(text) for name, text in metadata.items()})
     return _Contents(tensors, config, settings, lambda part: part.tensors)
@@ -192,11 +193,18 @@ class _OrbaxArray:
 
     checkpoint: epath.Path
     name: str
-    shape: Shape
-    dtype: np.dtype
+    metadata: Any
+
+    @property
+    def shape(self) -> Shape:
+        return tuple(self.metadata.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.metadata.dtype)
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
-        values = orbax_files.read(self.checkpoint, [self.name])[self.name]
+        values = orbax_files.read(self.checkpoint, {self.name: self.metadata})[self.name]
         return values if dtype is None else values.astype(dtype)
 
 
@@ -204,13 +212,11 @@ def _of_orbax(directory: epath.Path) -> _Contents:
     """The contents of a directory that Orbax wrote, of its last step."""
     checkpoint = orbax_files.last_checkpoint(directory)
     arrays = orbax_files.claimed_arrays(checkpoint)
-    tensors = {name: _OrbaxArray(checkpoint, name, tuple(leaf.shape), np.dtype(leaf.dtype))
-               for name, leaf in arrays.items()}
 
     def take(part: Part) -> Tensors:
-        claimed = {claim.name: name for name, claim in part.tensors.items()}
-        orbax_files.check_stored(checkpoint, {name: arrays[name] for name in claimed})
-        values = orbax_files.read(checkpoint, claimed)
-        return {claimed[name]: array for name, array in values.items()}
+        stored = {tensor.name: name for name, tensor in part.tensors.items()}
+        values = orbax_files.read(checkpoint, {name: arrays[name] for name in stored})
+        return {stored[name]: array for name, array in values.items()}
 
+    tensors = {name: _OrbaxArray(checkpoint, name, metadata) for name, metadata in arrays.items()}
     return _Contents(tensors, {}, {}, take)

@@ -43,7 +43,8 @@ def check_velocity(stated: Mapping[str, str], *, told: bool) -> bool:
 
     Args:
       stated: what `settings` returns.
-      told: whether the user says so; it counts more than the name of a network.
+      told: whether the user says so. It counts more than the name of a network, and so does a
+        prediction that is named.
 
     Returns:
       Whether a setting, or the user, says so.
@@ -51,15 +52,18 @@ def check_velocity(stated: Mapping[str, str], *, told: bool) -> bool:
     Raises:
       InputError: a setting says that it predicts something else.
     """
-    for name, text in stated.items():
-        if _names_network(name, text):
-            if text.startswith("DiT") and not told:
-                raise InputError(name, text, "DiT predicts noise, which cannot be converted; give "
-                                 "--naming=sit or --naming=dmf if it predicts the velocity")
-        elif text.lower() not in _VELOCITIES:
-            raise InputError(name, text[:_SHOWN], "the network does not predict the velocity of "
-                             "a flow, and cannot be converted")
-    return told or bool(stated)
+    networks = {name: text for name, text in stated.items() if _names_network(name, text)}
+    for name in stated.keys() - networks.keys():
+        if stated[name].lower() not in _VELOCITIES:
+            raise InputError(name, stated[name][:_SHOWN], "the network does not predict the "
+                             "velocity of a flow, and cannot be converted")
+    if told or stated.keys() > networks.keys():
+        return True
+    for name, text in networks.items():
+        if text.startswith("DiT"):
+            raise InputError(name, text, "DiT predicts noise, which cannot be converted; give "
+                             "--naming=sit or --naming=dmf if it predicts the velocity")
+    return bool(networks)
 
 
 def check_dmf(tensors: Tensors, stated: Mapping[str, str], told: bool) -> None:

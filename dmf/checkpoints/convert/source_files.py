@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from dmf.errors import InputError
+from dmf.errors import InputError, brief
 
 HUB = "hf:"
 CONFIG_FILE = "config.json"
@@ -149,7 +149,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f"it holds a {type(value).__name__}")
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(str(path), remedy=f"it cannot be read ({str(error)[:200]})") from None
+        raise InputError(str(path), remedy=f"it cannot be read ({brief(error)})") from None
     return value
 
 
@@ -186,9 +186,8 @@ def _download(source: str, repository: str, file: str, needed: bool = True) -> e
     except Exception as error:
         if not needed and isinstance(error, hub.utils.EntryNotFoundError):
             return None
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
             source,
-            remedy=f"it cannot be downloaded ({type(error).__name__}: {reason}); without a "
+            remedy=f"it cannot be downloaded ({type(error).__name__}: {brief(error)}); without a "
                    "network, give a file that was downloaded elsewhere",
         ) from None

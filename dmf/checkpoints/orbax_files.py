@@ -1,4 +1,5 @@
-"""Directories that Orbax wrote: what they claim, what is stored of it, and the arrays."""
+"""Directories that Orbax wrote: the arrays that they claim, what is stored of them, and the values.
+"""
 
 import bisect
 import math
@@ -67,23 +68,22 @@ def check_stored(checkpoint: epath.Path, arrays: Mapping[str, Any]) -> None:
       arrays: metadata of the arrays by path, as `claimed_arrays` returns it.
 
     Raises:
-      InputError: chunks of an array are missing, or the arrays are far larger than the files.
+      Damaged: chunks of an array are missing, or the arrays are far larger than the files.
     """
-    with _damage_refused():
-        files = [folder / name for folder, _, names in checkpoint.walk() for name in names]
-        size = sum(path.stat().length for path in files if path.is_file())
-        keys = _stored_keys(checkpoint, files)
+    files = [folder / name for folder, _, names in checkpoint.walk() for name in names]
+    size = sum(path.stat().length for path in files if path.is_file())
+    keys = _stored_keys(checkpoint, files)
     claimed = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
                   for leaf in arrays.values())
     if claimed > FREE_BYTES + MAX_COMPRESSION * size:
-        raise InputError("", remedy=f"its arrays claim {claimed} bytes, and its files hold {size}")
+        raise Damaged(f"its arrays claim {claimed} bytes, and its files hold {size}")
     for name, leaf in arrays.items():
         chunks = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or leaf.shape
         count = math.prod(-(-size // max(chunk, 1))
                           for size, chunk in zip(leaf.shape, chunks, strict=True))
         stored = _count_below(keys, leaf.name or name.replace("/", "."))
         if stored < count:
-            raise InputError("", remedy=f"its array {name!r} has {stored} of {count} chunks")
+            raise Damaged(f"its array {name!r} has {stored} of {count} chunks")
 
 
 def _stored_keys(checkpoint: epath.Path, files: Iterable[epath.Path]) -> list[str]:
@@ -103,16 +103,21 @@ def _count_below(keys: list[str], name: str) -> int:
     return bisect.bisect(keys, f"{name}0") - bisect.bisect(keys, f"{name}/")
 
 
-def read(checkpoint: epath.Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """The arrays of these paths.
+def read(checkpoint: epath.Path, arrays: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The values of arrays.
+
+    Args:
+      checkpoint: the directory.
+      arrays: metadata of the arrays by path, as `claimed_arrays` returns it.
 
     Raises:
-      InputError: they are damaged.
+      InputError: they are not stored, or damaged.
     """
     with _damage_refused(), ocp.PyTreeCheckpointer() as checkpointer:
-        item = unflatten_dict(dict.fromkeys(names, 0), sep="/")
+        check_stored(checkpoint, arrays)
+        item = unflatten_dict(dict.fromkeys(arrays, 0), sep="/")
         as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        wanted = unflatten_dict(dict.fromkeys(names, as_numpy), sep="/")
+        wanted = unflatten_dict(dict.fromkeys(arrays, as_numpy), sep="/")
         restored = checkpointer.restore(checkpoint, args=ocp.args.PyTreeRestore(
             item, restore_args=wanted, partial_restore=True
         ))
