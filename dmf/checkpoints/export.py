@@ -70,7 +70,7 @@ def convert(
     key: str = "",
     naming: str = "",
     autoencoder: str = "",
-    defaults: Mapping[str, Any] | None = None,
+    config_class: type | None = None,
 ) -> None:
     """Converts a checkpoint of another project to an export.
 
@@ -82,7 +82,8 @@ def convert(
       key: part of a training file; empty for the EMA parameters if there are any.
       naming: parameter naming scheme of the tensors; empty to detect it.
       autoencoder: source of the autoencoder of the latents; empty for none.
-      defaults: a config with every field, for a network whose file states no config.
+      config_class: the dataclass of a whole config; a config that the file states is checked with
+        it, and a network whose file states none gets its defaults.
 
     Raises:
       InputError: the checkpoint cannot be read or is of no known network; nothing is written.
@@ -90,14 +91,14 @@ def convert(
     """
     with files.new_directory(output) as folder:
         decoder = _read_autoencoder(autoencoder) if autoencoder else None
-        parts = _read(source, fields, key, naming, defaults, decoder and decoder.scaling)
+        parts = _read(source, fields, key, naming, config_class, decoder and decoder.scaling)
         if decoder:
             parts = parts._replace(autoencoder=decoder)
         _write_orbax(folder, parts)
 
 
 def _read_autoencoder(source: str) -> Parts:
-    parts = _read(source, {}, "", "", None)
+    parts = _read(source, {}, "", "")
     if "autoencoder" not in parts.config:
         raise InputError("autoencoder", source,
                          f"it holds another network, {type(parts.network).__name__}")
@@ -106,16 +107,17 @@ def _read_autoencoder(source: str) -> Parts:
 
 def _read(
     source: str, fields: Mapping[str, Any], key: str, naming: str,
-    defaults: Mapping[str, Any] | None, scaling: LatentScaling | None = None,
+    config_class: type | None = None, scaling: LatentScaling | None = None,
 ) -> Parts:
     """The parts of a run, an export, or a checkpoint of another project."""
     if stored_params.is_dmf_checkpoint(source):
         return _read_dmf(source, fields, key)
     opened = open_checkpoint.open_checkpoint(source, key)
+    defaults = config_class and load.config_to_json(ConfigDict(registry.to_config(config_class())))
     try:
         with _stated_errors(opened.config):
             stated, note = _stated_config(opened.config, defaults)
-            known = _stated_network(stated)
+            known = _stated_network(stated, config_class)
         converted = namings.from_named_tensors(
             opened.tensors, {**known, **fields}, naming=naming, settings=opened.settings,
             neighbour=opened.neighbour,
@@ -144,7 +146,7 @@ def _read_autoencoder_of(source: str) -> Parts | None:
     inner = folder / load.AUTOENCODER
     if not ((folder / stored_params.SAFETENSORS_FILE).exists() and inner.exists()):
         return None
-    return _read(os.fspath(inner), {}, "", "", None)
+    return _read(os.fspath(inner), {}, "", "")
 
 
 def _stated_config(
@@ -163,15 +165,17 @@ def _stated_config(
     return {name: value for name, value in config.items() if name != "format"}, ""
 
 
-def _stated_network(stated: Mapping[str, Any]) -> dict[str, Any]:
+def _stated_network(stated: Mapping[str, Any], config_class: type | None) -> dict[str, Any]:
     """The fields of the network in a config that a file states; none if it states none.
 
     Raises:
-      InputError: there is no such network.
+      InputError: there is no such network, or another part of the config cannot be used.
     """
     kind = next((kind for kind in ("model", *FROZEN_KINDS) if kind in stated), "")
     if not kind:
         return {}
+    if kind == "model" and config_class:
+        registry.build(config_class, stated)
     with registry.at(kind):
         network = registry.build(kind, stated[kind])
     return {name: getattr(network, name) for name in stated[kind] if name != "name"}

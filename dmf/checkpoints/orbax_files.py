@@ -50,6 +50,8 @@ def claimed_arrays(checkpoint: epath.Path) -> dict[str, Any]:
     """
     with _damage_refused(), ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(checkpoint).item_metadata
+        if metadata is None:
+            raise Damaged("its list of arrays cannot be read")
         leaves = flatten_dict(getattr(metadata, "tree", metadata), sep="/")
         arrays = {name: leaf for name, leaf in leaves.items()
                   if isinstance(leaf, ocp.metadata.ArrayMetadata)}

@@ -36,14 +36,15 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     text("autoencoder", "", "source of the autoencoder of the latents", flag_values=values)
     for flag, _, meaning in _FIELDS:
         absl_flags.DEFINE_integer(flag, None, meaning, flag_values=values)
+    flags.define_plugins(values)
     sources = flags.parse(verb, arguments, values, __doc__)
     flags.require(values, "output")
     if len(sources) != 1:
         raise InputError("SOURCE", " ".join(sources) or None, "give one file, directory or "
                          "hf:OWNER/REPO/FILE")
 
-    from dmf.checkpoints import export, load
-    from dmf.default_config import get_config
+    from dmf.checkpoints import export
+    from dmf.default_config import Config
 
     fields = {field: values[flag].value for flag, field, _ in _FIELDS
              if values[flag].value is not None}
@@ -54,6 +55,6 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         key=values.key,
         naming=values.naming,
         autoencoder=values.autoencoder,
-        defaults=load.config_to_json(get_config()),
+        config_class=Config,
     )
     print(values.output)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import golden_values as gv
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
@@ -23,8 +24,8 @@ from test_convert import PT
 from test_convert_claims import stated_config
 from test_convert_sources import diffusers, sharded
 
-from dmf.checkpoints import export, load
-from dmf.default_config import get_config
+from dmf.checkpoints import export
+from dmf.default_config import Config
 from dmf.errors import InputError, RunError
 
 NASTY = (-1, 0, 1, 3, 2**31, 10**18, 2**70, 0.5, 1e308, float("nan"), float("inf"), "", "x", "F32",
@@ -65,10 +66,15 @@ def changed(value: Any, random: np.random.Generator) -> tuple[Any, str]:
 def outcome(source: pathlib.Path, fields: dict[str, int]) -> tuple[str, Any]:
     """"refused" and the line, or "accepted" and the parts."""
     try:
-        parts = export._read(str(source), fields, "", "", load.config_to_json(get_config()))
+        parts = export._read(str(source), fields, "", "", Config)
     except (InputError, RunError) as error:
         return "refused", str(error)
     return "accepted", parts
+
+
+def _is_stated(done: str) -> bool:
+    """Whether a change is of a field that the shapes of the tensors do not tell."""
+    return done.startswith(("('model', ", "('norm_num_groups',)"))
 
 
 def fuzz(
@@ -95,9 +101,11 @@ def fuzz(
         if kind == "refused":
             assert "\n" not in result and len(result) < 2000, done
         else:
-            accepted[done] += 1
+            equal = jax.tree.map(np.array_equal, result.params, original.params)
+            same = "the same" if all(jax.tree.leaves(equal)) else "other"
+            accepted[f"{done}: {same} parameters"] += 1
             assert type(result.network) is type(original.network), done
-            assert result.network == original.network or "model" in done, done
+            assert result.network == original.network or _is_stated(done), done
             json.dumps(result.config)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
     print(f"{source.name}: {dict(counts)}, tracebacks 0, memory + {grown} kB")
@@ -195,7 +203,7 @@ def orbax_metadata(tmp_path, *, use_ocdbt):
         path.write_bytes(mutated(files[path], random))
         return f"{path.relative_to(tmp_path)} bytes"
 
-    fuzz(tmp_path / "run", change, 400, heads=4, input_size=8)
+    fuzz(tmp_path / "run", change, 250, heads=4, input_size=8)
 
 
 def files_beside_weights(tmp_path):

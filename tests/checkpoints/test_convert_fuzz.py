@@ -13,8 +13,9 @@ import tiny
 def test_claims(name, capsys):
     tests = str(tiny.ROOT / "tests")
     rooms = [tests, *(entry.path for entry in os.scandir(tests) if entry.is_dir())]
-    done = tiny.process(code=f"import runpy, sys; sys.path[:0] = {rooms!r}; sys.argv[1:] = {[name]}\n"
-                             f"runpy.run_path({claims_fuzz.__file__!r}, run_name='__main__')")
+    code = (f"import runpy, sys; sys.path[:0] = {rooms!r}; sys.argv[1:] = [{name!r}]\n"
+            f"runpy.run_path({claims_fuzz.__file__!r}, run_name='__main__')")
+    done = tiny.process(code=code)
     with capsys.disabled():
         print(f"\n{done.stdout}")
     assert done.returncode == 0, done.stderr[-3000:]

@@ -62,7 +62,9 @@ def test_the_config_beside_an_autoencoder_is_read(tmp_path, weights):
     ({"block_out_channels": [32, 64]}, r"widths=\(32, 64\): its tensors say \(32, 32, 64\)"),
     ({"out_channels": 4}, "out_channels=4: another field says 3"),
     ({"act_fn": "gelu"}, "act_fn=gelu: only silu is known"),
-    ({"down_block_types": 3}, "down_block_types=3: only DownEncoderBlock2D is known"),
+    ({"down_block_types": 3}, "down_block_types=3: only DownEncoderBlock2D for each width"),
+    ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "only UpDecoderBlock2D for each width is known"),
+    ({"scaling_factor": True}, "it is no scaling of latents"),
     ({"mid_block_add_attention": False}, "mid_block_add_attention=False: only True is known"),
     ({"use_quant_conv": False}, "use_quant_conv=False: only True is known"),
     ({"gain": 2}, "gain=2: the field is not known, and may change the network"),
@@ -144,10 +146,18 @@ def test_an_index_names_files_beside_it(tmp_path, file, message):
         open_checkpoint(str(sharded(tmp_path, other=file)))
 
 
+@pytest.mark.parametrize("change", [
+    {"pos_embed": "model-1.safetensors"}, {"other": "model-2.safetensors"},
+])  # fmt: skip
+def test_an_index_says_which_file_has_which_tensor(tmp_path, change):
+    with pytest.raises(InputError, match=f"tensor '{min(change)}' is not where the index says"):
+        open_checkpoint(str(sharded(tmp_path, **change)))
+
+
 def test_shards_have_no_tensor_twice(tmp_path):
     index = sharded(tmp_path, other="model-3.safetensors")
     (tmp_path / "model-3.safetensors").write_bytes((tmp_path / "model-1.safetensors").read_bytes())
-    with pytest.raises(InputError, match="model-3.safetensors: tensor .* is in another file too"):
+    with pytest.raises(InputError, match="model-3.safetensors: tensor .* is not where the index"):
         open_checkpoint(str(index))
 
 

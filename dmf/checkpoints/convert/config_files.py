@@ -62,6 +62,8 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise _unfit("_class_name", config["_class_name"], "only AutoencoderKL is known")
     fields: dict[str, Any] = {}
+    widths = config.get("block_out_channels", config.get("down_block_types"))
+    levels = len(widths) if isinstance(widths, list) else 0
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
         if name in _RENAMED:
@@ -72,8 +74,8 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
                 raise _unfit(name, value, f"another field says {fields[field]}")
         elif name in _FIXED and value != _FIXED[name]:
             raise _unfit(name, value, f"only {_FIXED[name]} is known")
-        elif name in _BLOCKS and any(block != _BLOCKS[name] for block in values):
-            raise _unfit(name, value, f"only {_BLOCKS[name]} is known")
+        elif name in _BLOCKS and value != [_BLOCKS[name]] * levels:
+            raise _unfit(name, value, f"only {_BLOCKS[name]} for each width is known")
         elif name not in (*_FIXED, *_BLOCKS, *_SCALING, *_WITHOUT_EFFECT) and name[:1] != "_":
             raise _unfit(name, value, "the field is not known, and may change the network")
     return StatedNetwork(fields, _scaling(config))
@@ -104,6 +106,8 @@ def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
     if factor is None and shift is None and mean is None:
         return None
     try:
+        if isinstance(factor, bool) or isinstance(shift, bool):
+            raise TypeError("it is no number")
         factor = 1.0 if factor is None else float(factor)
         if mean is None:
             scaling = LatentScaling(scale=factor, shift=float(shift or 0))

@@ -91,7 +91,7 @@ def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
     """
     files = source_files.find(source)
     first = files.weights[0]
-    contents = _contents(files.weights)
+    contents = _contents(files)
     try:
         part = choose_part(contents.tensors, IDENTIFYING_TENSORS, key)
         tensors = contents.take(part)
@@ -102,9 +102,9 @@ def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
     return OpenedCheckpoint(tensors, contents.config, note, contents.settings, files.config)
 
 
-def _contents(weights: tuple[epath.Path, ...]) -> _Contents:
+def _contents(files: source_files.SourceFiles) -> _Contents:
     """The contents of files of weights, or of a directory that Orbax wrote."""
-    (first, *others) = weights
+    first = files.weights[0]
     try:
         if first.is_dir():
             return _of_orbax(first)
@@ -112,14 +112,19 @@ def _contents(weights: tuple[epath.Path, ...]) -> _Contents:
             return _of_pytorch(first)
     except InputError as error:
         raise error.within(str(first)) from None
-    shards = [_of_safetensors(path) for path in weights]
+    return _of_shards(files) if files.places else _of_safetensors(first)
+
+
+def _of_shards(files: source_files.SourceFiles) -> _Contents:
+    """The contents of safetensors files, of which each has the tensors that the index says."""
+    shards = {path: _of_safetensors(path) for path in files.weights}
     tensors: dict[str, Any] = {}
-    for path, shard in zip(weights, shards, strict=True):
-        if tensors.keys() & shard.tensors.keys():
-            twice = min(tensors.keys() & shard.tensors.keys())
-            raise InputError(str(path), remedy=f"tensor {twice!r} is in another file too")
+    for path, shard in shards.items():
+        expected = {name for name, file in files.places.items() if file == path.name}
+        if odd := expected ^ shard.tensors.keys():
+            raise InputError(str(path), remedy=f"tensor {min(odd)!r} is not where the index says")
         tensors |= shard.tensors
-    return shards[0]._replace(tensors=tensors) if others else shards[0]
+    return shards[files.weights[0]]._replace(tensors=tensors)
 
 
 def _of_pytorch(path: epath.Path) -> _Contents:

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -36,10 +37,13 @@ class SourceFiles:
     Attributes:
       weights: the files of weights, several if they are sharded; or a directory that Orbax wrote.
       config: what `config.json` beside the weights says, unless dmf wrote it; empty without one.
+      places: the name of the file of each tensor, as the index of sharded files says; empty
+        without one.
     """
 
     weights: tuple[epath.Path, ...]
-    config: dict[str, Any]
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def find(source: str) -> SourceFiles:
@@ -60,14 +64,15 @@ def find(source: str) -> SourceFiles:
     if path.is_dir():
         path = _in_directory(path)
     if path.is_dir():
-        return SourceFiles((path,), {})
-    weights = tuple(path.parent / name for name in _shards(path))
+        return SourceFiles((path,))
+    places = _places(path)
+    weights = _distinct(places, path, lambda name: path.parent / name)
     for file in weights:
         if not file.is_file():
             raise InputError(str(file), remedy=f"it is no file, and {path.name} names it"
                              if file != path else "is not a file")
         _refuse_pointer(file)
-    return SourceFiles(weights, _config(path.parent / CONFIG_FILE))
+    return SourceFiles(weights, _config(path.parent / CONFIG_FILE), places)
 
 
 def _absolute(source: str) -> epath.Path:
@@ -110,23 +115,30 @@ def _in_pipeline(directory: epath.Path) -> epath.Path:
     return directory
 
 
-def _shards(path: epath.Path) -> list[str]:
-    """The names of the files that an index lists, in order; that of the file if it is no index.
+def _places(path: epath.Path) -> dict[str, str]:
+    """The name of the file of each tensor in an index; empty if the file is no index.
 
     Raises:
       InputError: the index is damaged, or lists a file elsewhere.
     """
     if not path.name.endswith(_INDEX):
-        return [path.name]
+        return {}
     places = _read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise InputError(str(path), remedy="it has no weight_map, which lists the files of weights")
-    names = list(dict.fromkeys(map(str, places.values())))
-    for name in names:
-        if not name.endswith(".safetensors") or name != os.path.basename(name):
-            raise InputError(str(path), remedy=f"it lists {name[:80]!r}, which is no .safetensors "
-                             "file beside it")
-    return names
+    for name in places.values():
+        if not (isinstance(name, str) and name.endswith(".safetensors")
+                and name == os.path.basename(name)):
+            raise InputError(str(path), remedy=f"it lists {str(name)[:80]!r}, which is no "
+                             ".safetensors file beside it")
+    return places
+
+
+def _distinct(
+    places: dict[str, str], path: epath.Path, locate: Callable[[str], epath.Path]
+) -> tuple[epath.Path, ...]:
+    """The files that an index names, each once; the file itself if it is no index."""
+    return tuple(map(locate, dict.fromkeys(places.values()))) or (path,)
 
 
 def _config(path: epath.Path) -> dict[str, Any]:
@@ -168,11 +180,13 @@ def _of_hub(source: str) -> SourceFiles:
     if not file:
         raise InputError(source, remedy="give hf:OWNER/REPO/FILE")
     path = _download(source, f"{owner}/{name}", file)
-    folder = file.rpartition("/")[0]
-    inner = [f"{folder}/{shard}" if folder else shard for shard in _shards(path)]
-    weights = tuple(_download(source, f"{owner}/{name}", shard) for shard in inner)
-    config = _download(source, f"{owner}/{name}", f"{folder}/{CONFIG_FILE}".lstrip("/"), False)
-    return SourceFiles(weights, _config(config) if config else {})
+    folder, places = file.rpartition("/")[0], _places(path)
+
+    def beside(inner: str, needed: bool = True) -> epath.Path | None:
+        return _download(source, f"{owner}/{name}", f"{folder}/{inner}".lstrip("/"), needed)
+
+    config = beside(CONFIG_FILE, needed=False)
+    return SourceFiles(_distinct(places, path, beside), _config(config) if config else {}, places)
 
 
 def _download(source: str, repository: str, file: str, needed: bool = True) -> epath.Path | None:
