@@ -80,7 +80,9 @@ def check_stored(checkpoint: epath.Path, arrays: Mapping[str, Any]) -> None:
     if claimed > FREE_BYTES + MAX_COMPRESSION * size:
         raise Damaged(f"its arrays claim {claimed} bytes, and its files hold {size}")
     for name, leaf in arrays.items():
-        chunks = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or leaf.shape
+        storage = getattr(leaf, "storage", None)
+        written = getattr(storage, "write_shape", None) or getattr(storage, "chunk_shape", None)
+        chunks = written or leaf.shape
         count = math.prod(-(-size // max(chunk, 1))
                           for size, chunk in zip(leaf.shape, chunks, strict=True))
         stored = _count_below(keys, leaf.name or name.replace("/", "."))

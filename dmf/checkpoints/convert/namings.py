@@ -4,7 +4,8 @@ import dataclasses
 import importlib
 import itertools
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
@@ -114,9 +115,10 @@ def from_named_tensors(
         if stated.fields.get(field, value) != value:
             raise InputError(field, value, f"config.json says {stated.fields[field]}")
     network = _infer_network(detected, shapes_of(tensors), {**stated.fields, **fields})
-    table = detected.table(network)
-    check_names(table, tensors)  # before anything of the claimed size is made
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    with _unfit_refused(detected):
+        table = detected.table(network)
+        check_names(table, tensors)  # before anything of the claimed size is made
+        abstract = jax.eval_shape(network.init, jax.random.key(0))
     params = to_params(table, tensors, abstract)
     detected.check(tensors, settings, bool(naming))
     unused = {name for name, entry in table.items() if isinstance(entry, Unused)}
@@ -132,13 +134,8 @@ def _infer_network(
     Raises:
       InputError: the shapes are not those of such a network, or contradict the fields.
     """
-    try:
+    with _unfit_refused(naming):
         network = naming.infer_network(shapes, fields)
-    except InputError:
-        raise
-    except (KeyError, ValueError, TypeError, IndexError, ArithmeticError) as error:
-        raise InputError("", remedy=f"its tensors have the names of {naming.name}, but not the "
-                         f"shapes of such a network ({brief(error)})") from None
     for field, value in fields.items():
         if getattr(network, field, None) != value:
             raise InputError(
@@ -147,6 +144,22 @@ def _infer_network(
                 f"{getattr(network, field, 'nothing of it')}",
             )
     return network
+
+
+@contextmanager
+def _unfit_refused(naming: Naming) -> Iterator[None]:
+    """Turns errors about shapes and fields that fit no network into one line.
+
+    Raises:
+      InputError: they are not those of such a network.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:
+        raise InputError("", remedy=f"its tensors have the names of {naming.name}, but shapes or "
+                         f"fields of no such network ({brief(error)})") from None
 
 
 def naming_of(network: Any, name: str = "") -> Naming:
