@@ -82,8 +82,8 @@ _RUNTIME = (
     Mutant(
         "file_in_place", "a file is overwritten in place and not replaced when it is complete",
         "dmf/runtime/files.py",
-        "            partial.write_text(text)\n            partial.replace(path)",
-        "            path.write_text(text)",
+        "            yield partial\n            partial.replace(path)",
+        "            yield path",
         ("tests/runtime/test_files.py",),
     ),
     Mutant(

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from dmf.errors import InputError
+from dmf.runtime.files import new_file
 
 # Numbers of channels of an image: grey and RGB.
 IMAGE_CHANNELS = (1, 3)
@@ -96,5 +97,10 @@ def png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
 
 
 def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
-    """Writes a grey or RGB image as a PNG file, see `png`."""
-    epath.Path(path).write_bytes(png(image))
+    """Writes a grey or RGB image as a PNG file, see `png`; its directory is created.
+
+    Raises:
+      RunError: the disk is full or cannot be written.
+    """
+    with new_file(epath.Path(path)) as partial:
+        partial.write_bytes(png(image))

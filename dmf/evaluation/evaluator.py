@@ -34,7 +34,7 @@ from dmf.evaluation.statistics_collector import StatisticsCollector
 from dmf.models.build import network
 from dmf.runtime import processes
 from dmf.runtime.checksums import fingerprint
-from dmf.runtime.files import write_json
+from dmf.runtime.files import refuse_link, write_json
 from dmf.runtime.resumable_work import claim_folder
 from dmf.runtime.sharding import local_mesh
 
@@ -61,12 +61,15 @@ class Evaluator:
           features_folder: where the features of all images are written; None writes none.
 
         Raises:
-          InputError: a field that cannot be used, or a missing network.
+          InputError: a field that cannot be used, a missing network, or a folder that is a
+            symbolic link.
         """
         self._config, self._settings = config, evaluation(config.evaluation)
         self.protocol = protocol(self._settings, labelled=labelled)
         self._folder = epath.Path(folder)
         self._features_folder = epath.Path(features_folder) if features_folder else None
+        for written in filter(None, (self._folder, self._features_folder)):
+            refuse_link(written)
         self._networks = {
             name: load.load_encoder(getattr(self._settings, name), name)
             for name in _NETWORKS if getattr(self._settings, name)

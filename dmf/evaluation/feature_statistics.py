@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Shaped
 
 from dmf.evaluation.metric import MetricInput
 from dmf.evaluation.running_statistics import RunningInceptionScore, RunningMoments
-from dmf.runtime.files import disk_errors
+from dmf.runtime.files import new_file
 
 PROBABILITIES = "probabilities"
 _PART_NUMBERS = "parts"
@@ -115,12 +115,8 @@ def write_npz(path: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
     Raises:
       RunError: the disk is full or cannot be written.
     """
-    partial = path.parent / f".{path.name}.partial"
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            np.savez(file, **arrays)
-        partial.replace(path)
+    with new_file(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def read_statistics(path: epath.Path, feature_strides: Mapping[str, int]) -> Statistics:

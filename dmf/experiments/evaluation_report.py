@@ -10,6 +10,7 @@ from etils import epath
 from dmf.errors import InputError
 from dmf.evaluation.metrics import find_metric
 from dmf.experiments.plots import new_figure, to_png
+from dmf.runtime.files import new_file, write_text
 
 Evaluation = dict[str, Any]
 # Rows of an evaluation by their number of sampling steps.
@@ -158,9 +159,8 @@ def write_report(
     metric = metric or next(iter(evaluations.values()))["protocol"]["metrics"][0]
     check_comparable(evaluations, metric)
     directory = epath.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     text = markdown_table(evaluations, metric)
-    (directory / "report.md").write_text(text + "\n")
+    write_text(directory / "report.md", text + "\n")
     plot_metric(directory / "distance.png", evaluations, metric)
     return text
 
@@ -186,7 +186,8 @@ def plot_metric(path: epath.Path, evaluations: Mapping[str, Evaluation], metric:
     axes.set_xlabel("sampling steps")
     axes.set_ylabel(_title(metric))
     axes.legend()
-    path.write_bytes(to_png(figure))
+    with new_file(path) as partial:
+        partial.write_bytes(to_png(figure))
 
 
 def _scale_axes(axes: Any, steps: list[int], metric: str, *, positive: bool) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from dmf.errors import InputError, RunError, Stopped
 from dmf.runtime import processes, progress
+from dmf.runtime.files import refuse_link
 
 LOG_FILE = "train.log"
 LOCK_FILE = ".sweep.lock"
@@ -129,9 +130,10 @@ def sweep_lock(workdir: pathlib.Path) -> Iterator[int]:
     """Locks the workdir of a sweep; yields the file descriptor that runs inherit to hold the lock.
 
     Raises:
-      InputError: another process holds the lock.
+      InputError: another process holds the lock, or its file is a symbolic link.
     """
     workdir.mkdir(parents=True, exist_ok=True)
+    refuse_link(workdir / LOCK_FILE)
     with (workdir / LOCK_FILE).open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,6 +223,7 @@ class JobPool:
 
     def _start(self, job: Job, share: DeviceShare) -> None:
         job.directory.mkdir(parents=True, exist_ok=True)
+        refuse_link(job.log)
         with job.log.open("ab") as log:
             # A session of its own: the terminal interrupts this process only, which forwards it.
             process = subprocess.Popen(

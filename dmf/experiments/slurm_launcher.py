@@ -17,7 +17,7 @@ from etils import epath
 
 from dmf.errors import InputError, RunError, Stopped
 from dmf.experiments.local_launcher import Job, log_failure
-from dmf.runtime.files import read_json, write_json
+from dmf.runtime.files import read_json, refuse_link, write_json
 
 # Below the workdir of a sweep: the files of submitit, and the job number of each run.
 FOLDER = "slurm"
@@ -49,6 +49,7 @@ class Task:
           RunError: the run failed.
         """
         self.job.directory.mkdir(parents=True, exist_ok=True)
+        refuse_link(self.job.log)
         with self.job.log.open("ab") as log:
             # SLURM sends submitit's signal to every process of a job, also to the run.
             process = subprocess.Popen(

@@ -1,11 +1,13 @@
 """Files that appear under their name only when they are complete."""
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -56,13 +58,50 @@ def _is_full(error: Exception) -> bool:
     return "memory" not in text.lower() and any(word in text for word in words)
 
 
+def refuse_link(path: epath.PathLike) -> None:
+    """Refuses a symbolic link where something is to be written or removed by a default name.
+
+    Raises:
+      InputError: the path is a symbolic link.
+    """
+    if os.path.islink(path):
+        raise InputError("output", path, f"it is a symbolic link to {os.readlink(path)}, and dmf "
+                         "writes through no link there; remove it")
+
+
 def partial_path(path: epath.Path) -> epath.Path:
     """A new hidden name beside a path, for what is to be renamed to it once it is complete.
 
-    No two calls give the same name, so that processes that write one file at once do not disturb
-    each other: the last one stays.
+    No two calls give the same name, and nobody can foretell it: processes that write one file at
+    once do not disturb each other (the last one stays), and no link waits under the name.
     """
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
+
+
+@contextmanager
+def new_file(path: epath.Path) -> Iterator[epath.Path]:
+    """A context that writes a file, which appears under its name at the end. Until then, and if the
+    context raises, the old file stays complete. A symbolic link of that name is replaced; the file
+    that it leads to stays as it is.
+
+    Args:
+      path: the file; its directory is created.
+
+    Yields:
+      A temporary path, of which nothing exists.
+
+    Raises:
+      RunError: the disk is full or cannot be written.
+    """
+    partial = partial_path(path)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_text(path: epath.Path, text: str) -> None:
@@ -75,15 +114,8 @@ def write_text(path: epath.Path, text: str) -> None:
     Raises:
       RunError: the disk is full or cannot be written.
     """
-    partial = partial_path(path)
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(text)
-            partial.replace(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with new_file(path) as partial:
+        partial.write_text(text)
 
 
 def write_json(path: epath.Path, value: Any) -> None:
@@ -120,16 +152,42 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
     directory = absolute(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         raise InputError("output", directory, "it exists and is not empty; choose another")
-    partial = directory.parent / f".{directory.name}.partial"
     with disk_errors(directory):
-        if partial.exists():
-            partial.rmtree()
+        _clear_leftovers(directory)
+        partial = partial_path(directory)
         partial.mkdir(parents=True)
-        try:
-            yield partial
-            if directory.exists():
-                directory.rmdir()
-            partial.rename(directory)
-        except BaseException:
-            partial.rmtree()
-            raise
+        with _locked(partial):
+            try:
+                yield partial
+                if directory.exists():
+                    directory.rmdir()
+                partial.rename(directory)
+            except BaseException:
+                partial.rmtree()
+                raise
+
+
+def _clear_leftovers(directory: epath.Path) -> None:
+    """Removes what killed processes left of a new directory; living ones hold a lock on theirs."""
+    for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
+        if left.is_dir() and not os.path.islink(left):
+            with suppress(BlockingIOError), _locked(left):
+                left.rmtree()
+
+
+@contextmanager
+def _locked(directory: epath.Path) -> Iterator[None]:
+    """Locks a directory while the context or the process lives; buckets have no locks.
+
+    Raises:
+      BlockingIOError: another process holds the lock.
+    """
+    if "://" in os.fspath(directory):
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)

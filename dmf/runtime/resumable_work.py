@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from dmf.runtime.files import write_json
+from dmf.runtime.files import refuse_link, write_json
 from dmf.runtime.processes import barrier, log
 
 IDENTITY_FILE = "work.json"
@@ -24,7 +24,11 @@ def claim_folder(folder: epath.Path, identity: Any) -> epath.Path:
 
     Returns:
       The folder.
+
+    Raises:
+      InputError: the folder is a symbolic link; nothing is changed.
     """
+    refuse_link(folder)
     path, identity = folder / IDENTITY_FILE, json.loads(json.dumps(identity))
     stored = json.loads(path.read_text()) if path.exists() else None
     if folder.exists() and stored != identity:

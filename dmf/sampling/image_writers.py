@@ -23,7 +23,7 @@ from dmf.data import pixels
 from dmf.data.image_files import LABELS_FILES
 from dmf.data.image_sets import ARRAY
 from dmf.errors import InputError, RunError
-from dmf.runtime.files import disk_errors, new_directory
+from dmf.runtime.files import disk_errors, new_directory, new_file
 from dmf.runtime.processes import barrier
 from dmf.runtime.progress import Progress
 from dmf.runtime.resumable_work import claim_folder
@@ -110,10 +110,8 @@ def _generate_parts(
         first, stop = parts[path]
         batches = [_generate_batch(generate, labels, indices, stop)
                    for indices in chunks(stop, batch_size, first)]
-        partial = folder / f".{path.name}"
-        with partial.open("wb") as file:
+        with new_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(batches))
-        partial.replace(path)
         progress.add(counts[path])
     return list(parts)
 
@@ -157,10 +155,12 @@ def _read_png(
 
 def _write_npz(output: epath.Path, paths: list[epath.Path], labels: Int[np.ndarray, "n"]) -> None:
     """Writes `arr_0`, uint8 [n, h, w, c], and `labels`; one part is in memory at a time."""
-    partial = output.parent / f".{output.name}.partial"
     with paths[0].open("rb") as file:
         shape = np.load(file).shape[1:]
-    with partial.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
+    with (
+        new_file(output) as partial, partial.open("wb") as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):  # fmt: skip
         with archive.open(f"{ARRAY}.npy", "w", force_zip64=True) as member:
             header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *shape)}
             np.lib.format.write_array_header_1_0(member, header)
@@ -168,22 +168,22 @@ def _write_npz(output: epath.Path, paths: list[epath.Path], labels: Int[np.ndarr
                 member.write(images.tobytes())
         with archive.open("labels.npy", "w") as member:
             np.save(member, labels)
-    partial.replace(output)
 
 
 def _write_array_record(
     output: epath.Path, paths: list[epath.Path], labels: Int[np.ndarray, "n"]
 ) -> None:
     """Writes a tf.train.Example for each image: `image` (PNG) and `label`."""
-    partial = output.parent / f".{output.name}.partial"
-    writer = array_record_module.ArrayRecordWriter(os.fspath(partial), "group_size:1,uncompressed")
-    with contextlib.closing(writer):
-        for image, label in _read_png(paths, labels):
-            example = tf_example_pb2.Example()
-            example.features.feature["image"].bytes_list.value.append(image)
-            example.features.feature["label"].int64_list.value.append(label)
-            writer.write(example.SerializeToString(deterministic=True))
-    partial.replace(output)
+    with new_file(output) as partial:
+        writer = array_record_module.ArrayRecordWriter(
+            os.fspath(partial), "group_size:1,uncompressed"
+        )
+        with contextlib.closing(writer):
+            for image, label in _read_png(paths, labels):
+                example = tf_example_pb2.Example()
+                example.features.feature["image"].bytes_list.value.append(image)
+                example.features.feature["label"].int64_list.value.append(label)
+                writer.write(example.SerializeToString(deterministic=True))
 
 
 def _write_folder(

@@ -25,7 +25,7 @@ from dmf.checkpoints.params import CONFIG_FILE, FORMAT, check_format, latest_ste
 from dmf.errors import InputError, Stopped
 from dmf.runtime import processes
 from dmf.runtime.device_specs import GIB, mfu
-from dmf.runtime.files import disk_errors, read_json, write_json
+from dmf.runtime.files import disk_errors, read_json, write_json, write_text
 from dmf.runtime.progress import Clock
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
@@ -334,7 +334,7 @@ def _describe(workdir: epath.Path, params: Params, training: build.Training) -> 
     """Logs the sizes of network, mesh, batch and dataset; writes all parameter shapes to a file."""
     overview = parameter_overview.get_parameter_overview(params, include_stats=False)
     if processes.is_first_process():
-        (workdir / "parameters.txt").write_text(overview + "\n")
+        write_text(workdir / "parameters.txt", overview + "\n")
     recipe, loader = training.recipe, training.data_loader
     mesh = " x ".join(f"{name} {size}" for name, size in recipe.mesh.shape.items())
     count = parameter_overview.count_parameters(params)

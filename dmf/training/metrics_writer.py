@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from dmf.runtime.files import write_text
 from dmf.runtime.progress import log
 
 METRICS_FILE = "metrics.jsonl"
@@ -43,7 +44,7 @@ class MetricsWriter:
         for number in invalid_lines:
             log(f"{path}, line {number}: it cannot be read, and is left out")
         text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step)
-        _replace(path, text)
+        write_text(path, text)
         self._file = _BufferedFile(path, text) if _is_remote(path) else path.open("a")
         self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1)
 
@@ -84,14 +85,6 @@ def _is_remote(path: epath.Path) -> bool:
     return "://" in os.fspath(path)
 
 
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a file to a temporary name and then renames it, so that a process that is killed
-    leaves either the old file or the new one."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text(text)
-    partial.replace(path)
-
-
 class _BufferedFile:
     """A text file in a bucket: lines are buffered; the whole file is rewritten once a minute."""
 
@@ -112,7 +105,7 @@ class _BufferedFile:
 
     def close(self) -> None:
         """Rewrites the file; more text may follow."""
-        _replace(self._path, "".join(self._parts))
+        write_text(self._path, "".join(self._parts))
         self._written_at = time.monotonic()
 
 

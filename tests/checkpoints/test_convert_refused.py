@@ -149,7 +149,7 @@ def test_the_output_is_not_written_over(tmp_path, capsys):
 
 
 def test_what_a_killed_conversion_left_is_cleared_away(tmp_path):
-    left = tmp_path / ".converted.partial"
+    left = tmp_path / ".converted.0123.partial"
     left.mkdir()
     (left / "params").write_text("half")
     converted(tmp_path, PT, *OF_DMF_TINY)

@@ -1,9 +1,13 @@
 """Files appear under their name only when they are complete."""
 
+import os
+
 import pytest
 from etils import epath
 
+from dmf.errors import InputError
 from dmf.runtime import files
+from dmf.runtime.resumable_work import claim_folder
 
 
 @pytest.fixture
@@ -50,3 +54,46 @@ def test_an_interrupted_directory_is_removed(tmp_path):
             (folder / "config.json").write_text("{}")
             raise KeyboardInterrupt
     assert not any(tmp_path.iterdir())
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A file that nothing may change, though links lead to it."""
+    path = tmp_path / "elsewhere" / "precious.txt"
+    path.parent.mkdir()
+    path.write_text("precious")
+    yield path
+    assert path.read_text() == "precious"
+
+
+def test_a_link_of_the_name_is_replaced_and_not_followed(tmp_path, other):
+    path = epath.Path(tmp_path) / "evaluation.json"
+    os.symlink(other, path)
+    files.write_json(path, {"step": 1})
+    assert not os.path.islink(path)
+    assert files.read_json(path) == {"step": 1}
+
+
+def test_temporary_names_cannot_be_foretold(tmp_path):
+    path = epath.Path(tmp_path) / "evaluation.json"
+    names = {files.partial_path(path).name for _ in range(9)}
+    assert len(names) == 9
+    assert all(name.startswith(".evaluation.json.") for name in names)
+
+
+def test_work_is_not_claimed_through_a_link(tmp_path, other):
+    folder = epath.Path(tmp_path) / ".evaluation.json.parts"
+    os.symlink(other.parent, folder)
+    with pytest.raises(InputError, match="it is a symbolic link to .*elsewhere"):
+        claim_folder(folder, {"seed": 1})
+
+
+def test_a_directory_that_is_being_written_is_left_to_its_process(tmp_path, other):
+    path = epath.Path(tmp_path) / "export"
+    os.symlink(other.parent, tmp_path / ".export.link.partial")
+    with files.new_directory(path) as first:
+        (first / "config.json").write_text("{}")
+        with pytest.raises(KeyboardInterrupt):
+            with files.new_directory(path):
+                raise KeyboardInterrupt
+    assert [p.name for p in path.iterdir()] == ["config.json"]
