@@ -77,7 +77,7 @@ def lookup(kind: str, name: Any) -> Any:
     Raises:
       InputError: there is none; its field is "name".
     """
-    if name not in _COMPONENTS[kind]:
+    if not isinstance(name, str) or name not in _COMPONENTS[kind]:
         raise InputError("name", name, f"choose one of {', '.join(sorted(_COMPONENTS[kind]))}; or "
                          "give the file that registers it, --plugins=FILE")
     return _COMPONENTS[kind][name]
@@ -286,11 +286,9 @@ def _named_values(config: Any) -> dict[str, Any]:
     """A part of a config as a dictionary of its fields; of its `name` alone for a text."""
     if isinstance(config, str):
         return {"name": config}
-    try:
-        return dict(config)
-    except (TypeError, ValueError):
-        raise InputError("", config, "give a dictionary of its fields, or the name of a "
-                         "component") from None
+    if not hasattr(config, "keys"):
+        raise InputError("", config, "give a dictionary of its fields, or the name of a component")
+    return dict(config)
 
 
 def _is_component(value: Any) -> bool:

@@ -5,7 +5,6 @@ card), and by format `params/` (Orbax), `model.safetensors`, or a StableHLO func
 weights. No export holds a path of the machine that wrote it.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ from dmf import registry
 from dmf.checkpoints import load, model_card
 from dmf.checkpoints import params as stored_params
 from dmf.checkpoints.convert import format_1, namings, open_checkpoint, source_files
+from dmf.checkpoints.stored_config import without_local_paths
 from dmf.errors import InputError, brief
 from dmf.models import FROZEN_KINDS
 from dmf.models.encoders.latent_scaling import LatentScaling
@@ -34,12 +34,6 @@ from dmf.types import Params
 
 _MAX_ERROR_LENGTH = 600
 FORMATS = ("orbax", "safetensors", "stablehlo")
-# Config fields that hold paths of the machine that trained the network.
-_LOCAL_PATHS = (
-    ("init", "checkpoint"), ("teacher", "checkpoint"), ("alignment", "encoder"),
-    ("data", "directory"), ("latents", "autoencoder"), ("evaluation", "reference"),
-    ("evaluation", "inception"), ("evaluation", "dinov2"),
-)  # fmt: skip
 
 
 class Parts(NamedTuple):
@@ -233,7 +227,9 @@ def open_parts(
     stored = stored_params.read_config(directory)
     kind = load.frozen_kind(stored)
     if kind:
-        network, params = load.load_encoder(directory, stored[kind]["name"])
+        network, params = load.load_encoder(
+            directory, load.frozen_section(stored, directory)["name"]
+        )
         return Parts(network, stored, params, stored_params.read_origin(directory))
     network, config, params = load.load_network(directory, ema, config=config)
     step = stored_params.latest_step(directory)
@@ -293,7 +289,7 @@ def _write_safetensors(folder: epath.Path, parts: Parts, naming: str) -> None:
     chosen = namings.naming_of(parts.network, naming)
     tensors = namings.to_named_tensors(parts.network, parts.params, chosen)
     progress.log(f"written as {chosen.name}" + (f"; {chosen.notes}" if chosen.notes else ""))
-    stated = {"format": stored_params.FORMAT, **_without_local_paths(parts.config)}
+    stated = {"format": stored_params.FORMAT, **without_local_paths(parts.config)}
     metadata = {"format": "pt", open_checkpoint.CONFIG_KEY: json.dumps(stated)}
     _save(tensors, folder / stored_params.SAFETENSORS_FILE, metadata)
     if parts.autoencoder is not None:
@@ -340,16 +336,5 @@ def _save(
 
 def _write_config_and_card(folder: epath.Path, parts: Parts, usage: str) -> None:
     text = model_card.model_card(parts.config, parts.params, origin=parts.origin, usage=usage)
-    config = _without_local_paths(parts.config)
+    config = without_local_paths(parts.config)
     stored_params.write_config_and_card(folder, config, text, origin=parts.origin)
-
-
-def _without_local_paths(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config whose paths of this machine are empty."""
-    public = copy.deepcopy(dict(config))
-    for section, field in _LOCAL_PATHS:
-        if field in public.get(section, {}):
-            public[section][field] = ""
-    for part in public.get("data", {}).get("mixture", {}).values():
-        part["directory"] = ""
-    return public

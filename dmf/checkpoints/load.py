@@ -11,17 +11,21 @@ from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.checkpoints import params as stored_params
+from dmf.checkpoints.stored_config import without_foreign_paths
+from dmf.data.build import Data, data
 from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
-from dmf.models.build import latents, network
+from dmf.models.build import Latents, latents, network
 from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.models.encoders.latent_space import LatentSpace
+from dmf.objectives.build import interpolant
 from dmf.registry import at
+from dmf.runtime.progress import log
 from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
-from dmf.sampling.build import Sampling
+from dmf.sampling.build import Sampling, sampling
 from dmf.types import FlowMap, Network, Params
 
 # Parameters that a run may have and its initial checkpoint may lack: those of the objective,
@@ -34,6 +38,9 @@ _DROPPED_AFTER_TRAINING = ("log_variance", "projector")
 # The folder of the autoencoder in an export over latents.
 AUTOENCODER = "autoencoder"
 _LATENTS_OF_512 = 64
+# The sections that sampling needs, and what each of them is.
+_SECTIONS = {"model": "model", "objective": "objective", "data": Data, "latents": Latents,
+             "sampling": Sampling}  # fmt: skip
 
 
 def load_params(
@@ -78,15 +85,30 @@ def config_to_json(config: ConfigDict) -> dict[str, Any]:
 def read_config(directory: epath.PathLike) -> ConfigDict:
     """The config of a run or an export.
 
+    Whoever wrote it, nothing that it names is imported. The paths in an export, and those that lead
+    into the checkpoint itself, are left empty with a line that says so.
+
     Raises:
-      InputError: there is no config, it has another format, or it is of a frozen network.
+      InputError: there is no config, it has another format, it is of a frozen network, or a section
+        that sampling needs cannot be used.
+      RunError: it is damaged.
     """
     stored = stored_params.read_config(directory)
-    if "model" not in stored:
-        name = stored.get(frozen_kind(stored), {}).get("name")
+    if "model" not in stored and frozen_kind(stored):
+        name = frozen_section(stored, directory)["name"]
         raise InputError("checkpoint", directory, f"it holds a frozen network ({name}), no flow "
                          "map")
-    config = config_from_json(stored)
+    stored, left_out = without_foreign_paths(
+        stored, stored_params.split_step(directory)[0],
+        exported=stored_params.is_export(directory),
+    )
+    if left_out:
+        log(f"checkpoint={directory}: its config names {', '.join(left_out)}, as only a checkpoint "
+            "of somebody else does; they are not followed, --config.FIELD=PATH gives paths")
+    try:
+        config = config_from_json(stored)
+    except InputError as error:
+        raise error.within(f"checkpoint={directory}") from None
     autoencoder = epath.Path(directory) / AUTOENCODER
     if not config.latents.autoencoder and autoencoder.exists():
         config.latents.autoencoder = str(autoencoder)
@@ -94,9 +116,20 @@ def read_config(directory: epath.PathLike) -> ConfigDict:
 
 
 def config_from_json(stored: Mapping[str, Any]) -> ConfigDict:
-    """The config that JSON holds; fields of `sampling` that it lacks get their defaults."""
-    config = ConfigDict(stored)
-    config.sampling = {**registry.default_config(Sampling), **config.sampling}
+    """The config that JSON holds, with the defaults of the fields that sections of sampling lack.
+
+    Raises:
+      InputError: one of these sections is missing, or cannot be used.
+    """
+    complete = dict(stored)
+    for section, kind in _SECTIONS.items():
+        if section not in stored:
+            raise InputError(section, remedy="the config lacks this section")
+        with at(section):
+            complete[section] = registry.complete(kind, stored[section])
+    config = ConfigDict(complete)
+    network(config.model), latents(config.latents), data(config.data)
+    sampling(config.sampling, interpolant(config.objective))
     return config
 
 
@@ -137,6 +170,19 @@ def export_config(
     return config_to_json(config)
 
 
+def frozen_section(stored: Mapping[str, Any], directory: epath.PathLike) -> dict[str, Any]:
+    """The config of the frozen network of an export: its name and fields.
+
+    Raises:
+      InputError: the stored config has no such section, or one without a name.
+    """
+    section = stored.get(frozen_kind(stored))
+    if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        raise InputError("checkpoint", directory, "its config is of no network that is known; make "
+                         "it again with dmf convert")
+    return section
+
+
 def frozen_kind(stored: Mapping[str, Any]) -> str:
     """The kind of frozen network in a stored config, "autoencoder" or "encoder"; "" if none."""
     return next((kind for kind in FROZEN_KINDS if kind in stored), "")
@@ -154,7 +200,7 @@ def read_encoder(directory: epath.PathLike, name: str) -> Any:
     """
     stored = stored_params.read_config(directory)
     kind = frozen_kind(stored)
-    if not kind or stored[kind].get("name") != name:
+    if not kind or frozen_section(stored, directory)["name"] != name:
         raise InputError(name, directory, "it holds no such network; make one with dmf convert")
     with at(kind):
         return registry.build(kind, stored[kind])

@@ -18,10 +18,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dmf.checkpoints import stored_config
 from dmf.checkpoints.orbax_files import check_stored
 from dmf.errors import Damaged, InputError, RunError
 from dmf.runtime.checksums import check_checksums, checksums, reading_errors
-from dmf.runtime.files import absolute, read_json, write_json
+from dmf.runtime.files import absolute, write_json
 from dmf.types import Params
 
 FORMAT = 2
@@ -81,15 +82,16 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
 
     Raises:
       InputError: there is no config, or it is of another format.
+      RunError: it is damaged.
     """
     path = split_step(directory)[0] / CONFIG_FILE
-    if not path.exists():
+    if not path.is_file():
         raise InputError(
             "checkpoint", directory,
             f"it holds no {CONFIG_FILE}; give the workdir of a run or an exported directory",
         )
     check_format(directory)
-    config = read_json(path)
+    config = stored_config.read(path)
     return {name: value for name, value in config.items() if name not in ("format", "origin")}
 
 
@@ -104,9 +106,9 @@ def check_format(directory: epath.PathLike, *, field: str = "checkpoint") -> Non
       InputError: the directory has another format.
     """
     folder = split_step(directory)[0]
-    if not (folder / CONFIG_FILE).exists():
+    if not (folder / CONFIG_FILE).is_file():
         return
-    version = read_json(folder / CONFIG_FILE).get("format")
+    version = stored_config.read(folder / CONFIG_FILE).get("format")
     if version == FORMAT:
         return
     if not isinstance(version, int) or version > FORMAT:
@@ -125,9 +127,15 @@ def is_dmf_checkpoint(directory: epath.PathLike) -> bool:
     return (path / CONFIG_FILE).exists() and any((path / d).exists() for d in (PARAMS, CHECKPOINTS))
 
 
+def is_export(directory: epath.PathLike) -> bool:
+    """Whether a directory is an export with Orbax parameters, and no run."""
+    path, step = split_step(directory)
+    return step is None and (path / PARAMS).exists()
+
+
 def read_origin(directory: epath.PathLike) -> str:
     """The origin of the parameters of an export; empty for a run."""
-    return read_json(split_step(directory)[0] / CONFIG_FILE).get("origin", "")
+    return stored_config.read(split_step(directory)[0] / CONFIG_FILE).get("origin", "")
 
 
 def latest_step(workdir: epath.PathLike) -> int | None:
@@ -198,7 +206,7 @@ def _params_item(directory: epath.Path, ema: str) -> epath.Path:
       Damaged: the item was saved, and is missing.
     """
     run, step = split_step(directory)
-    if step is None and (directory / PARAMS).exists():
+    if is_export(directory):
         return directory / PARAMS
     if not directory.exists():
         raise InputError(

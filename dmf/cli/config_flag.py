@@ -138,9 +138,13 @@ def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
 
 
 def overridden_stored(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """The config of a checkpoint with overrides applied.
+    """The config of a checkpoint, checked, with overrides applied.
 
     Raises:
       InputError: no such field, or a value that it cannot have.
     """
-    return overridden(complete(config), overrides)
+    from dmf.default_config import Config
+
+    completed = complete(config)
+    registry.build(Config, completed)
+    return overridden(completed, overrides)

@@ -30,11 +30,12 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     flags.require(values, "checkpoint", "output")
 
     from dmf.checkpoints import export, load
+    from dmf.checkpoints.params import read_config
     from dmf.runtime.progress import log
 
     log(f"loading {values.checkpoint}")
     config = None
-    if overrides:
+    if overrides or not load.frozen_kind(read_config(values.checkpoint)):
         config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
     parts = export.open_parts(values.checkpoint, values.ema, config)
     export.write(

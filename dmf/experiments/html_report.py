@@ -57,20 +57,22 @@ def write_report(directory: epath.PathLike, runs: Sequence[Run]) -> epath.Path:
         "distances.csv": tables.scores_table(runs),
     }
     texts = {name: table.to_csv() for name, table in files.items()}
-    texts[PAGE] = _page(runs, files["runs.csv"])
+    texts[PAGE] = page(runs)
     for name, text in texts.items():
         write_text(directory / name, text)
     return directory / PAGE
 
 
-def _page(runs: Sequence[Run], table: tables.Table) -> str:
+def page(runs: Sequence[Run]) -> str:
+    """The page as HTML."""
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     parts = [
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
         f"<title>{count}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>",
         f"<h1>{count}: {_count_statuses(run.status for run in runs)}</h1>",
-        *_section("Runs", _html_table(table), "Config fields in which the runs differ, their "
-                  "progress, and their last numbers with every digit that was written. All "
+        *_section("Runs", _html_table(tables.runs_table(runs)), "Config fields in which the runs "
+                  "differ, their progress, and their last numbers with every digit that was "
+                  "written. All "
                   "evaluations in a column have the same protocol, number of samples and "
                   "reference."),
         *_section("Training curves", _training_curves(runs), "Only evaluations with the same "

@@ -124,15 +124,18 @@ def write_json(path: epath.Path, value: Any) -> None:
 
 
 def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON file that `write_json` wrote.
+    """Reads a JSON file that holds a dictionary, as `write_json` wrote it.
 
     Raises:
       RunError: the file is damaged.
     """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: it is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: it is damaged (it holds no dictionary)")
+    return value
 
 
 @contextmanager
