@@ -6,7 +6,6 @@ result is written, finished parts of the statistics and finished rows lie in a f
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,7 @@ from dmf.checkpoints import load
 from dmf.checkpoints.params import FORMAT
 from dmf.data.build import data, dataset
 from dmf.data.image_sets import DatasetImages, ImageSet, open_image_set
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError
 from dmf.evaluation import feature_extractors, metrics, requirements
 from dmf.evaluation.build import evaluation, protocol
 from dmf.evaluation.evaluated_images import EvaluatedImages, evaluated_image_set
@@ -34,7 +33,7 @@ from dmf.evaluation.statistics_collector import StatisticsCollector
 from dmf.models.build import network
 from dmf.runtime import processes
 from dmf.runtime.checksums import fingerprint
-from dmf.runtime.files import refuse_link, write_json
+from dmf.runtime.files import read_json, refuse_link, write_json
 from dmf.runtime.resumable_work import claim_folder
 from dmf.runtime.sharding import local_mesh
 
@@ -204,8 +203,8 @@ class Evaluator:
         folder_name = "".join(c if c.isalnum() else "-" for c in images.name)
         folder = claim_folder(self._folder / folder_name, identity)
         row_file = folder / "row.json"
-        if row_file.exists():
-            return json.loads(row_file.read_text())
+        if (finished := self._finished_row(row_file)) is not None:
+            return finished
         stored = self.protocol.features if self._features_folder else self.protocol.stored_features
         statistics = self.collector.collect(
             images.read, images.count, folder,
@@ -221,6 +220,15 @@ class Evaluator:
         scores = "  ".join(f"{metric} {row[metric]:.5g}" for metric in self.protocol.metrics)
         processes.log(f"{images.name}: {scores}")
         return row
+
+    def _finished_row(self, path: epath.Path) -> dict[str, Any] | None:
+        """The row that an earlier process has measured; None without one that can be read."""
+        try:
+            row = read_json(path) if path.exists() else {}
+        except RunError as error:
+            processes.log(f"{error}; it is measured again")
+            row = {}
+        return row if set(self.protocol.metrics) <= row.keys() else None
 
     def _scores(self, statistics: Statistics, images: EvaluatedImages) -> dict[str, float]:
         """The metrics of the protocol, by name."""

@@ -6,6 +6,7 @@ interrupted evaluation resumes, and several processes share one evaluation.
 
 import dataclasses
 import io
+import zipfile
 from collections.abc import Mapping
 
 import numpy as np
@@ -145,6 +146,15 @@ def read_statistics(path: epath.Path, feature_strides: Mapping[str, int]) -> Sta
         kind: [fields["values"]] for kind, fields in groups["features"].items()
     }
     return statistics
+
+
+def is_whole(path: epath.Path) -> bool:
+    """Whether there is a file that `Statistics.write` wrote to its end."""
+    try:
+        read_part_numbers(path)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        return False
+    return True
 
 
 def read_part_numbers(path: epath.Path) -> list[int]:

@@ -19,7 +19,7 @@ from jaxtyping import Int, UInt8
 from dmf.errors import RunError, check_at_least
 from dmf.evaluation.evaluated_images import ReadImages
 from dmf.evaluation.feature_extractors import Extractor
-from dmf.evaluation.feature_statistics import Statistics, read_statistics
+from dmf.evaluation.feature_statistics import Statistics, is_whole, read_statistics
 from dmf.runtime.memoize import memoized
 from dmf.runtime.processes import barrier
 from dmf.runtime.progress import Progress
@@ -99,7 +99,7 @@ class StatisticsCollector:
         parts = {folder / f"{number:05}.npz": (first, min(first + size, count))
                  for number, first in enumerate(range(0, count, size))}
         assigned = list(parts)[jax.process_index() :: jax.process_count()]
-        todo = [path for path in assigned if not path.exists()]
+        todo = [path for path in assigned if not is_whole(path)]
         total = sum(last - first for first, last in (parts[path] for path in assigned))
         done = total - sum(last - first for first, last in (parts[path] for path in todo))
         progress = Progress(name, done, total, "images")

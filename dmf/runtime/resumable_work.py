@@ -30,15 +30,24 @@ def claim_folder(folder: epath.Path, identity: Any) -> epath.Path:
     """
     refuse_link(folder)
     path, identity = folder / IDENTITY_FILE, json.loads(json.dumps(identity))
-    stored = json.loads(path.read_text()) if path.exists() else None
+    stored = _read(path)
     if folder.exists() and stored != identity:
-        # A folder without the file was being deleted when a process was interrupted.
+        # A folder without the file was being deleted when a process was interrupted. So is one
+        # whose file cannot be read: a machine that stops may leave it empty.
         log(f"{folder}: it holds work with other settings, which is deleted")
         barrier(f"{folder} checked")
         if jax.process_index() == 0:
             folder.rmtree()
     barrier(f"{folder} free")
-    if jax.process_index() == 0 and not path.exists():
+    if jax.process_index() == 0 and _read(path) != identity:
         write_json(path, identity)
     barrier(f"{folder} claimed")
     return folder
+
+
+def _read(path: epath.Path) -> Any:
+    """What a file says that work is; None if there is no such file, or it cannot be read."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None

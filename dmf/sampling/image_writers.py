@@ -8,6 +8,7 @@ resumes after the last complete part; the output appears once it is complete.
 import concurrent.futures
 import contextlib
 import json
+import math
 import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -103,7 +104,7 @@ def _generate_parts(
              for number, first in enumerate(range(0, len(labels), part_size))}
     local = list(parts)[jax.process_index() :: jax.process_count()]
     counts = {path: parts[path][1] - parts[path][0] for path in local}
-    missing = [path for path in local if not path.exists()]
+    missing = [path for path in local if not _is_whole(path, counts[path])]
     total = sum(counts.values())
     progress = Progress("samples", total - sum(counts[path] for path in missing), total, "images")
     for path in missing:
@@ -114,6 +115,18 @@ def _generate_parts(
             np.save(file, np.concatenate(batches))
         progress.add(counts[path])
     return list(parts)
+
+
+def _is_whole(path: epath.Path, count: int) -> bool:
+    """Whether there is a part with so many images, written to its end."""
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = path.stat().length - file.tell()
+    except (OSError, ValueError, EOFError):
+        return False
+    return shape[:1] == (count,) and size == math.prod(shape) * dtype.itemsize
 
 
 def _generate_batch(

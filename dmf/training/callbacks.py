@@ -5,8 +5,7 @@ and the train state. All processes call it together.
 """
 
 import abc
-import json
-from collections.abc import Mapping
+import re
 from typing import Any
 
 import jax
@@ -31,9 +30,13 @@ from dmf.training.metrics_writer import (
     MetricsWriter,
     NoMetrics,
     evaluation_file,
+    read_evaluation,
 )
 from dmf.training.train_state import TrainState
 from dmf.types import Params
+
+# The name of an evaluation, without its suffix.
+_STEP = re.compile(r"[0-9]{1,18}")
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -128,7 +131,7 @@ class EvaluationCallback(Callback):
         Raises:
           InputError: a field of `config.evaluation` that cannot be used.
         """
-        self.writer = writer
+        self.writer, self._told = writer, set()
         self._settings, self._training = evaluation(config.evaluation), training
         self._workdir, self._folder = workdir, workdir / EVALUATIONS
         if not self._settings.every:
@@ -164,7 +167,8 @@ class EvaluationCallback(Callback):
 
     def is_done(self, step: int) -> bool:
         """Whether the state after a step is evaluated already, according to the first process."""
-        return processes.all_gather(evaluation_file(self._workdir, step).exists())[0]
+        done = read_evaluation(evaluation_file(self._workdir, step)) is not None
+        return processes.all_gather(done)[0]
 
     def __call__(self, step: int, state: TrainState) -> None:
         settings, evaluator = self._settings, self._evaluator
@@ -189,13 +193,20 @@ class EvaluationCallback(Callback):
         if not self._settings.every or not self._folder.exists():
             return None
         metric = self._evaluator.protocol.metrics[0]
-        scores: Mapping[int, Any] = {
-            int(path.stem): json.loads(path.read_text())["results"][0].get(metric)
-            for path in self._folder.glob("*.json")
-        }
-        known = {step: score for step, score in scores.items() if score is not None}
+        scores = {path: self._first_score(path, metric) for path in self._folder.glob("*.json")}
+        known = {int(path.stem): score for path, score in scores.items() if score is not None}
         choose = max if lookup_metric(metric).higher_is_better else min
         return choose(sorted(known), key=known.get) if known else None
+
+    def _first_score(self, path: epath.Path, metric: str) -> float | None:
+        """The score of the first row of a file; None without one. A file that is no evaluation is
+        told once."""
+        evaluation = read_evaluation(path) if _STEP.fullmatch(path.stem) else None
+        if evaluation is None and path not in self._told:
+            self._told.add(path)
+            processes.log(f"{path}: it is no evaluation, and is left out")
+        score = evaluation["results"][0].get(metric) if evaluation else None
+        return score if isinstance(score, int | float) else None
 
 
 class Profiler:

@@ -22,6 +22,18 @@ def evaluation_file(workdir: epath.Path, step: int) -> epath.Path:
     return workdir / EVALUATIONS / f"{step:08}.json"
 
 
+def read_evaluation(path: epath.Path) -> dict[str, Any] | None:
+    """The evaluation in a file, with one row of results or more; None if the file holds none, for
+    example because it was cut short."""
+    try:
+        evaluation = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    rows = evaluation.get("results") if isinstance(evaluation, dict) else None
+    is_one = isinstance(rows, list) and rows and all(isinstance(row, dict) for row in rows)
+    return evaluation if is_one else None
+
+
 class MetricsWriter:
     """Writes scalars by step to `metrics.jsonl` and to TensorBoard event files.
 
@@ -129,7 +141,7 @@ def parse_metrics(workdir: epath.PathLike) -> tuple[list[dict[str, Any]], list[i
       incomplete, because the run was killed, is neither.
     """
     path = epath.Path(workdir) / METRICS_FILE
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
     rows = [_parse_row(line) for line in lines]
     invalid = [number for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1)
                if row is None and line.strip() and number < len(lines)]
@@ -140,8 +152,9 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     """A row, a dictionary of an integer `step` and numbers by name; None if the line is no row."""
     try:
         row = json.loads(line.decode())
-    except ValueError:
+        for name, value in row.items():
+            name.encode()
+            float(value if isinstance(value, int | float) else None)
+        return row if isinstance(row["step"], int) else None
+    except (ValueError, RecursionError, AttributeError, TypeError, OverflowError, KeyError):
         return None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-        return None
-    return row if all(isinstance(value, int | float) for value in row.values()) else None

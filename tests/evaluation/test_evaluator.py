@@ -17,6 +17,8 @@ from dmf import registry
 from dmf.checkpoints import load
 from dmf.evaluation import metrics, reference_statistics
 from dmf.evaluation.build import evaluation, protocol
+from dmf.evaluation.evaluated_images import evaluated_image_set
+from dmf.evaluation.evaluator import Evaluator
 
 COUNT = 60
 ADM = ("--protocol=adm", "--inception=I")
@@ -234,6 +236,19 @@ def test_what_was_interrupted_goes_on(tmp_path, real, monkeypatch, capsys):
     again = of_run(tmp_path / "cut.json", *flags)
     assert again["results"] == whole["results"]
     assert "1 step:" not in capsys.readouterr().err, "a finished row is not made again"
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"fd_pixels": '])
+def test_a_row_that_is_cut_is_measured_again(tmp_path, monkeypatch, text):
+    evaluator = Evaluator(tiny.config({"evaluation.metrics": ("fd_pixels",)}), tmp_path)
+    images = evaluated_image_set(evaluator.dataset())
+    monkeypatch.setattr(Evaluator, "_scores", lambda *parts: {"fd_pixels": 2.0})
+    row = evaluator.measure(images)
+    (file,) = tmp_path.rglob("row.json")
+    file.write_text(text)
+    assert evaluator.measure(images) == row == json.loads(file.read_text())
+    monkeypatch.setattr(Evaluator, "_scores", None)
+    assert evaluator.measure(images) == row, "a finished row is not made again"
 
 
 def test_a_set_that_changed_is_measured_anew(tmp_path, real, monkeypatch):

@@ -93,6 +93,14 @@ def test_it_goes_on_where_it_was_interrupted(tmp_path, devices):
     assert min(firsts[4:]) == 24, "finished parts are not made again"
 
 
+def test_parts_that_are_cut_are_made_again(tmp_path):
+    whole = bits(collect(tmp_path))
+    first, second, *_ = sorted(tmp_path.iterdir())
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-20])
+    assert bits(collect(tmp_path)) == whole
+
+
 def test_images_that_are_not_finite_are_counted(tmp_path):
     def some_bad(indices: np.ndarray) -> GeneratedImages:
         return GeneratedImages(IMAGES[indices % COUNT], ~np.isin(indices, [14, 20, 40, 50]))

@@ -212,6 +212,26 @@ def test_parts_without_an_identity_are_deleted(tmp_path):
     np.testing.assert_array_equal(read(output)[0], pixels(np.arange(COUNT), labels))
 
 
+def test_parts_that_are_cut_are_made_again(tmp_path):
+    output, generator = tmp_path / "images.npz", FakeGenerator()
+    interrupted(output, 3)
+    first, second, _ = sorted(tmp_path.rglob("*.npy"))
+    first.write_bytes(b"")
+    second.write_bytes(second.read_bytes()[:-1])
+    write(output, generator)
+    assert [indices[0] for indices in generator.calls] == [0, SIZE, 3 * SIZE]
+    np.testing.assert_array_equal(read(output)[0], pixels(np.arange(COUNT), LABELS))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000])
+def test_an_identity_that_is_cut_is_no_identity(tmp_path, text):
+    output, generator = tmp_path / "images.npz", FakeGenerator()
+    interrupted(output, 3)
+    next(tmp_path.rglob("work.json")).write_text(text)
+    write(output, generator)
+    assert [indices[0] for indices in generator.calls] == [0, 6, 12, 18]
+
+
 def test_two_outputs_in_one_folder_are_independent(tmp_path):
     first, second = tmp_path / "images.npz", tmp_path / "images"
     interrupted(first, 2)

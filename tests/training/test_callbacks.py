@@ -32,10 +32,27 @@ def checkpoints(workdir) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores):
-    train(small_network.config(EVALUATING | {"run.keep_last": 1}), tmp_path)
+# Files that are no evaluations, which a full disk, an editor or a copy may leave.
+NO_EVALUATIONS = {
+    "00000095.json": "", "00000096.json": '{"results": [', "00000097.json": '{"results": []}',
+    "00000098.json": "3", "notes.json": '{"results": [{"fd_pixels": 0}]}',
+    "00000099.json": '{"results": [{"fd_pixels": "0"}]}',
+}  # fmt: skip
+
+
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores, capsys):
+    """Whatever else lies in the folder of evaluations."""
     names = [f"{step:08}.json" for step in (2, 4, 6, 8)]
     folder = tmp_path / "evaluations"
+    folder.mkdir()
+    for name, text in NO_EVALUATIONS.items():
+        (folder / name).write_text(text)
+    train(small_network.config(EVALUATING | {"run.keep_last": 1}), tmp_path)
+    said = capsys.readouterr().err
+    for name in NO_EVALUATIONS:
+        told = f"{folder / name}: it is no evaluation, and is left out"
+        assert said.count(told) == (name != "00000099.json")
+        (folder / name).unlink()
     assert sorted(p.name for p in folder.iterdir()) == names
     evaluation = json.loads((folder / names[1]).read_text())
     assert [(row["ema"], row["steps"], row["fd_pixels"]) for row in evaluation["results"]] == [
