@@ -4,6 +4,8 @@ import importlib
 import os
 import sys
 
+from dmf.runtime import signals
+
 VERBS = {
     "prepare": "make a dataset of latents or crops from images",
     "config": "print a config with the meaning of every field",
@@ -46,15 +48,17 @@ def main() -> None:
     if verb not in VERBS:
         print(f"dmf: {verb}: no such verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
+    if verb == "train":
+        signals.exit_on_signals("dmf train: told to stop before there was anything to save; the "
+                                "same command starts or resumes the run")
     set_compilation_cache()
     module = importlib.import_module(f"dmf.cli.{verb}")
-    from dmf.cli.exit_codes import run, silence_background_threads
+    from dmf.cli import exit_codes
 
-    code = run(module.main, verb, rest)
+    code = exit_codes.run(module.main, verb, rest)
     if code and "dmf.runtime.heartbeats" in sys.modules:
         sys.modules["dmf.runtime.heartbeats"].exit_together(code)
-    silence_background_threads()
-    sys.exit(code)
+    exit_codes.end(code)
 
 
 if __name__ == "__main__":

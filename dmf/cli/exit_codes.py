@@ -1,6 +1,7 @@
 """From the errors of a verb to one line and an exit code."""
 
 import logging as stdlib_logging
+import os
 import sys
 import threading
 import traceback
@@ -11,6 +12,10 @@ from contextlib import contextmanager
 from absl import flags, logging
 
 from dmf.errors import InputError, RunError, Stopped
+from dmf.runtime import progress
+
+# Seconds that a failed command waits for its threads.
+END_SECONDS = 5.0
 
 
 def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequence[str]) -> int:
@@ -61,6 +66,25 @@ def silence_background_threads() -> None:
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
+def end(code: int) -> None:
+    """Exits with a code. After a failure, threads that libraries left waiting are not waited for
+    longer than `END_SECONDS`; what could not be written to standard error is dropped.
+
+    Args:
+      code: the exit code.
+    """
+    silence_background_threads()
+    try:
+        sys.stderr.flush()
+    except (AttributeError, OSError, ValueError):
+        sys.stderr = None  # Python would try again, and exit with 120.
+    if code:
+        timer = threading.Timer(END_SECONDS, os._exit, [code])
+        timer.daemon = True
+        timer.start()
+    sys.exit(code)
+
+
 def _fail(verb: str, message: str, code: int) -> int:
-    print(f"dmf {verb}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    progress.log(f"dmf {verb}: {' '.join(message.split())}")
     return code

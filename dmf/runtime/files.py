@@ -14,12 +14,13 @@ import jax
 from etils import epath
 
 from dmf.errors import InputError, RunError
+from dmf.runtime.paths import user_path
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
     """The absolute path of a directory, as Orbax needs it; buckets (gs://...) are absolute."""
-    path = epath.Path(directory)
-    return path if "://" in os.fspath(path) else path.expanduser().resolve()
+    path = user_path(directory)
+    return path if "://" in os.fspath(path) else path.resolve()
 
 
 @contextmanager

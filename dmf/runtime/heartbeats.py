@@ -17,6 +17,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dmf.errors import Stopped
+from dmf.runtime import progress
 
 # Seconds between two heartbeats of a process, and without one until it counts as lost.
 HEARTBEAT_SECONDS = 5
@@ -103,7 +104,7 @@ def _monitor(process: int) -> None:
 
 def _abort(process: int, reason: str) -> None:
     """Prints why this process exits, and exits it at once."""
-    print(f"dmf: {LOST_MESSAGE} ({reason})", file=sys.stderr, flush=True)
+    progress.log(f"dmf: {LOST_MESSAGE} ({reason})")
     if process == 0:
         time.sleep(HEARTBEAT_SECONDS + 1)  # The others report before their coordinator is gone.
     os._exit(1)
@@ -121,6 +122,7 @@ def _shut_down(code: int) -> None:
 
 def _exit(code: int) -> None:
     """Exits without waiting for threads and exit handlers."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):
+            stream.flush()
     os._exit(code)

@@ -11,7 +11,7 @@ import signal
 import socket
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from jax.experimental import multihost_utils
 from dmf.errors import InputError, Lost, RunError
 from dmf.runtime import progress
 from dmf.runtime.heartbeats import ABORT_SECONDS, LOST_MESSAGE, start_heartbeats
+from dmf.runtime.signals import handle
 
 # Seconds that processes wait for each other at the start.
 START_SECONDS = 300
@@ -236,29 +237,46 @@ def check_shared(workdir: epath.Path) -> None:
 
 
 class StopSignal:
-    """A context in which SIGTERM asks the run to stop after the current step.
+    """A context in which SIGTERM, SIGHUP and Ctrl-C ask the run to stop after the current step.
 
-    SIGTERM announces that the machine will be taken away. Whichever process receives it, all of
-    them stop after the same step.
+    It listens once there is something to save. SIGTERM announces that the machine will be taken
+    away. Whichever process receives a signal, all of them stop after the same step. Ctrl-C a second
+    time raises KeyboardInterrupt, without a save.
     """
 
     def __init__(self) -> None:
         self._received = False
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[int, Any] = {}
+        self._wakeup_file = -1
 
     def __enter__(self) -> "StopSignal":
-        if not jax.distributed.is_initialized():
-            # Python handles signals in the main thread only; other threads leave them to it.
-            with suppress(ValueError):
-                self._previous_handler = signal.signal(signal.SIGTERM, self._receive)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGTERM, self._previous_handler)
+        if self._previous_handlers:
+            signal.set_wakeup_fd(self._wakeup_file)
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
 
-    def _receive(self, *_: Any) -> None:
+    def listen(self) -> None:
+        """Starts to listen, in the main thread; in other threads it does nothing."""
+        # JAX listens to SIGTERM in each of several processes.
+        several = jax.distributed.is_initialized()
+        for number in (signal.SIGINT, signal.SIGHUP, *(() if several else (signal.SIGTERM,))):
+            previous = handle(number, self._forward if several else self._receive)
+            if previous is not None:
+                self._previous_handlers[number] = previous
+        if self._previous_handlers:
+            self._wakeup_file = signal.set_wakeup_fd(-1)
+
+    def _receive(self, number: int, _: Any) -> None:
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self._received = True
+
+    def _forward(self, number: int, _: Any) -> None:
+        self._receive(number, None)
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def after(self, step: int) -> bool:
         """Whether to stop after a step; every process must call it after every step."""

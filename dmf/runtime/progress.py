@@ -2,11 +2,14 @@
 
 import sys
 import time
+from contextlib import suppress
 
 
 def log(line: str) -> None:
-    """Prints a line to standard error at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Prints a line to standard error at once; a line that cannot be written ends no work."""
+    with suppress(OSError, ValueError):  # A full disk, a pipe without a reader, a closed file.
+        if sys.stderr is not None:
+            print(line, file=sys.stderr, flush=True)
 
 
 class Clock:

@@ -4,7 +4,7 @@
     state = restored checkpoint, or initial state
     for step, batch in data loader:
         state, metrics = train_step(state, batch)
-        log metrics -> save a checkpoint -> stop after SIGTERM -> sample grid -> evaluation
+        log metrics -> save a checkpoint -> stop after a signal -> sample grid -> evaluation
 """
 
 import dataclasses
@@ -23,9 +23,10 @@ from dmf.checkpoints import load
 from dmf.checkpoints.manager import CheckpointManager
 from dmf.checkpoints.params import CONFIG_FILE, FORMAT, check_format, latest_step
 from dmf.errors import InputError, Stopped
-from dmf.runtime import processes
+from dmf.runtime import ownership, processes
 from dmf.runtime.device_specs import GIB, mfu
 from dmf.runtime.files import disk_errors, read_json, write_json, write_text
+from dmf.runtime.paths import user_path
 from dmf.runtime.progress import Clock
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
@@ -68,18 +69,21 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
       The train state after the last step.
 
     Raises:
-      InputError: a field that cannot be used, or a workdir that holds another run; or processes
-        that differ in the config, or do not share the workdir.
+      InputError: a field that cannot be used, or a workdir that holds another run or in which
+        another command is training; or processes that differ in the config, or do not share the
+        workdir.
       RunError: the loss is not finite, the disk is full, or another process was lost.
-      Stopped: the run received SIGTERM; everything is saved.
+      Stopped: the run received SIGTERM, SIGHUP or Ctrl-C; everything is saved.
     """
+    workdir = user_path(workdir)
     with processes.runtime_errors():
-        return _train(config, epath.Path(workdir))
+        processes.check_same({"workdir": str(workdir), "config": load.config_to_json(config)})
+        processes.check_shared(workdir)
+        with ownership.owned(workdir / ownership.LOCK_FILE, "workdir", workdir):
+            return _train(config, workdir)
 
 
 def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
-    processes.check_same({"workdir": str(workdir), "config": load.config_to_json(config)})
-    processes.check_shared(workdir)
     training = build.training(config)
     recipe = training.recipe
     init_key, draw_key = jax.random.split(jax.random.key(config.seed))
@@ -157,7 +161,7 @@ class Loop:
       evaluate: the evaluation callback; a state that it evaluates is saved first.
       callbacks: all callbacks, called in this order after a step is logged and saved.
       profiler: traces some steps.
-      stop: says whether the run has received SIGTERM.
+      stop: says whether the run has received a signal to stop, from its first step on.
     """
 
     training: build.Training
@@ -180,7 +184,7 @@ class Loop:
 
         Raises:
           RunError: the loss is not finite.
-          Stopped: the run received SIGTERM; the state is saved.
+          Stopped: the run received a signal to stop; the state is saved.
         """
         start, total = int(state.step), self.training.run.steps
         writer = MetricsWriter(self.workdir, start) if processes.is_first_process() else NoMetrics()
@@ -195,6 +199,9 @@ class Loop:
                 self.profiler.before_step(step)
                 state, metrics = self.train_step(state, batch)
                 self.profiler.after_step(step, metrics)
+                if step == start + 1:
+                    jax.block_until_ready(metrics)
+                    self.stop.listen()
                 stopping = self.stop.after(step) and step < total
                 saving = stopping or self._saves_after(step)
                 log.add(step, metrics, up_to_date=saving or step == total)

@@ -1,0 +1,148 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+import tiny
+
+from dmf.errors import InputError
+from dmf.runtime import ownership
+from dmf.runtime.ownership import owned
+
+HOLDING = """
+import sys, time
+from etils import epath
+from dmf.runtime.ownership import owned
+with owned(epath.Path(sys.argv[1]), "workdir", "w"):
+    print("owned", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def lock(tmp_path):
+    return ownership.lock_beside(tmp_path / "new" / "output.npz")
+
+
+def own(lock):
+    return owned(lock, "output", "output.npz")
+
+
+def written_by(lock, **fields):
+    """A lock file that another process has left."""
+    owner = dataclasses.replace(ownership._Owner.of_this_process(), token="another", **fields)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.write_text(json.dumps(dataclasses.asdict(owner)) + f"\n{0:020}\n")
+
+
+def test_what_is_owned_is_refused_and_what_is_released_is_free(lock):
+    with own(lock):
+        assert lock.name == ".output.npz.lock"
+        with (
+            pytest.raises(InputError, match=rf"^output=output.npz: another command is writing "
+                          rf"there, process {os.getpid()} on host .*; wait until it ends"),
+            own(lock),
+        ):
+            pass
+    with own(lock):
+        pass
+    assert not lock.parent.exists()
+
+
+def test_what_was_written_beside_a_lock_stays(lock):
+    with own(lock):
+        (lock.parent / "output.npz").touch()
+    assert [path.name for path in lock.parent.iterdir()] == ["output.npz"]
+
+
+def test_of_many_that_begin_together_one_is_the_owner(lock):
+    """Also where all of them find the lock of a dead process."""
+    for left in (False, True) * 5:
+        if left:
+            written_by(lock, started="1")
+        start, end, outcomes = threading.Barrier(8), threading.Barrier(8), []
+
+        def begin(start=start, end=end, outcomes=outcomes):
+            start.wait()
+            try:
+                with own(lock):
+                    outcomes.append("owner")
+                    end.wait()
+            except InputError:
+                outcomes.append("refused")
+                end.wait()
+
+        threads = [threading.Thread(target=begin) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(outcomes) == ["owner"] + ["refused"] * 7
+
+
+def test_a_killed_process_owns_nothing_even_before_its_parent_has_asked_for_it(lock):
+    command = [sys.executable, "-c", HOLDING, str(lock)]
+    holder = subprocess.Popen(
+        command, env=tiny.environment(), stdout=subprocess.PIPE, text=True
+    )
+    with holder:
+        assert holder.stdout.readline() == "owned\n"
+        with pytest.raises(InputError, match=f"process {holder.pid} on"), own(lock):
+            pass
+        holder.send_signal(signal.SIGKILL)
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)  # It stays a zombie.
+        with own(lock):
+            pass
+
+
+def test_a_process_number_that_was_given_again_is_another_process(lock):
+    written_by(lock, started="1")
+    with own(lock):
+        pass
+
+
+def test_an_owner_on_another_host_is_dead_after_some_time_without_a_beat(lock, monkeypatch, capsys):
+    monkeypatch.setattr(ownership, "DEAD_SECONDS", 0.3)
+    written_by(lock, machine="elsewhere", name="elsewhere")
+    with own(lock):
+        pass
+    assert "for a sign of life of process" in capsys.readouterr().err
+
+
+def test_an_owner_on_another_host_that_beats_is_alive(lock, monkeypatch):
+    monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.05)
+    here = ownership._Owner.of_this_process()
+    with own(lock):
+        monkeypatch.setattr(ownership._Owner, "of_this_process", classmethod(
+            lambda cls: dataclasses.replace(here, machine="elsewhere")
+        ))  # fmt: skip
+        with pytest.raises(InputError, match="another command is writing there"), own(lock):
+            pass
+    assert not lock.exists()
+
+
+def test_an_owner_that_was_taken_for_dead_stops(lock):
+    """As one that stood still does when it goes on."""
+    code = HOLDING.replace("import sys, time", "import sys, time; from dmf.runtime import ownership"
+                           "; ownership.BEAT_SECONDS = 0.05")  # fmt: skip
+    command = [sys.executable, "-c", code, str(lock)]
+    with subprocess.Popen(command, env=tiny.environment(), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, text=True) as process:  # fmt: skip
+        process.stdout.readline()
+        written_by(lock)
+        _, told = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "has taken it over, because this process stood still: this one stops" in told
+
+
+def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(InputError, match="^output=output.npz: it cannot be written"),
+        own(ownership.lock_beside(tmp_path / "file" / "output.npz")),
+    ):
+        pass
