@@ -28,6 +28,7 @@ from dmf.models import FROZEN_KINDS
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.objectives.build import interpolant
 from dmf.runtime import files, progress
+from dmf.runtime.ownership import owned_output
 from dmf.sampling import stablehlo
 from dmf.sampling.build import sampling
 from dmf.types import Params
@@ -83,7 +84,7 @@ def convert(
       InputError: the checkpoint cannot be read or is of no known network; nothing is written.
       RunError: the disk is full or cannot be written.
     """
-    with files.new_directory(output) as folder:
+    with owned_output("output", output), files.new_directory(output) as folder:
         decoder = _read_autoencoder(autoencoder) if autoencoder else None
         parts = _read(source, fields, key, naming, config_class, decoder and decoder.scaling)
         if decoder:
@@ -263,12 +264,13 @@ def write(
       steps: number of sampling steps of a StableHLO function.
 
     Raises:
-      InputError: there is no such format or naming, or the directory is not empty.
+      InputError: there is no such format or naming, or the directory is not empty or is being
+        written by another command.
       RunError: the disk is full or cannot be written.
     """
     if form not in FORMATS:
         raise InputError("format", form, f"choose one of {', '.join(FORMATS)}")
-    with files.new_directory(output) as folder:
+    with owned_output("output", output), files.new_directory(output) as folder:
         if form == "orbax":
             _write_orbax(folder, parts)
         elif form == "safetensors":

@@ -76,15 +76,16 @@ def main(verb: str, arguments: Sequence[str]) -> None:
                          "they are")
     config = _config(values, overrides)
     if makes_reference:
-        output = epath.Path(makes_reference)
-        _make_reference(config, values, output)
+        output, evaluate = epath.Path(makes_reference), _make_reference
     elif values.images:
         flags.require(values, "output")
-        output = epath.Path(values.output)
-        _evaluate_images(config, values, output)
+        output, evaluate = epath.Path(values.output), _evaluate_images
     else:
-        output = _output(values)
-        _evaluate_checkpoint(config, values, output)
+        output, evaluate = _output(values), _evaluate_checkpoint
+    from dmf.runtime.ownership import owned_output
+
+    with owned_output("--output", output):
+        evaluate(config, values, output)
     print(output)
 
 

@@ -44,12 +44,15 @@ def main(verb: str, arguments: Sequence[str]) -> None:
 def _report_runs(output: str, directories: Sequence[str]) -> None:
     flags.use_cpu_only()
     from dmf.experiments import html_report, runs
+    from dmf.runtime.ownership import owned_output
 
-    print(html_report.write_report(output, runs.find_runs(directories)))
+    with owned_output("--output", output):
+        print(html_report.write_report(output, runs.find_runs(directories)))
 
 
 def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> None:
     from dmf.experiments import evaluation_report
+    from dmf.runtime.ownership import owned_output
 
     evaluations = {}
     for argument in named:
@@ -61,4 +64,5 @@ def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> 
     if not evaluations:
         raise InputError("nothing to report", remedy="give NAME=FILE for each evaluation, or the "
                          "directories of runs or sweeps")
-    print(evaluation_report.write_report(values.output, evaluations, values.metric))
+    with owned_output("--output", values.output):
+        print(evaluation_report.write_report(values.output, evaluations, values.metric))

@@ -63,6 +63,7 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     from dmf.models.build import network
     from dmf.objectives.build import interpolant
     from dmf.runtime.checksums import fingerprint
+    from dmf.runtime.ownership import owned_output
     from dmf.runtime.progress import log
     from dmf.runtime.sharding import local_mesh
     from dmf.sampling import image_writers
@@ -86,7 +87,8 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     generates = [generator(params, steps=n, **options) for n in steps]
     output = epath.Path(values.output)
     if output.suffix == ".png":
-        _write_grid(output, generates, labels, values.count, chunk * mesh.size, generator)
+        with owned_output("--output", output):
+            _write_grid(output, generates, labels, values.count, chunk * mesh.size, generator)
     else:
         identity = [fingerprint(params), steps, options, labels.tolist(), generator.identity]
         image_writers.write_images(
@@ -99,14 +101,14 @@ def _write_grid(
 ) -> None:
     """Writes the images of each number of steps below each other."""
     from dmf.data import pixels
-    from dmf.sampling.generator import chunks
+    from dmf.sampling.generator import chunks, finite_images
 
     sheets = []
     for generate in generates:
         for indices in chunks(count, size):
-            images = generate(indices, labels[indices % len(labels)]).images
-            sheets.append(np.asarray(images)[: count - indices[0]])
-    output.parent.mkdir(parents=True, exist_ok=True)
+            sheets.append(
+                finite_images(generate, indices, labels[indices % len(labels)], stop=count)
+            )
     images = np.concatenate(sheets)
     columns = min(len(set(labels.tolist())), 10) if generator.num_classes else 10
     zoom = pixels.zoom_factor(images.shape[1])

@@ -99,6 +99,8 @@ def png(image: UInt8[np.ndarray, "h w c"]) -> bytes:
 def write_png(path: epath.PathLike, image: UInt8[np.ndarray, "h w c"]) -> None:
     """Writes a grey or RGB image as a PNG file, see `png`; its directory is created.
 
+    The file appears when it is complete.
+
     Raises:
       RunError: the disk is full or cannot be written.
     """

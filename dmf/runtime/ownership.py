@@ -16,12 +16,13 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 from etils import epath
 
 from dmf.errors import InputError
 from dmf.runtime import processes, progress
+from dmf.runtime.paths import user_path
 
 # The lock file within a workdir.
 LOCK_FILE = ".lock"
@@ -29,12 +30,6 @@ LOCK_FILE = ".lock"
 BEAT_SECONDS = 10.0
 DEAD_SECONDS = 60.0
 _held: "set[_Lock]" = set()
-
-
-def lock_beside(output: epath.PathLike) -> epath.Path:
-    """The lock file of an output, in the directory that the output is made in."""
-    output = epath.Path(output)
-    return output.parent / f".{output.name}.lock"
 
 
 @contextmanager
@@ -65,6 +60,12 @@ def owned(lock: epath.Path, field: str, subject: epath.PathLike) -> Iterator[Non
         yield
     finally:
         held.release()
+
+
+def owned_output(field: str, output: epath.PathLike) -> AbstractContextManager[None]:
+    """`owned` for a file or directory that is made; the lock file is hidden beside it."""
+    path = user_path(output)
+    return owned(path.parent / f".{path.name}.lock", field, output)
 
 
 def release_all() -> None:

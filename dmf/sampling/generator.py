@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dmf import registry
 from dmf.data import pixels
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.memoize import memoized
@@ -245,6 +245,23 @@ def chunks(count: int, size: int, first: int = 0) -> Iterator[Int[np.ndarray, "s
         yield np.arange(start, start + size, dtype=np.int32)
 
 
+def finite_images(
+    generate: Generate, indices: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"], *, stop: int
+) -> UInt8[np.ndarray, "m h w c"]:
+    """The images of those indices that are below `stop`, on the host.
+
+    Raises:
+      RunError: one of them comes from a sample that holds NaN or infinity.
+    """
+    images, finite = jax.device_get(generate(indices, labels))
+    inside = indices < stop
+    bad = indices[inside & ~finite]
+    if len(bad):
+        raise RunError(f"{len(bad)} of images {indices[0]} to {indices[inside][-1]} hold NaN or "
+                       f"infinity, the first of them {bad[0]}")
+    return images[inside]
+
+
 def class_grid(
     generates: Sequence[Generate], num_classes: int, *, rows: int = 2, multiple_of: int = 1
 ) -> UInt8[np.ndarray, "H W c"]:
@@ -257,12 +274,15 @@ def class_grid(
       rows: number of rows for each function.
       multiple_of: the number of images in a call is a multiple of it, for example the number of
         devices.
+
+    Raises:
+      RunError: a sample holds NaN or infinity.
     """
     columns = min(num_classes, 10) or 10
     count = rows * columns
     (indices,) = chunks(count, -(-count // multiple_of) * multiple_of)
     labels = class_labels(indices % columns, num_classes)
     images = np.concatenate(
-        [np.asarray(generate(indices, labels).images)[:count] for generate in generates]
+        [finite_images(generate, indices, labels, stop=count) for generate in generates]
     )
     return pixels.grid(images, columns, zoom=pixels.zoom_factor(images.shape[1]))

@@ -23,12 +23,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dmf.data import pixels
 from dmf.data.image_files import LABELS_FILES
 from dmf.data.image_sets import ARRAY
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError
 from dmf.runtime.files import disk_errors, new_directory, new_file
+from dmf.runtime.ownership import owned_output
+from dmf.runtime.paths import user_path
 from dmf.runtime.processes import barrier
 from dmf.runtime.progress import Progress
 from dmf.runtime.resumable_work import claim_folder
-from dmf.sampling.generator import Generate, chunks
+from dmf.sampling.generator import Generate, chunks, finite_images
 
 Part = tuple[UInt8[np.ndarray, "n h w c"], Int[np.ndarray, "n"]]
 LABELS_FILE = LABELS_FILES[0]
@@ -57,13 +59,13 @@ def write_images(
       part_chunks: number of chunks in a part.
 
     Raises:
-      InputError: the output has another suffix, or exists and is no empty folder.
+      InputError: the output has another suffix, exists and is no empty folder, or is being written
+        by another command.
       RunError: an image contains NaN or infinity, or the disk is full.
     """
-    output = epath.Path(output)
+    output = user_path(output)
     _check_output(output)
-    with disk_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with owned_output("--output", output), disk_errors(output):
         work = [identity, chunk_size, len(labels)]
         folder = claim_folder(output.parent / f".{output.name}.parts", work)
         paths = _generate_parts(
@@ -109,7 +111,8 @@ def _generate_parts(
     progress = Progress("samples", total - sum(counts[path] for path in missing), total, "images")
     for path in missing:
         first, stop = parts[path]
-        batches = [_generate_batch(generate, labels, indices, stop)
+        batches = [finite_images(generate, indices, labels[np.minimum(indices, len(labels) - 1)],
+                                 stop=stop)
                    for indices in chunks(stop, batch_size, first)]
         with new_file(path) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(batches))
@@ -127,24 +130,6 @@ def _is_whole(path: epath.Path, count: int) -> bool:
     except (OSError, ValueError, EOFError):
         return False
     return shape[:1] == (count,) and size == math.prod(shape) * dtype.itemsize
-
-
-def _generate_batch(
-    generate: Generate, labels: Int[np.ndarray, "n"], indices: Int[np.ndarray, "m"], stop: int
-) -> UInt8[np.ndarray, "k h w c"]:
-    """The images of those indices that are below `stop`.
-
-    Raises:
-      RunError: one of them contains NaN or infinity.
-    """
-    batch_labels = labels[np.minimum(indices, len(labels) - 1)]
-    images, finite = jax.device_get(generate(indices, batch_labels))
-    inside = indices < stop
-    bad = indices[inside & ~finite]
-    if len(bad):
-        raise RunError(f"{len(bad)} of images {indices[0]} to {indices[inside][-1]} hold NaN or "
-                       f"infinity, the first of them {bad[0]}")
-    return images[inside]
 
 
 def _read_parts(paths: Iterable[epath.Path], labels: Int[np.ndarray, "n"]) -> Iterator[Part]:

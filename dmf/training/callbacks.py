@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from dmf.checkpoints.load import load_latent_space
 from dmf.data import pixels
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError
 from dmf.evaluation import flow_map_evaluation
 from dmf.evaluation.build import evaluation
 from dmf.evaluation.evaluator import Evaluator
@@ -105,8 +105,12 @@ class SampleGridCallback(Callback):
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         generates = [self._generator(params, steps=steps) for steps in settings.steps]
-        grid = class_grid(generates, network.num_classes, multiple_of=self._mesh.size)
-        pixels.write_png(self._folder / f"{step:08}.png", grid)
+        try:
+            grid = class_grid(generates, network.num_classes, multiple_of=self._mesh.size)
+        except RunError as error:  # The loss is finite, so that training may go on.
+            processes.log(f"step {step}: no grid of samples is written: {error}")
+        else:
+            pixels.write_png(self._folder / f"{step:08}.png", grid)
 
 
 class EvaluationCallback(Callback):

@@ -8,10 +8,11 @@ import threading
 
 import pytest
 import tiny
+from etils import epath
 
 from dmf.errors import InputError
 from dmf.runtime import ownership
-from dmf.runtime.ownership import owned
+from dmf.runtime.ownership import owned, owned_output
 
 HOLDING = """
 import sys, time
@@ -25,11 +26,11 @@ with owned(epath.Path(sys.argv[1]), "workdir", "w"):
 
 @pytest.fixture
 def lock(tmp_path):
-    return ownership.lock_beside(tmp_path / "new" / "output.npz")
+    return tmp_path / "new" / ".output.npz.lock"
 
 
 def own(lock):
-    return owned(lock, "output", "output.npz")
+    return owned(epath.Path(lock), "output", "output.npz")
 
 
 def written_by(lock, **fields):
@@ -41,7 +42,6 @@ def written_by(lock, **fields):
 
 def test_what_is_owned_is_refused_and_what_is_released_is_free(lock):
     with own(lock):
-        assert lock.name == ".output.npz.lock"
         with (
             pytest.raises(InputError, match=rf"^output=output.npz: another command is writing "
                           rf"there, process {os.getpid()} on host .*; wait until it ends"),
@@ -51,6 +51,13 @@ def test_what_is_owned_is_refused_and_what_is_released_is_free(lock):
     with own(lock):
         pass
     assert not lock.parent.exists()
+
+
+def test_an_output_is_owned_by_a_file_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with owned_output("output", "~/new/images"):
+        assert (tmp_path / "new/.images.lock").exists()
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_was_written_beside_a_lock_stays(lock):
@@ -143,6 +150,6 @@ def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     with (
         pytest.raises(InputError, match="^output=output.npz: it cannot be written"),
-        own(ownership.lock_beside(tmp_path / "file" / "output.npz")),
+        own(tmp_path / "file" / "lock"),
     ):
         pass

@@ -262,6 +262,18 @@ def test_images_that_are_not_finite_are_refused(tmp_path, bad, words, name):
 
 
 @over_formats
+def test_an_output_that_another_command_is_writing_is_left_alone(tmp_path, name):
+    def meddling(indices, labels):
+        with pytest.raises(InputError, match=f"^--output=.*{name}: another command is writing"):
+            write(tmp_path / name, FakeGenerator())
+        return FakeGenerator()(indices, labels)
+
+    write(tmp_path / name, meddling)
+    np.testing.assert_array_equal(read(tmp_path / name)[0], pixels(np.arange(COUNT), LABELS))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@over_formats
 def test_values_beyond_the_last_image_are_ignored(tmp_path, name):
     write(tmp_path / name, FakeGenerator(bad=(22, 23)))
     assert len(read(tmp_path / name)[0]) == COUNT
@@ -358,6 +370,13 @@ def test_a_grid_shows_the_samples_of_each_number_of_steps(tmp_path):
     # The noise is the same for all numbers of steps.
     same, other = (np.abs(sheets[name].astype(int) - sheets["1"]).mean() for name in ("2", "2'"))
     assert 0 < same < 0.7 * other
+
+
+def test_a_grid_of_images_that_are_not_finite_is_refused(tmp_path, capsys):
+    code = sample(tmp_path / "x.png", "--config.sampling.guidance.scale=1e38", "--count=20")
+    assert code == 1
+    assert "images 0 to 19 hold NaN or infinity" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
