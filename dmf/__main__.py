@@ -38,8 +38,19 @@ def set_compilation_cache() -> None:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dmf", "compiled"))
 
 
+def keep_standard_files_open() -> None:
+    """Opens those of the files 0 to 2 that are closed, so that no file of data gets their numbers,
+    to which libraries write messages."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def main() -> None:
     """The command line; the exit code is that of `dmf.cli.exit_codes.run`."""
+    keep_standard_files_open()
     arguments = sys.argv[1:]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())

@@ -39,8 +39,10 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
         except KeyboardInterrupt:
             remedy = "the same command resumes from the last checkpoint"
             return _fail(verb, f"interrupted; {remedy}", 130)
-        except Exception:  # A defect of this project: the whole traceback helps to mend it.
-            traceback.print_exc()
+        except Exception:
+            if message := _missing_devices():
+                return _fail(verb, message, 2)
+            traceback.print_exc()  # A defect of this project: the whole helps to mend it.
             return 1
     return 0
 
@@ -64,6 +66,20 @@ def silence_background_threads() -> None:
     stdlib_logging.getLogger("asyncio").setLevel(stdlib_logging.CRITICAL)
     threading.excepthook = sys.excepthook = sys.unraisablehook = lambda *error: None
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _missing_devices() -> str:
+    """What is wrong if JAX finds no devices at all; "" if it finds some, or was not used."""
+    if "jax" not in sys.modules:
+        return ""
+    try:
+        sys.modules["jax"].devices()
+    except Exception as error:  # JAX raises a RuntimeError, or an AssertionError without a text.
+        reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return (f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{reason}; install JAX "
+                "for them, as jax[cuda12] or jax[tpu], or unset JAX_PLATFORMS")
+    return ""
 
 
 def end(code: int) -> None:
