@@ -21,6 +21,7 @@ from typing import Any
 from dmf.errors import InputError, RunError, Stopped
 from dmf.runtime import processes, progress
 from dmf.runtime.files import refuse_link
+from dmf.runtime.signals import handle
 
 LOG_FILE = "train.log"
 LOCK_FILE = ".sweep.lock"
@@ -140,20 +141,23 @@ def sweep_lock(workdir: pathlib.Path) -> Iterator[int]:
         except BlockingIOError:
             raise InputError("workdir", workdir, "another sweep, or a run that it has left behind, "
                              "is still going on there; wait for it or end it") from None
+        except OSError:  # Some shared disks have no such locks; each run still owns its workdir.
+            pass
         yield file.fileno()
 
 
 class _StopSignals:
-    """Counts the SIGINT and SIGTERM signals that this process receives, and keeps the last one."""
+    """Counts the signals to stop that this process receives, and keeps the last one."""
 
     def __init__(self) -> None:
         self.signal, self.count = 0, 0
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopSignals":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with suppress(ValueError):  # Only the main thread may handle signals.
-                self._handlers[number] = signal.signal(number, self._receive)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            previous = handle(number, self._receive)
+            if previous is not None:
+                self._handlers[number] = previous
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -199,6 +203,8 @@ class JobPool:
         finally:
             for _, _, process in self._running:
                 process.terminate()
+            for _, _, process in self._running:
+                process.wait()
         if stop.signal == signal.SIGINT:
             raise KeyboardInterrupt
         if stop.signal:

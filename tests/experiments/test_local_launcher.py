@@ -1,5 +1,6 @@
 """Processes side by side: what each may use, what becomes of one that fails, and how all stop."""
 
+import errno
 import itertools
 import os
 import signal
@@ -175,7 +176,8 @@ def test_runs_are_on_the_cpu_without_gpu_and_tpu(tmp_path, monkeypatch, variable
 
 
 @pytest.mark.parametrize(
-    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped)]
+    ("number", "error"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped), (signal.SIGHUP, Stopped)],
 )
 def test_told_to_stop_all_save_and_no_more_start(tmp_path, number, error):
     jobs = [job(tmp_path, name, SAVES) for name in ("a", "b", "c")]
@@ -195,6 +197,26 @@ def test_told_to_stop_all_save_and_no_more_start(tmp_path, number, error):
     for name in ("a", "b"):
         assert (tmp_path / name / "train.log").read_text() == "ready\nsaved\n"
     assert not (tmp_path / "c").exists()
+
+
+def test_a_sweep_that_fails_waits_for_its_runs(tmp_path, monkeypatch):
+    def fails(self):
+        wait_for(tmp_path / "a/train.log", "ready")
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(local_launcher.JobPool, "_log_progress", fails)
+    with pytest.raises(ZeroDivisionError):
+        pool(tmp_path, [job(tmp_path, "a", SAVES)])
+    assert (tmp_path / "a/train.log").read_text() == "ready\nsaved\n"
+
+
+def test_a_disk_without_locks_is_taken_as_it_is(tmp_path, monkeypatch):
+    """Each run owns its workdir in another way."""
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(local_launcher.fcntl, "flock", unsupported)
+    assert pool(tmp_path, [job(tmp_path, "a", "print('fine')")]).failures == {}
 
 
 def test_told_twice_those_that_do_not_end_are_ended(tmp_path):
