@@ -19,6 +19,7 @@ VERBS = {
     "export": "export parameters: Orbax, safetensors or StableHLO",
     "report": "write a report of runs, or a table of evaluations",
 }
+CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def usage() -> str:
@@ -32,10 +33,17 @@ def set_compilation_cache() -> None:
     """Keeps compiled programs on disk, so that a resumed run starts at once.
 
     The directory is JAX_COMPILATION_CACHE_DIR, which JAX reads on import; dmf/compiled in the
-    user's cache by default.
+    user's cache by default. Without a home directory nothing is kept.
     """
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(caches, "dmf", "compiled"))
+    from dmf.errors import InputError
+    from dmf.runtime.paths import user_path
+
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    given = os.environ.get(CACHE_VARIABLE, os.path.join(caches, "dmf", "compiled"))
+    try:
+        os.environ[CACHE_VARIABLE] = given and os.fspath(user_path(given))
+    except InputError:
+        os.environ[CACHE_VARIABLE] = ""
 
 
 def keep_standard_files_open() -> None:

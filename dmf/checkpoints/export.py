@@ -29,6 +29,7 @@ from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.objectives.build import interpolant
 from dmf.runtime import files, progress
 from dmf.runtime.ownership import owned_output
+from dmf.runtime.paths import user_path
 from dmf.sampling import stablehlo
 from dmf.sampling.build import sampling
 from dmf.types import Params
@@ -137,7 +138,7 @@ def _read(
 
 def _read_autoencoder_of(source: str) -> Parts | None:
     """The autoencoder that lies in a safetensors export over latents; None without one."""
-    folder = epath.Path(source)
+    folder = user_path(source)
     inner = folder / load.AUTOENCODER
     if not ((folder / stored_params.SAFETENSORS_FILE).exists() and inner.exists()):
         return None

@@ -23,6 +23,7 @@ from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.objectives.build import interpolant
 from dmf.registry import at
+from dmf.runtime.paths import user_path
 from dmf.runtime.progress import log
 from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
 from dmf.sampling.build import Sampling, sampling
@@ -109,7 +110,7 @@ def read_config(directory: epath.PathLike) -> ConfigDict:
         config = config_from_json(stored)
     except InputError as error:
         raise error.within(f"checkpoint={directory}") from None
-    autoencoder = epath.Path(directory) / AUTOENCODER
+    autoencoder = user_path(directory) / AUTOENCODER
     if not config.latents.autoencoder and autoencoder.exists():
         config.latents.autoencoder = str(autoencoder)
     return config

@@ -23,6 +23,7 @@ from dmf.checkpoints.orbax_files import check_stored
 from dmf.errors import Damaged, InputError, RunError
 from dmf.runtime.checksums import check_checksums, checksums, reading_errors
 from dmf.runtime.files import absolute, write_json
+from dmf.runtime.paths import user_path
 from dmf.types import Params
 
 FORMAT = 2
@@ -46,7 +47,7 @@ def split_step(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
     >>> [str(part) for part in split_step("runs/digits")]
     ['runs/digits', 'None']
     """
-    path = epath.Path(directory)
+    path = user_path(directory)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     return path, None

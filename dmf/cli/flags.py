@@ -13,6 +13,7 @@ from typing import Any
 from absl import flags
 
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 
 def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: str) -> list[str]:
@@ -45,7 +46,7 @@ def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
     """The arguments with the home directory in place of a leading ~, also behind "FLAG=", where
-    shells leave it.
+    shells leave it; `user_path` raises InputError where there is none.
 
     >>> expand_home(["--workdir=~/runs"])[0].startswith("--workdir=/")
     True
@@ -54,9 +55,9 @@ def expand_home(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         name, equals, value = argument.partition("=")
         if argument.startswith("~"):
-            argument = os.path.expanduser(argument)
+            argument = os.fspath(user_path(argument))
         elif value.startswith("~"):
-            argument = name + equals + os.path.expanduser(value)
+            argument = name + equals + os.fspath(user_path(value))
         expanded.append(argument)
     return expanded
 
@@ -96,6 +97,7 @@ def run_file(flag: str, file: pathlib.Path) -> types.ModuleType:
     Raises:
       InputError: there is no such file, or it raises an error.
     """
+    file = pathlib.Path(user_path(file))
     if not file.is_file():
         raise InputError(flag, file, "no such file")
     allow_imports_beside(file)

@@ -1,6 +1,7 @@
 """From `config.data` to a dataset, its mixture and the data loader."""
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from dmf.data.datasets import ConcatenatedDataset, Dataset, UnlabelledDataset, o
 from dmf.errors import InputError, check_at_least
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at, build, component_field, components
+from dmf.runtime.paths import user_path
 from dmf.types import Network
 
 
@@ -132,19 +134,20 @@ def _open(part: Data | MixturePart, network: Network, extra: str) -> Dataset:
     Raises:
       InputError: the directory does not exist; nothing is made there.
     """
-    if part.directory and not epath.Path(part.directory).exists():
+    directory = os.fspath(user_path(part.directory)) if part.directory else ""
+    if directory and not epath.Path(directory).exists():
         raise InputError("directory", part.directory, "there is no such directory; dmf prepare "
                          "makes one, and without a directory TFDS uses its own")
     open_registered = components("dataset").get(part.name)
     if open_registered is None:
         return open_dataset(
-            part.name, split=part.split, directory=part.directory,
+            part.name, split=part.split, directory=directory,
             num_classes=network.num_classes or None, extra=extra,
         )
     if extra:
         raise InputError("name", part.name, f"a registered dataset has no {extra} to align with; "
                          "set objective.alignment_coefficient to 0")
-    return open_registered(split=part.split, directory=part.directory)
+    return open_registered(split=part.split, directory=directory)
 
 
 def _check_network(

@@ -21,13 +21,13 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 from jaxtyping import Int64
 from PIL import Image
 
 from dmf.data.archives import Files, Folder, is_hidden, normalized, open_archive
 from dmf.data.image_transforms import decode
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 LABELS_FILES = ("dataset.json", "labels.csv")
@@ -128,7 +128,7 @@ def _is_image(name: str) -> bool:
 
 
 def _open_files(source: str, labels: str) -> Files:
-    path = epath.Path(source)
+    path = user_path(source)
     if not source or not path.exists():
         raise InputError("source", source, "there is no such folder or archive")
     if path.is_dir():
@@ -181,7 +181,7 @@ def _open_labels_file(
             return name, functools.partial(files.read, below)
     if not labels:
         return None
-    path = epath.Path(labels)
+    path = user_path(labels)
     if not path.exists() or path.is_dir():
         raise InputError("labels", labels, "no such file, neither in the source nor elsewhere")
     return labels, path.read_bytes

@@ -17,6 +17,7 @@ from dmf.data.pixels import IMAGE_CHANNELS
 from dmf.data.raw_images import RawImages, open_raw_images
 from dmf.data.tfds_records import is_dataset
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 ARRAY = "arr_0"
 _GREY_MODES = ("1", "L")
@@ -196,7 +197,7 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
     Raises:
       InputError: there is no such set, or it has no images.
     """
-    path = epath.Path(source)
+    path = user_path(source)
     if path.suffix == ".npz" and side:
         raise InputError(
             "resolution", side, f"the images of {source} are taken as they are; leave it out"
@@ -221,7 +222,7 @@ def _open_dataset(path: epath.Path) -> DatasetImages:
 
 
 def _open_files(source: str, side: int, field: str) -> FileImages:
-    path = epath.Path(source)
+    path = user_path(source)
     if path.exists() or source.startswith(("/", ".", "~")):
         images, name = open_images(source), path.name
     else:

@@ -32,6 +32,7 @@ from jaxtyping import Int64
 from dmf.data.archives import Files, Folder, open_archive
 from dmf.data.npy_files import header_size, npz_arrays, parse_array, parse_header
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 LABELS_FILE = "dataset.json"
 # Folders that may hold the labels file, and the files that it lists.
@@ -188,7 +189,7 @@ def open_cache(directory: epath.PathLike, *, num_classes: int | None = None) -> 
       InputError: there are no latents, their labels are wrong or name other files, or the files
         that are compared differ. Its field is "directory", and the text names the file.
     """
-    directory = os.fspath(directory)
+    directory = os.fspath(user_path(directory))
     with _errors_of_directory(directory):
         files = _open_files(directory)
         names, labels, is_edm2 = _list_samples(files)

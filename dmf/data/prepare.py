@@ -32,6 +32,7 @@ from dmf.errors import InputError, RunError
 from dmf.runtime import progress
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.files import disk_errors, partial_path, write_json
+from dmf.runtime.paths import user_path
 from dmf.types import Params
 
 SETTINGS_FILE = "preparation.json"
@@ -70,7 +71,7 @@ def prepare(
         raise InputError(
             "process", process, f"give a number from 0 to processes - 1 = {processes - 1}"
         )
-    output, num_shards = epath.Path(output), -(-len(images) // settings.shard_size)
+    output, num_shards = user_path(output), -(-len(images) // settings.shard_size)
     with disk_errors(output):
         identity = _identity(images, settings, autoencoder_params, encoder_params, collector)
         _claim(output, identity)

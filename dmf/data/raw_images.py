@@ -10,12 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
-from etils import epath
 
 from dmf.data.image_files import UnreadableImage, open_images
 from dmf.data.image_transforms import decode
 from dmf.data.tfds_records import open_builder, open_records
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 Record = Mapping[str, Any]
 BLOCK = 256
@@ -152,7 +152,7 @@ def open_raw_images(
       InputError: the source does not exist or cannot be read; its field is "source", "labels" or
         "split". Records other than ArrayRecord need TensorFlow, which reads them if installed.
     """
-    if epath.Path(source).exists() or source.endswith((".zip", ".tar")):
+    if user_path(source).exists() or source.endswith((".zip", ".tar")):
         return open_images(source, labels=labels)
     try:
         return _open_tfds(source, split, directory)

@@ -22,6 +22,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dmf.data.digits import Digits
 from dmf.data.feature_files import check_features
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 DEFAULT_DIRECTORY = tfds.core.constants.DATA_DIR
 INFO_FILE = "dataset_info.json"
@@ -172,7 +173,7 @@ class TfdsDataset:
 
 def is_dataset(directory: epath.PathLike) -> bool:
     """Whether a directory is that of a TFDS dataset."""
-    return (epath.Path(directory) / INFO_FILE).exists()
+    return (user_path(directory) / INFO_FILE).exists()
 
 
 def open_builder(name: str, directory: str = "") -> tfds.core.DatasetBuilder:
@@ -187,7 +188,7 @@ def open_builder(name: str, directory: str = "") -> tfds.core.DatasetBuilder:
       InputError: the dataset is not prepared; the message says how to prepare it. Or the name has a
         namespace, which TFDS would look up in the internet; or a file of the dataset names code.
     """
-    directory = directory or DEFAULT_DIRECTORY
+    directory = os.fspath(user_path(directory or DEFAULT_DIRECTORY))
     if is_dataset(directory):
         check_features(directory)
         return tfds.builder_from_directory(directory)

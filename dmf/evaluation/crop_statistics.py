@@ -20,6 +20,7 @@ from dmf.evaluation.reference_statistics import (
     write_reference,
 )
 from dmf.runtime.checksums import fingerprint
+from dmf.runtime.paths import user_path
 from dmf.runtime.progress import log
 
 _FILES = "statistics-*.npz"
@@ -54,7 +55,7 @@ class CropStatistics:
         evaluator.check_image_count((side, side, 3), count, field="--reference", value=reference)
         self._collector = evaluator.collector
         self._strides = feature_strides(evaluator.protocol.stored_reference_features, count)
-        self._folder, self._reference_file = folder, epath.Path(reference)
+        self._folder, self._reference_file = folder, user_path(reference)
         self._file = folder / _FILES.replace("*", f"{process:05}")
         self._shard = Statistics(self._strides)
 

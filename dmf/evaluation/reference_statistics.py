@@ -18,6 +18,7 @@ from dmf.evaluation.feature_statistics import Statistics, write_npz
 from dmf.evaluation.metric import MetricInput
 from dmf.evaluation.running_statistics import Moments, RunningMoments
 from dmf.runtime.checksums import fingerprint
+from dmf.runtime.paths import user_path
 
 # Names of mean and covariance in an .npz, by kind of features; the first pair that is there counts.
 _NPZ_NAMES = {
@@ -102,7 +103,7 @@ def reference_from_statistics(
 
 def is_statistics_file(path: epath.PathLike) -> bool:
     """Whether `read_reference` reads a file; otherwise it is a set of images."""
-    path = epath.Path(path)
+    path = user_path(path)
     if path.suffix != ".npz" or not path.is_file():
         return path.suffix in (".npz", ".pkl")
     names = {name for pairs in _NPZ_NAMES.values() for pair in pairs for name in pair}
@@ -116,7 +117,7 @@ def read_reference(path: epath.PathLike) -> Reference:
     Raises:
       InputError: there is no such file, it has another layout, or it holds no valid moments.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise InputError("reference", path, f"there is no such file; {_REMEDY}")
     if path.suffix == ".pkl":
@@ -179,7 +180,7 @@ def write_reference(path: epath.PathLike, reference: Reference) -> None:
     arrays |= {_FEATURES + kind: values for kind, values in reference.features.items()}
     if reference.labels is not None:
         arrays[_LABELS] = reference.labels
-    write_npz(epath.Path(path), arrays)
+    write_npz(user_path(path), arrays)
 
 
 def _moments(path: epath.Path, kind: str, mean: Any, covariance: Any) -> Moments:

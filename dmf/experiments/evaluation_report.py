@@ -11,6 +11,7 @@ from dmf.errors import InputError
 from dmf.evaluation.metrics import find_metric
 from dmf.experiments.plots import new_figure, to_png
 from dmf.runtime.files import new_file, write_text
+from dmf.runtime.paths import user_path
 
 Evaluation = dict[str, Any]
 # Rows of an evaluation by their number of sampling steps.
@@ -24,7 +25,7 @@ def read_evaluation(path: epath.PathLike) -> Evaluation:
       InputError: the file is no evaluation, or has no numbers of sampling steps.
     """
     try:
-        evaluation = json.loads(epath.Path(path).read_bytes().decode())
+        evaluation = json.loads(user_path(path).read_bytes().decode())
     except ValueError:
         evaluation = None
     rows = evaluation["results"] if is_evaluation(evaluation) else []
@@ -158,7 +159,7 @@ def write_report(
     """
     metric = metric or next(iter(evaluations.values()))["protocol"]["metrics"][0]
     check_comparable(evaluations, metric)
-    directory = epath.Path(directory)
+    directory = user_path(directory)
     text = markdown_table(evaluations, metric)
     write_text(directory / "report.md", text + "\n")
     plot_metric(directory / "distance.png", evaluations, metric)

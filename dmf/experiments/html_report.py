@@ -13,6 +13,7 @@ from etils import epath
 from dmf.experiments import plots, tables
 from dmf.experiments.runs import Run
 from dmf.runtime.files import write_text
+from dmf.runtime.paths import user_path
 
 PAGE = "report.html"
 _DIGITS = 4
@@ -50,7 +51,7 @@ def write_report(directory: epath.PathLike, runs: Sequence[Run]) -> epath.Path:
       InputError: matplotlib is not installed; nothing is written.
       RunError: the disk is full or cannot be written.
     """
-    directory = epath.Path(directory)
+    directory = user_path(directory)
     files = {
         "runs.csv": tables.runs_table(runs),
         "metrics.csv": tables.metrics_table(runs),

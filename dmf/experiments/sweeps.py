@@ -9,6 +9,7 @@ order changes.
 import dataclasses
 import hashlib
 import itertools
+import os
 import pathlib
 import re
 import runpy
@@ -17,6 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 # Characters of a directory name. File systems take 255 bytes.
 MAX_NAME_LENGTH = 200
@@ -76,6 +78,7 @@ def read_sweep(path: str) -> list[Mapping[str, Any]]:
     Raises:
       InputError: there is no such file, it raises an error, or it returns something else.
     """
+    path = os.fspath(user_path(path))
     if not pathlib.Path(path).is_file():
         raise InputError("--sweep", path, "no such file")
     try:

@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from dmf.errors import InputError, brief
+from dmf.runtime.paths import user_path
 
 HUB = "hf:"
 CONFIG_FILE = "config.json"
@@ -79,7 +80,7 @@ def _absolute(source: str) -> epath.Path:
     """The absolute path of a source; links stay, which in the hub's cache bear the files' names."""
     if "://" in source:
         return epath.Path(source)
-    return epath.Path(os.path.abspath(os.path.expanduser(source)))
+    return epath.Path(os.path.abspath(user_path(source)))
 
 
 def _in_directory(directory: epath.Path) -> epath.Path:
