@@ -220,7 +220,12 @@ def _digits(directory: str) -> tfds.core.DatasetBuilder:
         # TFDS prints that it downloads something, which is not so.
         tfds.disable_progress_bar()
         with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except OSError:  # Another process may have been faster.
+                builder = Digits(data_dir=directory, file_format="array_record")
+                if not builder.is_prepared():
+                    raise
     return builder
 
 

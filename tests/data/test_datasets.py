@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from dmf.data import build
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import Dataset, InMemoryDataset, UnlabelledDataset, open_dataset
+from dmf.data.digits import Digits
 from dmf.errors import InputError
 from dmf.models.build import network
 from dmf.runtime.sharding import batch_sharding, make_mesh
@@ -108,6 +109,20 @@ def test_digits_are_those_of_scikit_learn(tmp_path):
     assert labels.dtype == np.int32
     assert dataset.num_classes == 10
     assert list(tmp_path.rglob("*.array_record*"))
+
+
+def test_processes_that_need_the_digits_for_the_first_time_at_once_all_get_them(
+    tmp_path, monkeypatch
+):
+    prepare, examples = Digits.download_and_prepare, Digits._generate_examples
+
+    def another_is_faster(self):
+        monkeypatch.setattr(Digits, "_generate_examples", examples)
+        prepare(Digits(data_dir=str(tmp_path), file_format="array_record"))
+        return examples(self)
+
+    monkeypatch.setattr(Digits, "_generate_examples", another_is_faster)
+    assert len(open_dataset("digits", directory=str(tmp_path))) == 1797
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
