@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+from contextlib import nullcontext
 
 from dmf.runtime import signals
 
@@ -19,6 +20,8 @@ VERBS = {
     "export": "export parameters: Orbax, safetensors or StableHLO",
     "report": "write a report of runs, or a table of evaluations",
 }
+NOTHING_TO_SAVE = ("dmf train: told to stop before there was anything to save; the same command "
+                   "starts or resumes the run")
 CACHE_VARIABLE = "JAX_COMPILATION_CACHE_DIR"
 
 
@@ -67,17 +70,15 @@ def main() -> None:
     if verb not in VERBS:
         print(f"dmf: {verb}: no such verb; choose one of {', '.join(VERBS)}", file=sys.stderr)
         sys.exit(2)
-    if verb == "train":
-        signals.exit_on_signals("dmf train: told to stop before there was anything to save; the "
-                                "same command starts or resumes the run")
-    set_compilation_cache()
-    module = importlib.import_module(f"dmf.cli.{verb}")
-    from dmf.cli import exit_codes
+    with signals.exit_on_signals(NOTHING_TO_SAVE) if verb == "train" else nullcontext():
+        set_compilation_cache()
+        module = importlib.import_module(f"dmf.cli.{verb}")
+        from dmf.cli import exit_codes
 
-    code = exit_codes.run(module.main, verb, rest)
-    if code and "dmf.runtime.heartbeats" in sys.modules:
-        sys.modules["dmf.runtime.heartbeats"].exit_together(code)
-    exit_codes.end(code)
+        code = exit_codes.run(module.main, verb, rest)
+        if code and "dmf.runtime.heartbeats" in sys.modules:
+            sys.modules["dmf.runtime.heartbeats"].exit_together(code)
+        exit_codes.end(code)
 
 
 if __name__ == "__main__":

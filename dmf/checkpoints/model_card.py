@@ -50,6 +50,7 @@ def model_card(config: Mapping[str, Any], params: Params, *, origin: str, usage:
     rows = _network_rows(config) if "model" in config else _frozen_rows(config)
     title = rows.pop("title")
     rows |= {"parameters": f"{sum(w.size for w in jax.tree.leaves(params)):,}", "origin": origin}
+    rows = {name: str(value).replace("|", "\\|") for name, value in rows.items()}
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return _CARD.format(title=title, rows=lines, usage=usage)
 

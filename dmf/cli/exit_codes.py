@@ -4,6 +4,7 @@ import logging as stdlib_logging
 import os
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,10 +96,14 @@ def end(code: int) -> None:
     except (AttributeError, OSError, ValueError):
         sys.stderr = None  # Python would try again, and exit with 120.
     if code:
-        timer = threading.Timer(END_SECONDS, os._exit, [code])
-        timer.daemon = True
-        timer.start()
+        threading.Thread(target=_end_after_main_thread, args=(code,), daemon=True).start()
     sys.exit(code)
+
+
+def _end_after_main_thread(code: int) -> None:
+    threading.main_thread().join()
+    time.sleep(END_SECONDS)
+    os._exit(code)
 
 
 def _fail(verb: str, message: str, code: int) -> int:

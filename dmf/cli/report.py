@@ -60,6 +60,9 @@ def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> 
         if not path or not epath.Path(path).exists():
             raise InputError(argument, remedy="give NAME=FILE with a file that dmf evaluate wrote, "
                              "or the directory of a run")
+        if name in evaluations:
+            raise InputError(argument, remedy=f"{name} is given twice; give each evaluation a name "
+                             "of its own")
         evaluations[name] = evaluation_report.read_evaluation(path)
     if not evaluations:
         raise InputError("nothing to report", remedy="give NAME=FILE for each evaluation, or the "

@@ -42,9 +42,9 @@ def main(verb: str, arguments: Sequence[str]) -> None:
 def _check(values: absl_flags.FlagValues) -> None:
     """Raises InputError for a flag that is out of range, before anything is loaded."""
     from dmf.data.pixels import ROUNDINGS
-    from dmf.sampling.image_writers import WRITERS
+    from dmf.sampling.image_writers import WRITERS, output_suffix
 
-    suffix = epath.Path(values.output).suffix
+    suffix = output_suffix(values.output)
     if suffix not in (".png", *WRITERS):
         raise InputError("--output", values.output, "give a .png for a grid, a .npz, a "
                          ".array_record, or a folder to make")

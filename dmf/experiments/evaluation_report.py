@@ -114,7 +114,8 @@ def markdown_table(evaluations: Mapping[str, Evaluation], metric: str) -> str:
     lines = [f"| {title} | " + " | ".join(names) + " |", "|" + "---|" * (len(steps) + 1)]
     for name, curve in curves.items():
         cells = [_cell(curve[n], metric) if n in curve else "" for n in steps]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        escaped = name.replace("|", "\\|")
+        lines.append(f"| {escaped} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", _note(next(iter(evaluations.values())), metric)])
 
 

@@ -4,8 +4,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from dmf.errors import Stopped
@@ -28,9 +28,10 @@ def handle(number: int, handler: Callable[..., Any]) -> Any:
     return None
 
 
-def exit_on_signals(message: str) -> None:
-    """Lets SIGTERM and SIGHUP end this process at once with the exit code of `Stopped`, whatever it
-    is computing, until `StopSignal` listens.
+@contextmanager
+def exit_on_signals(message: str) -> Iterator[None]:
+    """A context in which SIGTERM and SIGHUP end this process at once with the exit code of
+    `Stopped`, whatever it is computing, except while `StopSignal` listens.
 
     Python runs handlers between two instructions of the main thread, but writes to its wakeup file
     at once.
@@ -38,19 +39,36 @@ def exit_on_signals(message: str) -> None:
     Args:
       message: the line that is printed.
     """
-    handled = {number for number in (signal.SIGTERM, signal.SIGHUP)
-               if handle(number, lambda *_: None) is not None}
+    handlers = {number: handle(number, lambda *_: None)
+                for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: previous for number, previous in handlers.items() if previous is not None}
+    if not handlers:  # In a thread other than the main thread.
+        yield
+        return
     read, write = os.pipe()
     os.set_blocking(write, False)
-    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
-    threading.Thread(target=_exit_after_signal, args=(read, handled, message), daemon=True).start()
+    wakeup_file = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+    waiting = threading.Thread(
+        target=_exit_after_signal, args=(read, set(handlers), message), daemon=True
+    )
+    waiting.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup_file)
+        for number, previous in handlers.items():
+            signal.signal(number, previous)
+        os.close(write)
+        waiting.join()
+        os.close(read)
 
 
 def _exit_after_signal(read: int, numbers: set[int], message: str) -> None:
-    """Waits until a signal is written to a pipe, and exits."""
-    while os.read(read, 1)[0] not in numbers:
+    """Waits until one of some signals is written to a pipe, and exits; or until it is closed."""
+    while (written := os.read(read, 1)) and written[0] not in numbers:
         pass
-    progress.log(message)
-    if "dmf.runtime.ownership" in sys.modules:
-        sys.modules["dmf.runtime.ownership"].release_all()
-    os._exit(Stopped.exit_code)
+    if written:
+        progress.log(message)
+        if "dmf.runtime.ownership" in sys.modules:
+            sys.modules["dmf.runtime.ownership"].release_all()
+        os._exit(Stopped.exit_code)

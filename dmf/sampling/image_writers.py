@@ -73,20 +73,32 @@ def write_images(
         )
         barrier(f"{output}: all parts are complete")
         if jax.process_index() == 0:
-            WRITERS[output.suffix](output, paths, labels)
+            WRITERS[output_suffix(output)](output, paths, labels)
             folder.rmtree()
         barrier(f"{output} written")
 
 
+def output_suffix(output: epath.PathLike) -> str:
+    """The suffix that says how images are written; "" for a folder, in whose name a dot may stand
+    before more than letters.
+
+    >>> [output_suffix(name) for name in ("a.npz", "a", "a_cfg1.5", "a.jpg")]
+    ['.npz', '', '', '.jpg']
+    """
+    suffix = epath.Path(output).suffix
+    return suffix if suffix in WRITERS or suffix[1:].isalpha() else ""
+
+
 def _check_output(output: epath.Path) -> None:
-    if output.suffix not in WRITERS:
+    suffix = output_suffix(output)
+    if suffix not in WRITERS:
         raise InputError(
             "--output", output,
             "give a .png for a grid, a .npz, a .array_record, or a folder to make",
         )
-    if output.is_dir() and (output.suffix or any(output.iterdir())):
+    if output.is_dir() and (suffix or any(output.iterdir())):
         raise InputError("--output", output, "it is a folder that is not empty; choose another")
-    if not output.suffix and output.is_file():
+    if not suffix and output.is_file():
         raise InputError("--output", output, "it is a file; choose another")
 
 

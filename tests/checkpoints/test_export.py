@@ -8,6 +8,7 @@ import tiny_exports
 from safetensors import safe_open
 
 from dmf.checkpoints import export, load
+from dmf.checkpoints.model_card import model_card
 from dmf.errors import InputError
 from dmf.models.build import network
 
@@ -51,6 +52,23 @@ def test_the_origin_of_a_converted_file_is_its_name(tmp_path):
     for name in ("config.json", "README.md"):
         text = (tmp_path / "second" / name).read_text()
         assert "converted from first (dmf)" in text and str(tmp_path) not in text
+
+
+def test_an_export_that_another_command_is_writing_is_left_alone(tmp_path, monkeypatch):
+    def meddling(folder, written):
+        (folder / "mine").touch()
+        with pytest.raises(InputError, match="^output=.*out: another command is writing there"):
+            export.write(tmp_path / "out", written)
+
+    monkeypatch.setattr(export, "_write_orbax", meddling)
+    export.write(tmp_path / "out", parts())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_card_may_hold_what_separates_columns():
+    card = model_card({"encoder": {"name": "inception"}}, {}, origin="a|b", usage="")
+    assert "| origin | a\\|b |" in card
 
 
 def test_safetensors_take_the_autoencoder_along(tmp_path):

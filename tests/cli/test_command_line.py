@@ -19,6 +19,7 @@ from dmf.errors import InputError, RunError, Stopped
 from dmf.objectives import DrawnGuidance
 from dmf.objectives.build import interpolant
 from dmf.runtime import sharding
+from dmf.runtime.ownership import owned_output
 from dmf.sampling.build import sampling
 from dmf.sampling.generator import Generator, chunks
 from dmf.training.loop import train
@@ -131,6 +132,16 @@ def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
     assert 0.2 < found["reference"]["halves_distance"] < 0.4
     assert found["settings"] == {"chunk_size": 3, "part_size": 24}
     assert (found["seed"], found["step"]) == (0, 8)
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "export", "report"])
+def test_an_output_that_another_command_is_writing_is_refused(tmp_path, capsys, verb):
+    output = tmp_path / ("grid.png" if verb == "sample" else "output")
+    what = tiny.flow_run() if verb == "report" else made(tiny.flow_run())
+    with owned_output("--output", output):
+        assert tiny.dmf(verb, what, f"--output={output}") == 2
+        assert f"output={output}: another command is writing there" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):

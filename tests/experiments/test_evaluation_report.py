@@ -35,6 +35,19 @@ def test_a_table_has_a_row_an_evaluation_and_a_column_a_number_of_steps():
     assert "0.28" in lines[-1]
 
 
+def test_a_name_may_hold_what_separates_columns():
+    table = evaluation_report.markdown_table({"a|b": FLOW}, "fd_pixels")
+    assert "| a\\|b | " in table
+
+
+def test_a_name_that_is_given_twice_is_refused(tmp_path, capsys):
+    (tmp_path / "flow.json").write_text(json.dumps(FLOW))
+    arguments = [f"a={tmp_path}/flow.json", f"b={tmp_path}/flow.json", f"a={tmp_path}/flow.json"]
+    assert tiny.dmf("report", f"--output={tmp_path}/report", *arguments) == 2
+    assert "flow.json: a is given twice; give each" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
 def test_averages_are_rows_of_their_own():
     rows = [{"ema": ema, "steps": 1, "count": 50, "fid": d} for ema, d in (("a", 3.0), ("", 4.0))]
     both = {**FLOW, "results": rows, "protocol": {"name": "adm", "metrics": ["fid"]}}

@@ -9,6 +9,7 @@ import tiny
 
 from dmf.errors import Stopped
 from dmf.runtime import processes
+from dmf.runtime.signals import exit_on_signals
 
 # The command line, in which training is the code that stands for {}.
 STARTED = """
@@ -95,6 +96,16 @@ def test_a_signal_that_is_ignored_stays_so(stop):
         assert not stop.after(1)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_afterwards_signals_do_not_end_the_process():
+    before = signal.getsignal(signal.SIGTERM)
+    with exit_on_signals("told"), processes.StopSignal() as stop:
+        stop.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.after(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_afterwards_signals_do_what_they_did():

@@ -300,6 +300,12 @@ def test_an_empty_folder_is_filled(tmp_path):
     assert len(read(tmp_path / "images")[0]) == COUNT
 
 
+def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
+    output = tmp_path / "samples_cfg1.5"
+    assert sample(output, "--count=2", "--steps=1") == 0
+    assert sorted(stored(output)) == ["000000.png", "000001.png", "dataset.json"]
+
+
 def test_an_unknown_format_is_refused(tmp_path):
     generator = FakeGenerator()
     with pytest.raises(InputError, match="^--output=.*images.gif: give a .png"):
