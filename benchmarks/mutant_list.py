@@ -93,6 +93,20 @@ _RUNTIME = (
         "if folder.exists() and stored is None:",
         ("tests/sampling/test_image_writers.py",),
     ),
+    Mutant(
+        "beats", "an owner on another host that beats is taken for dead",
+        "dmf/runtime/ownership.py",
+        "            if self._content() != content:\n                return False",
+        "            if self._content() != content:\n                return True",
+        ("tests/runtime/test_ownership.py",),
+    ),
+    Mutant(
+        "taken_lock", "of two that find the lock of a dead process, one takes the lock of the other",
+        "dmf/runtime/ownership.py",
+        "if aside.read_bytes() != content:",
+        "if False:",
+        ("tests/runtime/test_ownership.py",),
+    ),
 )  # fmt: skip
 
 _OBJECTIVES = (

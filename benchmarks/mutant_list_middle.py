@@ -84,6 +84,13 @@ _DATA = (
 
 _SAMPLING = (
     Mutant(
+        "nan_images", "samples that hold NaN become black images",
+        "dmf/sampling/generator.py",
+        "bad = indices[inside & ~finite]",
+        "bad = indices[inside & finite & ~finite]",
+        ("tests/sampling/test_image_writers.py",),
+    ),
+    Mutant(
         "sample_keys", "all samples have the same noise",
         "dmf/sampling/generator.py",
         "jax.random.fold_in(jax.random.key(seed), i)",

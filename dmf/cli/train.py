@@ -2,8 +2,8 @@
 
 Trains the run of a config in a directory, or resumes it there. To train on several hosts, run the
 same command on each: on TPU pods and under SLURM or Open MPI the processes find each other,
-elsewhere --coordinator, --processes and --process tell them. On SIGTERM the run saves and exits
-with 75; the same command resumes it.
+elsewhere --coordinator, --processes and --process tell them. On SIGTERM, SIGHUP or Ctrl-C the run
+saves and exits with 75; the same command resumes it.
 """
 
 from collections.abc import Sequence

@@ -22,6 +22,6 @@ def user_path(path: epath.PathLike) -> epath.Path:
     text = os.fspath(path)
     expanded = os.path.expanduser(text)
     if text.startswith("~") and not os.path.isabs(expanded):
-        raise InputError(text, remedy="there is no such home directory; set HOME, or give the "
-                         "whole path")
+        raise InputError("", remedy=f"{text}: there is no such home directory; set HOME, or give "
+                         "the whole path")
     return epath.Path(expanded)

@@ -297,11 +297,15 @@ def test_a_process_that_has_ended_is_not_lost_to_the_others():
         assert (process.returncode, log) == (0, "")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_on_sigterm_all_save_the_same_step_and_say_so(tmp_path, processes):
+@pytest.mark.parametrize(("processes", "number"), [
+    (1, signal.SIGTERM),
+    pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param(2, signal.SIGHUP, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_on_sigterm_all_save_the_same_step_and_say_so(tmp_path, processes, number):
     run = Run(tmp_path, processes=processes, devices=1, fields=LONG | {"run.checkpoint_every": 0})
     run.wait_for("step 3/")
-    run.processes[-1].send_signal(signal.SIGTERM)
+    run.processes[-1].send_signal(number)
     assert run.wait() == [75] * processes
     done = latest_step(run.workdir)
     for i in range(processes):
