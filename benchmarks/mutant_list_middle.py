@@ -55,8 +55,8 @@ _DATA = (
     Mutant(
         "loader_step", "the data loader starts at the second batch",
         "dmf/data/data_loader.py",
-        "first = step * self.batch_size\n        return self.dataset",
-        "first = (step + 1) * self.batch_size\n        return self.dataset",
+        "first = step * self.batch_size\n        rows = self.dataset",
+        "first = (step + 1) * self.batch_size\n        rows = self.dataset",
         ("tests/data/test_datasets.py",),
     ),
     Mutant(

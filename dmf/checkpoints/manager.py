@@ -18,7 +18,9 @@ from dmf.checkpoints.params import (
     CHECKPOINTS,
     CHECKSUMS,
     FORMAT,
+    POSITION,
     read_checksums,
+    read_position,
     single_process_checkpointer,
     tree_handler,
 )
@@ -116,7 +118,7 @@ class CheckpointManager:
         """
         computed = {name: checksums(tree) for name, tree in trees.items()}
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        items["position"] = ocp.args.JsonSave({"format": FORMAT, **position})
+        items[POSITION] = ocp.args.JsonSave({"format": FORMAT, "step": step, **position})
         items[CHECKSUMS] = ocp.args.JsonSave(computed)
         with disk_errors(self._directory / str(step)):
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -158,6 +160,7 @@ class CheckpointManager:
         folder, trees, damage = self._directory / str(step), {}, ""
         try:
             with reading_errors(), single_process_checkpointer() as checkpointer:
+                read_position(folder)
                 for name, tree in abstract.items():
                     trees[name] = checkpointer.restore(
                         folder / name, args=ocp.args.StandardRestore(tree)

@@ -34,6 +34,7 @@ CHECKPOINTS = "checkpoints"
 PARAMS = "params"
 EMA_PREFIX = "ema_params_"
 CHECKSUMS = "checksums"
+POSITION = "position"
 # Each of the devices that hold an array writes a slice of it, cut by a program that is compiled for
 # it. To compile takes longer than to write slices smaller than this, in bytes, whole.
 _MIN_REPLICA_SLICE_BYTES = 2**20
@@ -152,6 +153,23 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     return ocp.CheckpointManager(folder).latest_step() if folder.exists() else None
 
 
+def read_position(checkpoint: epath.Path) -> dict[str, Any]:
+    """What the position of a checkpoint of a run holds, see `DataLoader.position`.
+
+    Args:
+      checkpoint: `checkpoints/STEP` of a run.
+
+    Raises:
+      Damaged: it cannot be read, or was saved at another step: the directory was renamed.
+    """
+    with reading_errors():
+        position = json.loads((checkpoint / POSITION / "metadata").read_text())
+        step, version = position["step"], position["format"]
+    if (step, version) != (int(checkpoint.name), FORMAT):
+        raise Damaged(f"it was saved at step {step} in format {version}")
+    return position
+
+
 def restore_params(
     directory: epath.PathLike,
     abstract: Params,
@@ -204,7 +222,7 @@ def _params_item(directory: epath.Path, ema: str) -> epath.Path:
 
     Raises:
       InputError: there is no checkpoint, or it has no such EMA parameters.
-      Damaged: the item was saved, and is missing.
+      Damaged: the item was saved, and is missing; or the checkpoint is that of another step.
     """
     run, step = split_step(directory)
     if is_export(directory):
@@ -221,6 +239,7 @@ def _params_item(directory: epath.Path, ema: str) -> epath.Path:
     if step is None:
         raise InputError("checkpoint", directory, "no checkpoint was saved there yet")
     saved = run / CHECKPOINTS / str(step)
+    read_position(saved)
     item = saved / (f"{EMA_PREFIX}{ema}" if ema else PARAMS)
     if item.exists():
         return item

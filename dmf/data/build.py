@@ -10,7 +10,14 @@ from etils import epath
 
 from dmf.data.batch_transform import BatchTransform, sample_shape
 from dmf.data.data_loader import DataLoader
-from dmf.data.datasets import ConcatenatedDataset, Dataset, UnlabelledDataset, open_dataset
+from dmf.data.datasets import (
+    ConcatenatedDataset,
+    Dataset,
+    InMemoryDataset,
+    UnlabelledDataset,
+    check_labels,
+    open_dataset,
+)
 from dmf.errors import InputError, check_at_least
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at, build, component_field, components
@@ -117,6 +124,8 @@ def dataset(settings: Data, network: Network, extra: str = "") -> Dataset:
         with at(place):
             opened = _open(part, network, extra)
         _check_network(place, part, opened, network)
+        if isinstance(opened, InMemoryDataset):  # The labels of others are checked when read.
+            check_labels(opened.rows["y"], opened)
         with at("data"):
             BatchTransform(scaling=LatentScaling(), mirror=settings.mirror).check(opened.shape)
             indices = _of_classes(settings.classes, opened)

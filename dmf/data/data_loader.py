@@ -8,6 +8,7 @@ is therefore its step, whatever the number of devices or processes.
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import grain
@@ -15,10 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dmf.data.datasets import Dataset, Rows
+from dmf.data.datasets import Dataset, Rows, check_labels
+from dmf.runtime.checksums import fingerprint
 from dmf.types import Batch
 
 PREFETCH = 2
+# Number of samples whose bytes tell a dataset from another.
+_COMPARED = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +64,8 @@ class DataLoader:
 
         Returns:
           "step", "rows" (number of samples read before the step), "epoch" (number of whole epochs),
-          and what determines the order: "seed" and "dataset_rows" (length of the dataset).
+          and what determines the samples: "seed", "dataset_rows" (length of the dataset) and
+          "dataset" (a hash of a few of its samples).
         """
         rows = step * self.batch_size
         return {
@@ -69,7 +74,15 @@ class DataLoader:
             "epoch": rows // len(self.dataset),
             "seed": self.seed,
             "dataset_rows": len(self.dataset),
+            "dataset": self.dataset_fingerprint,
         }
+
+    @functools.cached_property
+    def dataset_fingerprint(self) -> str:
+        """A short hash of a few samples, which are spread evenly over the dataset."""
+        last = len(self.dataset) - 1
+        indices = np.unique(np.linspace(0, last, _COMPARED).astype(int)).tolist()
+        return fingerprint(self.dataset.read(indices))
 
     def batch(self, step: int, sharding: NamedSharding) -> Batch:
         """The global batch of a step, as the dataset stores its samples.
@@ -130,4 +143,6 @@ class DataLoader:
 
     def _read(self, step: int, start: int, stop: int) -> Rows:
         first = step * self.batch_size
-        return self.dataset.read([self.index(first + i) for i in range(start, stop)])
+        rows = self.dataset.read([self.index(first + i) for i in range(start, stop)])
+        check_labels(rows["y"], self.dataset)
+        return rows

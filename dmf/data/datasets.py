@@ -71,6 +71,26 @@ class Dataset(Protocol):
         """The labels of all samples, [len(dataset)] int64."""
 
 
+def check_labels(y: np.ndarray, dataset: Dataset) -> None:
+    """Checks the labels of samples; conditions that are no labels pass.
+
+    Args:
+      y: "y" of some samples.
+      dataset: the dataset of the samples.
+
+    Raises:
+      InputError: a label is below 0, or not below the number of classes.
+    """
+    if not dataset.num_classes or y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        return
+    for label in y[(y < 0) | (y >= dataset.num_classes)][:1]:
+        raise InputError(
+            "data.name", dataset.name,
+            f"a sample has the label {label}, but the {dataset.num_classes} classes have the "
+            f"labels 0 to {dataset.num_classes - 1}; correct the labels of the dataset",
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InMemoryDataset:
     """A dataset in memory.

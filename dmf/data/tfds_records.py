@@ -10,7 +10,7 @@ import dataclasses
 import io
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from dmf.data.digits import Digits
 from dmf.data.feature_files import check_features
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError
 from dmf.runtime.paths import user_path
 
 DEFAULT_DIRECTORY = tfds.core.constants.DATA_DIR
@@ -126,7 +126,12 @@ class TfdsDataset:
 
         Raises:
           InputError: the samples have several shapes.
+          RunError: the files are damaged.
         """
+        with damage_named(self.directory):
+            return self._read(indices)
+
+    def _read(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
         count = len(indices)
         rows = {key: np.empty((count, *f.shape), f.dtype) for key, f in self.features.items()}
         rows["y"] = np.zeros(count, np.int32)
@@ -159,16 +164,37 @@ class TfdsDataset:
         """The labels of all samples, int64.
 
         They come from `LABELS_FILE` if it holds as many, which is not so for a slice of a split;
-        otherwise all records are read.
+        otherwise, or where one is no label, all records are read.
+
+        Raises:
+          RunError: the files are damaged.
         """
         path = self.directory / LABELS_FILE
         if path.exists():
-            stored = np.load(io.BytesIO(path.read_bytes()))
-            if len(stored) == len(self):
+            with damage_named(self.directory):
+                stored = np.load(io.BytesIO(path.read_bytes()))
+            if stored.shape == (len(self),) and set(stored) <= set(range(self.num_classes)):
                 return stored
         parts = [self.read(range(i, min(i + 1000, len(self))))["y"]
                  for i in range(0, len(self), 1000)]
         return np.concatenate(parts).astype(np.int64)
+
+
+@contextlib.contextmanager
+def damage_named(directory: epath.PathLike) -> Iterator[None]:
+    """Turns what any library raises for damaged files of a dataset into one line.
+
+    Raises:
+      RunError: a file is missing or damaged.
+    """
+    try:
+        yield
+    except (InputError, RunError, MemoryError):
+        raise
+    except Exception as error:  # TFDS and ArrayRecord do not document what they raise.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise RunError(f"{directory}: a file of the dataset is missing or damaged ({reason}); "
+                       "restore it, or prepare the dataset again") from error
 
 
 def is_dataset(directory: epath.PathLike) -> bool:
@@ -187,11 +213,13 @@ def open_builder(name: str, directory: str = "") -> tfds.core.DatasetBuilder:
     Raises:
       InputError: the dataset is not prepared; the message says how to prepare it. Or the name has a
         namespace, which TFDS would look up in the internet; or a file of the dataset names code.
+      RunError: the files that describe the dataset are damaged.
     """
     directory = os.fspath(user_path(directory or DEFAULT_DIRECTORY))
     if is_dataset(directory):
         check_features(directory)
-        return tfds.builder_from_directory(directory)
+        with damage_named(directory):
+            return tfds.builder_from_directory(directory)
     if not _NAME.fullmatch(name):
         raise InputError("name", name, "give the name of a TFDS dataset, with config and version "
                          "where needed, for example imagenet2012 or mnist:3.0.1")
@@ -248,8 +276,10 @@ def open_records(
 
     Raises:
       InputError: there is no such split, or the records cannot be read without TensorFlow.
+      RunError: a file of the split is missing or empty.
     """
     try:
+        _check_shards(builder, split)
         return builder.as_data_source(split=split, decoders=decoders, deserialize_method=method)
     except NotImplementedError:
         raise InputError(
@@ -262,3 +292,11 @@ def open_records(
         raise InputError(
             "split", split, f"{name} has the splits {splits} ({str(error).splitlines()[0]})"
         ) from None
+
+
+def _check_shards(builder: tfds.core.DatasetBuilder, split: str) -> None:
+    """Raises RunError where a file that the records of a split lie in is missing or empty."""
+    for path in builder.info.splits[split].filepaths if split in builder.info.splits else ():
+        if not path.exists() or not path.stat().length:
+            raise RunError(f"{path}: it is missing or empty; restore it, or prepare the dataset "
+                           "again")

@@ -10,7 +10,7 @@
 import dataclasses
 import math
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ from dmf.training.callbacks import (
 )
 from dmf.training.metric_accumulator import MetricAccumulator, Report
 from dmf.training.metrics_writer import MetricsWriter, NoMetrics
+from dmf.training.resume import check_position, position_function
 from dmf.training.train_state import TrainState
 from dmf.training.train_step import abstract_state, compiled_train_step, create_train_state
 from dmf.types import Batch, Metrics, Params
@@ -97,6 +98,9 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     # first step uses this trace, because its key is on no mesh either.
     rows = training.data_loader.abstract_batch(batch_sharding(recipe.mesh))
     jax.eval_shape(step, *abstract_inputs(recipe, rows), draw_key)
+    position = position_function(training.data_loader, training.frozen_params)
+    check_workdir(workdir, config)
+    check_position(workdir, position)
     claim_workdir(workdir, config)
     with (
         disk_errors(workdir),
@@ -122,6 +126,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             workdir=workdir,
             train_step=lambda state, rows: step(state, rows, training.frozen_params, draw_key),
             checkpoints=checkpoints,
+            position=position,
             evaluate=evaluate,
             callbacks=(show, evaluate),
             profiler=profiler,
@@ -158,6 +163,7 @@ class Loop:
       workdir: the workdir of the run.
       train_step: (state, rows) -> (state, metrics).
       checkpoints: saves the train state.
+      position: what is saved with the state of a step, see `position_function`.
       evaluate: the evaluation callback; a state that it evaluates is saved first.
       callbacks: all callbacks, called in this order after a step is logged and saved.
       profiler: traces some steps.
@@ -168,6 +174,7 @@ class Loop:
     workdir: epath.Path
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     checkpoints: CheckpointManager
+    position: Callable[[int], Mapping[str, Any]]
     evaluate: EvaluationCallback
     callbacks: tuple[Callback, ...]
     profiler: Profiler
@@ -207,7 +214,7 @@ class Loop:
                 log.add(step, metrics, up_to_date=saving or step == total)
                 if saving:
                     writer.flush()
-                    self.checkpoints.save(step, state.trees, loader.position(step))
+                    self.checkpoints.save(step, state.trees, self.position(step))
                 if stopping:
                     self.checkpoints.finish()
                     raise Stopped(f"told to stop at step {step} of {total}: saved; the same "

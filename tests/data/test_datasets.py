@@ -25,7 +25,7 @@ from dmf.training.loop import train
 class Numbered:
     """A dataset of indices, which records the indices that are read."""
 
-    name, num_classes, shape = "numbered", 1, (1, 1, 1)
+    name, num_classes, shape = "numbered", 10**6, (1, 1, 1)
 
     def __init__(self, count: int):
         self.count, self.read_indices = count, []
@@ -210,8 +210,23 @@ def test_reading_ahead_gives_the_batches_of_the_steps():
 
 
 def test_position_counts_rows_and_epochs():
-    position = DataLoader(dataset=Numbered(50), batch_size=8, seed=4).position(13)
-    assert position == {"step": 13, "rows": 104, "epoch": 2, "seed": 4, "dataset_rows": 50}
+    loader = DataLoader(dataset=Numbered(50), batch_size=8, seed=4)
+    assert loader.position(13) == {
+        "step": 13, "rows": 104, "epoch": 2, "seed": 4, "dataset_rows": 50,
+        "dataset": loader.dataset_fingerprint,
+    }
+
+
+def test_datasets_of_other_samples_have_other_fingerprints():
+    def fingerprint(x: np.ndarray, y: np.ndarray) -> str:
+        dataset = InMemoryDataset(name="some", num_classes=9, rows={"x": x, "y": y})
+        return DataLoader(dataset=dataset, batch_size=8).dataset_fingerprint
+
+    x, y = np.arange(40, dtype=np.uint8).reshape(40, 1, 1, 1), np.arange(40, dtype=np.int32) % 9
+    assert fingerprint(x, y) == fingerprint(x.copy(), y.copy())
+    others = [fingerprint(x, y + 1), fingerprint(x + np.uint8(1), y), fingerprint(x[:20], y[:20])]
+    assert len({fingerprint(x, y), *others}) == 4
+    assert fingerprint(x[:1], y[:1]) != fingerprint(x[:2], y[:2])
 
 
 @pytest.mark.slow

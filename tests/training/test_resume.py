@@ -12,12 +12,16 @@ import small_network
 import tiny
 from etils import epath
 
+from dmf import registry
 from dmf.checkpoints import load
 from dmf.checkpoints.params import latest_step
-from dmf.errors import InputError
-from dmf.runtime.sharding import make_mesh
+from dmf.data.data_loader import DataLoader
+from dmf.data.datasets import ConcatenatedDataset, InMemoryDataset, open_dataset
+from dmf.errors import InputError, RunError
+from dmf.runtime.sharding import batch_sharding, make_mesh
 from dmf.training import build, metrics_writer
 from dmf.training.loop import claim_workdir, train
+from dmf.training.resume import position_function
 
 EVERY_STEP = {"run.steps": 30, "run.log_every": 1, "run.checkpoint_every": 5}
 
@@ -149,3 +153,81 @@ def test_fields_of_how_it_is_computed_may_change(tmp_path):
         with other.unlocked():
             other.model.scanner = 1
         claim_workdir(workdir, other)
+
+@pytest.fixture
+def black(tmp_path):
+    """A function that trains two more steps on a registered dataset of some rows."""
+    rows = {}
+
+    def dataset(*, split, directory):
+        return InMemoryDataset(name="black", num_classes=10, rows=rows)
+
+    def continued(x, y, **fields):
+        rows.update(x=np.asarray(x, np.uint8).reshape(-1, 8, 8, 1), y=np.asarray(y, np.int32))
+        steps = 2 + (latest_step(tmp_path / "run") or 0)
+        return train(small_network.config(
+            {"data.name": "black", "data.batch_size": 8, "run.steps": steps} | fields
+        ), tmp_path / "run")
+
+    with small_network.registered():
+        registry.register("dataset", black=dataset)
+        yield continued
+
+
+def test_a_run_resumes_on_the_data_that_it_began_with_alone(tmp_path, black):
+    x, y = np.zeros((24, 64)), np.zeros(24)
+    black(x, y)
+    before = (tmp_path / "run/config.json").read_bytes()
+    for others, what in (((x[:16], y[:16]), "the number of samples in the dataset"),
+                         ((x, y + 1), "the dataset"), ((x + 1, y), "the dataset")):
+        with pytest.raises(InputError, match=f"because {what} changed after step 2 .*restore the"):
+            black(*others)
+    assert (tmp_path / "run/config.json").read_bytes() == before
+    assert int(black(x, y).step) == 4
+
+
+@pytest.mark.parametrize("label", [10, -1])
+def test_a_label_beyond_the_classes_is_named_before_the_first_step(tmp_path, black, label):
+    with pytest.raises(InputError, match=f"has the label {label}, but the 10 classes have .*0 to"):
+        black(np.zeros((24, 64)), [0] * 23 + [label])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_label_beyond_the_classes_is_named_where_samples_are_not_in_memory():
+    rows = {"x": np.zeros((3, 8, 8, 1), np.uint8), "y": np.array([0, 1, 2], np.int32)}
+    dataset = ConcatenatedDataset(parts=(
+        (InMemoryDataset(name="three", num_classes=2, rows=rows), np.arange(3)),
+    ))
+    with pytest.raises(InputError, match="data.name=three: a sample has the label 2"):
+        DataLoader(dataset=dataset, batch_size=8).batch(0, batch_sharding(make_mesh()))
+
+
+@pytest.mark.parametrize("renamed", [12, 5])
+def test_a_renamed_checkpoint_is_not_taken_for_that_of_its_name(tmp_path, capsys, renamed):
+    with small_network.registered():
+        run = shutil.copytree(small_network.run(), tmp_path / "run")
+        checkpoints = run / "checkpoints"
+        shutil.copytree(checkpoints / "8", checkpoints / str(renamed))
+        with pytest.raises(RunError, match="it is damaged .it was saved at step 8 in format 2"):
+            load.load_network(checkpoints / str(renamed), "")
+        state = train(small_network.config({"run.steps": 13}), run)
+    assert int(state.step) == 13
+    if renamed == 12:
+        assert [path.name for path in (run / "damaged").iterdir()] == ["12"]
+        assert "step 12 is damaged (it was saved at step 8" in capsys.readouterr().err
+
+
+def test_a_run_resumes_with_the_teacher_that_it_began_with_alone():
+    """A position has a hash of the bits of each frozen network."""
+    loader = DataLoader(dataset=open_dataset("digits"), batch_size=8)
+
+    def position(**frozen_params):
+        return position_function(loader, frozen_params)
+
+    teacher = {"kernel": np.arange(6, dtype=np.float32)}
+    first, other = position(teacher=teacher)(3), position(teacher={"kernel": teacher["kernel"] + 1})
+    assert first == position(teacher=jax.tree.map(jax.numpy.asarray, teacher))(3)
+    assert first.items() ^ other(3).items() == {
+        ("teacher_params", p["teacher_params"]) for p in (first, other(3))
+    }
+    assert position()(3) == loader.position(3)
