@@ -12,15 +12,19 @@ can be computed from while training.
 """
 
 import dataclasses
-import pathlib
+import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 from etils import epath
 
 from dmf.cli import flags
 from dmf.errors import InputError
+from dmf.runtime import progress
+
+if TYPE_CHECKING:
+    from dmf.data.shard_writer import PrepareSettings
 
 
 def _define(values: absl_flags.FlagValues) -> None:
@@ -62,7 +66,6 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if values.unreadable not in ("skip", "fail"):
         raise InputError("--unreadable", values.unreadable, "choose skip or fail")
 
-    _check_output(values)
     from dmf.data.prepare import prepare
     from dmf.data.raw_images import open_raw_images
     from dmf.data.shard_writer import PrepareSettings
@@ -86,7 +89,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         split=values.split,
         directory=values["data-directory"].value,
     )
-    prepare(
+    is_complete = prepare(
         images, values.output, settings,
         autoencoder_params=params,
         encoder_params=encoder_params,
@@ -94,15 +97,25 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         process=values.process,
         processes=values.processes,
     )  # fmt: skip
+    if is_complete:
+        progress.log(f"next: {_next_command(values, settings, len(images.class_names))}")
     print(values.output)
 
 
-def _check_output(values: absl_flags.FlagValues) -> None:
-    """Raises InputError where the output lies among the images, whose part it would become."""
-    source, output = (pathlib.Path(path).resolve() for path in (values.source, values.output))
-    if source.is_dir() and output.is_relative_to(source):
-        raise InputError("--output", values.output, f"it lies in --source={values.source}; choose "
-                         "a directory outside")
+def _next_command(
+    values: absl_flags.FlagValues, settings: "PrepareSettings", num_classes: int
+) -> str:
+    """The command that trains on the dataset."""
+    *_, side, channels = settings.stored_shape
+    fields = {
+        "data.name": values.name, "data.directory": values.output,
+        "model.num_classes": num_classes, "model.input_size": side,
+        "model.channels": channels if settings.autoencoder is None else channels // 2,
+    }  # fmt: skip
+    if values.autoencoder:
+        fields["latents.autoencoder"] = values.autoencoder
+    flags_of_config = [f"--config.{name}={value}" for name, value in fields.items()]
+    return shlex.join(["dmf", "train", "--config=CONFIG.py", "--workdir=WORKDIR", *flags_of_config])
 
 
 def _autoencoder(values: absl_flags.FlagValues) -> tuple[Any, Any]:

@@ -1,9 +1,9 @@
 """Files by name, in a folder or in an archive that is read without being unpacked.
 
 A name is a path below the folder, or below the top of the archive, with slashes; the name of a
-folder ends in a slash. Hidden files and folders are left out. Archives are uncompressed .tar files,
-and .zip files whose members are stored or deflated. Nothing stays open between two reads, so that
-any number of threads may read at once.
+folder ends in a slash. What is hidden, or is neither a file nor a folder, is left out. Archives are
+uncompressed .tar files, and .zip files whose members are stored or deflated. Nothing stays open
+between two reads, so that any number of threads may read at once.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
 
@@ -22,8 +22,18 @@ from dmf.errors import InputError
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _TAR_BLOCK = 512
-# Deflated bytes may be longer than what they expand to.
-_DEFLATE_OVERHEAD = 1000
+# What operating systems and network disks add to folders: thumbnails, bins, snapshots.
+_OF_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN",
+               "System Volume Information")
+# Why an entry is left out.
+HIDDEN = "hidden files or folders"
+SPECIAL = "devices, pipes or sockets"
+LOOP = "links to a folder above"
+OUTSIDE = "files beside the folder of the images"
+# Larger files are not read whole: they are no images, labels or latents of an image.
+MAX_FILE_BYTES = 2**30
+# Deflated bytes may be longer than what they expand to, and expand to 1032 times as many at most.
+_DEFLATE_OVERHEAD, _DEFLATE_RATIO = 1000, 1032
 
 
 @runtime_checkable
@@ -36,16 +46,33 @@ class Files(Protocol):
 
     top: str
 
-    def names(self) -> Iterator[str]:
-        """The names of all files and folders that are not hidden, in no particular order."""
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """The name of each file and folder, and why it is left out, in no particular order.
+
+        The reason is "" for what is not left out. Of folders that are left out, what is in them is
+        not listed, except in archives.
+        """
+
+    def size(self, name: str) -> int:
+        """Number of bytes of a file; 0 where to ask for it takes a request.
+
+        Raises:
+          OSError: the file cannot be read.
+        """
 
     def read(self, name: str, size: int = -1) -> bytes:
         """The first `size` bytes of a file, or all of them if `size` is negative.
 
         Raises:
-          InputError: the archive is damaged there; the field of the error is empty.
+          InputError: the archive is damaged there, or the file has more than `MAX_FILE_BYTES`; the
+            field of the error is empty.
           OSError: the file cannot be read.
         """
+
+
+def taken_names(files: Files) -> set[str]:
+    """The names of the files and folders that are not left out."""
+    return {name for name, reason in files.entries() if not reason}
 
 
 def normalized(name: str) -> str:
@@ -58,8 +85,18 @@ def normalized(name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a part of a path starts with a dot, or is the folder that macOS adds to archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Whether a part of a path starts with a dot, or is a folder of an operating system or a disk.
+
+    >>> [is_hidden(name) for name in ("cow/.1.png", "cow/@eaDir/1.png", "cow/1.png")]
+    [True, True, False]
+    """
+    return any(part.startswith(".") or part in _OF_SYSTEMS for part in name.split("/"))
+
+
+def _check_size(size: int) -> None:
+    """Raises InputError where a file is too large to be read whole."""
+    if size > MAX_FILE_BYTES:
+        raise InputError("", remedy=f"has {size:,} bytes, and the most are {MAX_FILE_BYTES:,}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,31 +113,57 @@ class Folder:
     suffixes: tuple[str, ...] = ()
     top = ""
 
-    def names(self) -> Iterator[str]:
+    def entries(self) -> Iterator[tuple[str, str]]:
         """See `Files`."""
-        folders = [""]
-        for folder in folders:  # The list grows.
-            for name, is_folder in self._entries(folder):
-                if not is_hidden(name):
-                    name = folder + name + "/" * is_folder
-                    if is_folder:
-                        folders.append(name)
-                    yield name
+        waiting: list[tuple[str, tuple[Any, ...]]] = [("", ())]
+        for folder, above in waiting:  # The list grows.
+            identity = self._identity(folder)
+            if identity in above:
+                yield folder, LOOP
+                continue
+            if folder:
+                yield folder, ""
+            for name, is_folder, is_special in self._entries(folder):
+                if is_hidden(name):
+                    yield folder + name, HIDDEN
+                elif is_folder:
+                    waiting.append((f"{folder}{name}/", (*above, identity)))
+                else:
+                    yield folder + name, SPECIAL if is_special else ""
 
-    def _entries(self, folder: str) -> Iterator[tuple[str, bool]]:
-        """The name of each entry of a folder, and whether it is a folder."""
+    def _identity(self, folder: str) -> Any:
+        """What tells whether two names, perhaps of links, are the same folder."""
+        if not _is_local(os.fspath(self.path)):
+            return folder
+        status = os.stat(os.path.join(self.path, folder))
+        return status.st_dev, status.st_ino
+
+    def _entries(self, folder: str) -> Iterator[tuple[str, bool, bool]]:
+        """The name of each entry, whether it is a folder, and whether it is neither that nor a
+        file. A link to nothing is a file, which cannot be read."""
         if _is_local(os.fspath(self.path)):
             with os.scandir(os.path.join(self.path, folder)) as entries:
-                yield from ((entry.name, entry.is_dir()) for entry in entries)
+                for entry in entries:
+                    is_other = not entry.is_file() and os.path.exists(entry.path)
+                    yield entry.name, entry.is_dir(), is_other
         else:
             for path in (self.path / folder).iterdir():
                 is_file = path.name.lower().endswith(self.suffixes)
-                yield path.name, not is_file and path.is_dir()
+                yield path.name, not is_file and path.is_dir(), False
+
+    def size(self, name: str) -> int:
+        """See `Files`."""
+        path = os.path.join(self.path, name)
+        return os.stat(path).st_size if _is_local(path) else 0
 
     def read(self, name: str, size: int = -1) -> bytes:
         """See `Files`."""
+        if size < 0:
+            _check_size(self.size(name))
         with _open(os.path.join(self.path, name)) as file:
-            return file.read(size)
+            data = file.read(size)
+        _check_size(len(data))
+        return data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,23 +172,32 @@ class Archive:
 
     Attributes:
       path: the archive.
-      members: where each member is; None for a folder.
+      members: where each member is; None for a folder, and the reason for what is left out.
       top: folders, with a slash; the names are those of the members below.
     """
 
     path: epath.Path
-    members: Mapping[str, "TarMember | ZipMember | None"]
+    members: Mapping[str, "TarMember | ZipMember | str | None"]
     top: str = ""
 
-    def names(self) -> Iterator[str]:
+    def entries(self) -> Iterator[tuple[str, str]]:
         """See `Files`."""
-        for name in self.members:
-            below = name.removeprefix(self.top)
-            if name.startswith(self.top) and below and not is_hidden(below):
-                yield below
+        for name, member in self.members.items():
+            if is_hidden(name):
+                yield name, HIDDEN
+            elif name.startswith(self.top) and name != self.top:
+                yield name.removeprefix(self.top), member if isinstance(member, str) else ""
+            elif not name.endswith("/"):
+                yield name, OUTSIDE
+
+    def size(self, name: str) -> int:
+        """See `Files`."""
+        return self.members[self.top + name].size
 
     def read(self, name: str, size: int = -1) -> bytes:
         """See `Files`."""
+        if size < 0:
+            _check_size(self.size(name))
         with _open(os.fspath(self.path)) as file:
             return self.members[self.top + name].read(file, size)
 
@@ -162,6 +234,8 @@ class ZipMember(NamedTuple):
     def read(self, file: BinaryIO, size: int = -1) -> bytes:
         """The first bytes of the member, or all, whose checksum is then verified."""
         wanted = self.size if size < 0 else min(size, self.size)
+        if self.size > self.stored_size * (_DEFLATE_RATIO if self.is_deflated else 1):
+            raise InputError("", remedy="is damaged in the archive")
         limit = self.stored_size if size < 0 else min(self.stored_size, size + _DEFLATE_OVERHEAD)
         try:
             file.seek(self.offset)
@@ -190,6 +264,8 @@ def open_archive(path: epath.Path) -> Archive:
         members that cannot be read on their own; the field of the error is empty.
     """
     list_members = {".tar": _tar_members, ".zip": _zip_members}.get(path.suffix.lower())
+    if not is_regular_file(path):
+        raise InputError("", remedy="is no file; give a folder, a .zip or an uncompressed .tar")
     with path.open("rb") as file:
         if file.read(6).startswith(_COMPRESSED):
             raise InputError("", remedy="is compressed as a whole, so that no file can be read on "
@@ -206,7 +282,7 @@ def open_archive(path: epath.Path) -> Archive:
             raise InputError("", remedy=f"cannot be read: {reason}") from error
 
 
-def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | None]]:
+def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | str | None]]:
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for entry in iter(archive.next, None):
@@ -214,10 +290,14 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | None]]:
             if entry.islnk() or entry.issym():
                 raise ValueError(f"{entry.name} in it is a link: pack it again with tar "
                                  "--dereference --hard-dereference")
+            if entry.issparse():
+                raise ValueError(f"{entry.name} in it is sparse: pack it again without --sparse")
             if entry.isfile():
                 yield normalized(entry.name), TarMember(entry.offset_data, entry.size)
             elif entry.isdir():
                 yield normalized(entry.name) + "/", None
+            else:
+                yield normalized(entry.name), SPECIAL
             end = entry.offset_data + (entry.size if entry.isfile() else 0)
     # tarfile takes a header that is missing or broken for the end, which a block of zeros marks.
     file.seek(-(-end // _TAR_BLOCK) * _TAR_BLOCK)
@@ -226,17 +306,29 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | None]]:
 
 
 def _zip_members(file: BinaryIO) -> Iterator[tuple[str, ZipMember | None]]:
+    total = file.seek(0, os.SEEK_END)
     for entry in zipfile.ZipFile(file).infolist():
+        # Windows writes names with backslashes, which the format forbids.
+        name = normalized(entry.filename.replace("\\", "/"))
+        if entry.header_offset + entry.compress_size > total:
+            raise ValueError(f"{entry.filename} in it ends behind its end: it is damaged")
         is_deflated = entry.compress_type == zipfile.ZIP_DEFLATED
         if entry.flag_bits & 1 or not (is_deflated or entry.compress_type == zipfile.ZIP_STORED):
             raise ValueError(f"{entry.filename} in it is encrypted, or neither stored nor "
                              "deflated: pack it again with zip -0")
-        if entry.is_dir():
-            yield normalized(entry.filename) + "/", None
+        if entry.filename.endswith(("/", "\\")):
+            yield f"{name}/", None
         else:
-            yield normalized(entry.filename), ZipMember(
+            yield name, ZipMember(
                 entry.header_offset, entry.compress_size, entry.file_size, is_deflated, entry.CRC
             )
+
+
+def is_regular_file(path: epath.Path) -> bool:
+    """Whether there is a file at a path, and no folder, device, pipe or socket."""
+    if _is_local(os.fspath(path)):
+        return os.path.isfile(path)
+    return path.exists() and not path.is_dir()
 
 
 def _is_local(path: str) -> bool:

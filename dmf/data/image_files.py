@@ -2,7 +2,7 @@
 
 A source is a folder, an uncompressed .tar or a .zip. The folders at its top are the classes; or a
 labels file, by default `dataset.json` or `labels.csv`, holds the labels; or all images lie at the
-top and have no labels. Hidden files, and files that are no images, are left out.
+top and have no labels. Hidden files, and files that are no images, are left out, and counted.
 
 All folders that the images and labels files of an archive have in common are left off their names,
 since archives often contain a folder around everything. (An archive of a single class folder is
@@ -17,20 +17,31 @@ import itertools
 import json
 import posixpath
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 from PIL import Image
 
-from dmf.data.archives import Files, Folder, is_hidden, normalized, open_archive
-from dmf.data.image_transforms import decode
+from dmf.data.archives import (
+    LOOP,
+    Files,
+    Folder,
+    is_hidden,
+    is_regular_file,
+    normalized,
+    open_archive,
+)
+from dmf.data.image_transforms import load_pixels, open_image
 from dmf.errors import InputError
 from dmf.runtime.paths import user_path
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
 LABELS_FILES = ("dataset.json", "labels.csv")
+# Why a file is left out; the suffix follows.
+NO_IMAGES = "files that are no images"
+_UNUSED = "labels files that are not used"
 
 # The label of each image, if there are labels, and the names of the classes.
 Labels = tuple[list[int] | None, tuple[str, ...]]
@@ -60,32 +71,52 @@ class ImageFiles:
       names: paths below the source, with slashes, in the order of their code points.
       labels: [n] indices into class_names; None for images without labels.
       class_names: name of each class; empty for images without labels.
-      read: returns the bytes of a file by its name; raises a ValueError if they are damaged.
-      other_files: names of the files that are neither images nor labels files.
+      files: the files by name.
+      source: the folder or archive, as the user gave it.
+      left_out: the sorted names of the files that are left out, by the reason.
     """
 
     names: tuple[str, ...]
     labels: Int64[np.ndarray, "n"] | None
     class_names: tuple[str, ...]
-    read: Callable[[str], bytes]
-    other_files: tuple[str, ...] = ()
+    files: Files
+    source: str
+    left_out: Mapping[str, tuple[str, ...]]
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def file_size(self, index: int) -> int:
+        """Number of bytes of the file of an image."""
+        return self.files.size(self.names[index])
+
+    def open(self, index: int) -> Image.Image:
+        """One image, of which only the header is decoded yet.
+
+        Raises:
+          UnreadableImage: the file is damaged, no image, or has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS` or more bytes than `dmf.data.archives.MAX_FILE_BYTES`.
+          OSError: the file cannot be read at all.
+        """
+        name = self.names[index]
+        try:
+            return open_image(self.files.read(name))
+        except ValueError as error:
+            raise UnreadableImage(name, str(error)) from error
 
     def image(self, index: int) -> Image.Image:
         """One image, decoded; of an animation the first frame. It is not turned upright yet.
 
         Raises:
-          UnreadableImage: the file is cut short, damaged, no image, or has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`.
+          UnreadableImage: as `open`; or the file is cut short.
           OSError: the file cannot be read at all.
         """
-        name = self.names[index]
         try:
-            return decode(self.read(name))
+            return load_pixels(self.open(index))
+        except UnreadableImage:
+            raise
         except ValueError as error:
-            raise UnreadableImage(name, str(error)) from error
+            raise UnreadableImage(self.names[index], str(error)) from error
 
 
 def open_images(source: str, *, labels: str = "") -> ImageFiles:
@@ -103,7 +134,8 @@ def open_images(source: str, *, labels: str = "") -> ImageFiles:
         images and labels do not fit together. The field is "source" or "labels".
     """
     files = _open_files(source, labels)
-    names = set(files.names())
+    entries = list(files.entries())
+    names = {name for name, reason in entries if not reason}
     images = tuple(sorted(filter(_is_image, names)))
     if not images:
         raise InputError("source", source, f"no images in it; it takes {' '.join(SUFFIXES)}")
@@ -113,14 +145,29 @@ def open_images(source: str, *, labels: str = "") -> ImageFiles:
     else:
         file, read = opened
         numbers, class_names = _labels_by_file(file, read, images, files.top)
-    rest = names - {*images, *LABELS_FILES, labels}
+    used = opened[0].removeprefix(files.top) if opened else None
     return ImageFiles(
         names=images,
         labels=None if numbers is None else np.array(numbers, np.int64),
         class_names=class_names,
-        read=files.read,
-        other_files=tuple(sorted(name for name in rest if not name.endswith("/"))),
+        files=files,
+        source=source,
+        left_out=_left_out(entries, used),
     )
+
+
+def _left_out(entries: Iterable[tuple[str, str]], labels: str | None) -> dict[str, tuple[str, ...]]:
+    """The names of what is neither an image nor the labels file that is used, by the reason."""
+    left_out: dict[str, list[str]] = {}
+    for name, reason in sorted(entries):
+        if not reason and name in LABELS_FILES:
+            reason = _UNUSED
+        elif not reason:
+            reason = f"{NO_IMAGES} ({posixpath.splitext(name)[1].lower() or 'no suffix'})"
+        is_counted = reason == LOOP or not name.endswith("/")
+        if is_counted and name != labels and not (reason.startswith(NO_IMAGES) and _is_image(name)):
+            left_out.setdefault(reason, []).append(name)
+    return {reason: tuple(names) for reason, names in left_out.items()}
 
 
 def _is_image(name: str) -> bool:
@@ -182,7 +229,7 @@ def _open_labels_file(
     if not labels:
         return None
     path = user_path(labels)
-    if not path.exists() or path.is_dir():
+    if not is_regular_file(path):
         raise InputError("labels", labels, "no such file, neither in the source nor elsewhere")
     return labels, path.read_bytes
 

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import os
 import zipfile
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,10 +12,10 @@ from etils import epath
 from jaxtyping import Int, Int64, UInt8
 
 from dmf.data.datasets import Dataset, open_dataset
-from dmf.data.image_files import ImageFiles, UnreadableImage, open_images
+from dmf.data.image_files import NO_IMAGES, UnreadableImage, open_images
 from dmf.data.image_transforms import center_crop, upright_rgb
 from dmf.data.pixels import IMAGE_CHANNELS
-from dmf.data.raw_images import RawImages, open_raw_images
+from dmf.data.raw_images import RawImages, decoded, open_raw_images
 from dmf.data.tfds_records import is_dataset
 from dmf.errors import InputError
 from dmf.runtime.paths import user_path
@@ -172,15 +173,15 @@ def _decode(
 ) -> UInt8[np.ndarray, "h w c"]:
     """An image as an array; grey images have one channel if `keep_grey` is set."""
     try:
-        image = images.image(index)
-        if side:
-            return center_crop(image, side)
+        with decoded(images, index) as image:
+            if side:
+                return center_crop(image, side)
+            pixels = np.asarray(upright_rgb(image))
+            return pixels[..., :1] if keep_grey and image.mode in _GREY_MODES else pixels
     except UnreadableImage as error:
         raise InputError("", remedy=f"{error}; take it out, or make it anew") from None
     except InputError as error:
         raise error.within(images.names[index]) from None
-    pixels = np.asarray(upright_rgb(image))
-    return pixels[..., :1] if keep_grey and image.mode in _GREY_MODES else pixels
 
 
 def open_image_set(source: str, *, side: int = 0, field: str = "images") -> ImageSet:
@@ -230,12 +231,14 @@ def _open_files(source: str, side: int, field: str) -> FileImages:
     shape = _decode(images, 0, side, keep_grey=True).shape
     return FileImages(
         name=name, images=images, shape=shape, source=source, field=field, side=side,
-        notes=_notes(images.other_files) if isinstance(images, ImageFiles) else "",
+        notes=_notes(images.left_out),
     )  # fmt: skip
 
 
-def _notes(other_files: tuple[str, ...]) -> str:
-    """What a set says about the files that are left out."""
+def _notes(left_out: Mapping[str, Sequence[str]]) -> str:
+    """What a set says about the files that are left out because they are no images."""
+    other_files = sorted(name for reason, names in left_out.items()
+                         if reason.startswith(NO_IMAGES) for name in names)
     if not other_files:
         return ""
     some = ", ".join(other_files[:3]) + ", ..." * (len(other_files) > 3)

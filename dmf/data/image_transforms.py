@@ -1,6 +1,8 @@
 """From the bytes of an image file, of any kind and shape, to an upright RGB square."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
@@ -20,6 +22,8 @@ _DECODERS = {
     b"\x89PNG": PngImageFile,
     b"RIFF": WebPImageFile,
 }
+# Number of pixels of 16 bits that are rounded to 8 bits at once.
+_AT_ONCE = 2**20
 # The transpose that turns an image upright, by its EXIF orientation; 1 is upright already.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,33 +36,59 @@ _TURNS = {
 }
 
 
-def decode(data: bytes) -> Image.Image:
-    """An image, decoded as it is stored; it is not turned upright yet.
+def open_image(data: bytes) -> Image.Image:
+    """An image, of which only the header is decoded yet.
 
     Args:
       data: bytes of a BMP, GIF, JPEG, PNG or WebP file, whose kind is recognised by its first bytes
         since suffixes may be wrong. The first frame is taken of an animation.
 
     Raises:
-      ValueError: the file is cut short, damaged, of another kind, or has more pixels than
+      ValueError: the file is damaged, of another kind, or has more pixels than
         `PIL.Image.MAX_IMAGE_PIXELS`; the message says which.
     """
     decoders = [decoder for start, decoder in _DECODERS.items() if data.startswith(start)]
     if not decoders:
         raise ValueError("is no BMP, GIF, JPEG, PNG or WebP file" if data else "is empty")
-    try:
+    with _one_error():
         # Image.open would only warn about sizes somewhat too large, and a filter of warnings would
         # hold for all threads.
         image = decoders[0](io.BytesIO(data))
         limit = Image.MAX_IMAGE_PIXELS or np.inf
         if image.width * image.height > limit:
             raise ValueError(f"{image.width} x {image.height} pixels are more than {limit}")
+    return image
+
+
+def load_pixels(image: Image.Image) -> Image.Image:
+    """The image itself, decoded as it is stored; it is not turned upright yet.
+
+    Raises:
+      ValueError: the file is cut short or damaged.
+    """
+    with _one_error():
         image.load()
+    return image
+
+
+def decode(data: bytes) -> Image.Image:
+    """An image, decoded; it raises what `open_image` and `load_pixels` raise."""
+    return load_pixels(open_image(data))
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Turns all that Pillow raises for damaged files, which it does not document, into one error.
+
+    Raises:
+      ValueError: a file is damaged.
+    """
+    try:
+        yield
     except MemoryError:
         raise
-    except Exception as error:  # Pillow does not document what it raises for damaged files.
+    except Exception as error:
         raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
-    return image
 
 
 def center_crop(image: Image.Image, side: int) -> UInt8[np.ndarray, "side side 3"]:
@@ -127,9 +157,17 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey as 8 bits. Pillow itself would clip it, and forget the transparent level."""
-    levels = np.asarray(image).clip(0, 65535)
-    grey = np.rint(levels / 257).astype(np.uint8)
-    if "transparency" in image.info:
-        grey[levels == image.info["transparency"]] = 255
+    """16-bit grey as 8 bits. Pillow itself would clip it, and forget the transparent level.
+
+    Level v becomes round(v / 257), a part of the image after the other, to take little memory.
+    """
+    levels = np.asarray(image)
+    grey = np.empty(levels.shape, np.uint8)
+    from_flat, to_flat = levels.reshape(-1), grey.reshape(-1)
+    for start in range(0, len(to_flat), _AT_ONCE):
+        part = from_flat[start : start + _AT_ONCE].clip(0, 65535).astype(np.int32)
+        rounded = (part + 128) // 257
+        if "transparency" in image.info:
+            rounded[part == image.info["transparency"]] = 255
+        to_flat[start : start + _AT_ONCE] = rounded
     return Image.fromarray(grey)

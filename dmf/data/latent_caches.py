@@ -29,7 +29,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int64
 
-from dmf.data.archives import Files, Folder, open_archive
+from dmf.data.archives import Files, Folder, open_archive, taken_names
 from dmf.data.npy_files import header_size, npz_arrays, parse_array, parse_header
 from dmf.errors import InputError
 from dmf.runtime.paths import user_path
@@ -240,7 +240,7 @@ def _errors_of_file(name: str) -> Iterator[None]:
 def _list_samples(files: Files) -> tuple[list[str], list | None, bool]:
     """The files of the samples, their labels where no file of a sample is read for them, and
     whether the layout is EDM2's."""
-    names = set(files.names())
+    names = taken_names(files)
     base = next((base for base in LABELS_FOLDERS if base + LABELS_FILE in names), None)
     samples = sorted(
         name for name in names if name.startswith(base or "") and name[-4:] in SUFFIXES

@@ -9,6 +9,8 @@ import numpy as np
 
 from dmf.errors import InputError
 
+# The arrays of one sample; more are not unpacked, however small the file is.
+MAX_NPZ_BYTES = 2**28
 _DAMAGED = "is no .npy file, or a damaged one: write it again with numpy.save"
 
 
@@ -23,14 +25,18 @@ def npz_arrays(data: bytes, names: Collection[str]) -> dict[str, bytes]:
       The bytes of each array, as those of an .npy.
 
     Raises:
-      InputError: the file is damaged; the field of the error is empty.
+      InputError: the file is damaged, or its arrays have more than `MAX_NPZ_BYTES`; the field of
+        the error is empty.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            entries = archive.namelist()
-            return {name: archive.read(f"{name}.npy") for name in names if f"{name}.npy" in entries}
+            entries = {entry.filename: entry for entry in archive.infolist()}
+            found = {name: entries[f"{name}.npy"] for name in names if f"{name}.npy" in entries}
+            if sum(entry.file_size for entry in found.values()) > MAX_NPZ_BYTES:
+                raise ValueError(f"more than {MAX_NPZ_BYTES:,} bytes")
+            return {name: archive.read(entry) for name, entry in found.items()}
     except Exception as error:  # Python does not document all that zipfile raises.
-        reason = f"is no .npz, or damaged ({type(error).__name__}): save it anew"
+        reason = f"is no .npz, damaged or too large ({type(error).__name__}): save it anew"
         raise InputError("", remedy=reason) from None
 
 

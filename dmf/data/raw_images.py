@@ -1,5 +1,6 @@
 """Images of any size, which `dmf prepare` crops: files, archives, or a TFDS dataset."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -12,13 +13,19 @@ import PIL.Image
 import tensorflow_datasets as tfds
 
 from dmf.data.image_files import UnreadableImage, open_images
-from dmf.data.image_transforms import decode
+from dmf.data.image_transforms import load_pixels, open_image
 from dmf.data.tfds_records import open_builder, open_records
 from dmf.errors import InputError
+from dmf.runtime.memory_budget import MemoryBudget
 from dmf.runtime.paths import user_path
 
 Record = Mapping[str, Any]
 BLOCK = 256
+# Of all threads together: for the bytes of files, and for pixels, of which a decoded image and its
+# copies (turned, with and without transparency) take up to four times four bytes.
+_FILE_MEMORY = MemoryBudget(2**30)
+_PIXEL_MEMORY = MemoryBudget(3 * 2**30)
+_BYTES_PER_PIXEL = 16
 
 
 @runtime_checkable
@@ -31,21 +38,53 @@ class RawImages(Protocol):
       names: name of each image in reports.
       labels: [n] indices into class_names; None for images without labels.
       class_names: names of the labels; empty for images without labels.
+      source: the folder or archive, or the name of the dataset, of the images.
+      left_out: names of files that are left out, by the reason.
     """
 
     names: Sequence[str]
     labels: np.ndarray | None
     class_names: Sequence[str]
+    source: str
+    left_out: Mapping[str, Sequence[str]]
 
     def __len__(self) -> int:
         """Number of images."""
 
-    def image(self, index: int) -> PIL.Image.Image:
-        """One image, decoded. Any number of threads may call it at once.
+    def file_size(self, index: int) -> int:
+        """Number of bytes that `open` reads for an image; 0 if it reads none anew."""
+
+    def open(self, index: int) -> PIL.Image.Image:
+        """One image, of which only the header needs to be decoded. Any number of threads may call
+        it at once.
 
         Raises:
           UnreadableImage: the file of the image is damaged.
         """
+
+
+@contextlib.contextmanager
+def decoded(images: RawImages, index: int) -> Iterator[PIL.Image.Image]:
+    """An image, decoded, in a context that bounds the memory of all threads together.
+
+    Args:
+      images: the images.
+      index: index of an image.
+
+    Yields:
+      The image as it is stored; it is not turned upright yet.
+
+    Raises:
+      UnreadableImage: the file of the image is damaged.
+    """
+    with _FILE_MEMORY.hold(images.file_size(index)):
+        image = images.open(index)
+        with _PIXEL_MEMORY.hold(_BYTES_PER_PIXEL * image.width * image.height):
+            try:
+                load_pixels(image)
+            except ValueError as error:
+                raise UnreadableImage(images.names[index], str(error)) from error
+            yield image
 
 
 class SequentialRecords:
@@ -106,6 +145,12 @@ class TfdsImages:
     records: SequentialRecords | Sequence[Record]
     name: str
     class_names: Sequence[str]
+    left_out: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """Name of the dataset and the split."""
+        return self.name
 
     def __len__(self) -> int:
         return len(self.records)
@@ -122,8 +167,12 @@ class TfdsImages:
             return None
         return np.array([record["label"] for record in self.records], np.int64)
 
-    def image(self, index: int) -> PIL.Image.Image:
-        """One image, decoded.
+    def file_size(self, index: int) -> int:
+        """0: records are read in blocks."""
+        return 0
+
+    def open(self, index: int) -> PIL.Image.Image:
+        """One image, of which only the header is decoded if it is a file.
 
         Raises:
           UnreadableImage: the file of the image is damaged.
@@ -132,7 +181,7 @@ class TfdsImages:
         if isinstance(image, np.ndarray):
             return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         try:
-            return decode(image)
+            return open_image(image)
         except ValueError as error:
             raise UnreadableImage(self.names[index], str(error)) from error
 

@@ -21,10 +21,11 @@ from tensorflow_datasets.proto import tf_example_pb2
 from dmf.data.image_files import UnreadableImage
 from dmf.data.image_transforms import center_crop
 from dmf.data.pixels import from_uint8, png
-from dmf.data.raw_images import RawImages
+from dmf.data.raw_images import RawImages, decoded
 from dmf.errors import InputError, RunError, check_at_least
 from dmf.models.encoders.autoencoder import Autoencoder, as_moments
 from dmf.models.encoders.patch_features import PatchFeatures, stored_features
+from dmf.runtime.files import sync
 from dmf.runtime.sharding import batch_sharding, local_mesh, replicated
 from dmf.types import Params
 
@@ -281,7 +282,9 @@ class ShardWriter:
                 report["labels"] += self._labels(crops)
         finally:
             writer.close()
+        sync(partial)
         partial.replace(final)
+        sync(self._output)
         if self._collector is not None:
             self._collector.finish(shard)
         return report
@@ -293,7 +296,7 @@ class ShardWriter:
         size, batch = self._settings.batch_size, []
         for crop in self._crops(indices):
             if crop.pixels is None:
-                skipped.append({"image": _printable(self._images.names[crop.index]),
+                skipped.append({"image": printable(self._images.names[crop.index]),
                                 "reason": crop.reason})
                 continue
             batch.append(crop)
@@ -319,8 +322,8 @@ class ShardWriter:
     def _crop(self, index: int) -> Crop:
         name = self._images.names[index]
         try:
-            image = self._images.image(index)
-            return Crop(index, center_crop(image, self._settings.resolution))
+            with decoded(self._images, index) as image:
+                return Crop(index, center_crop(image, self._settings.resolution))
         except UnreadableImage as error:
             reason = error.reason
         except InputError as error:
@@ -347,7 +350,7 @@ class ShardWriter:
 
     def _example(self, crop: Crop, stored: Any, features: np.ndarray | None) -> dict[str, Any]:
         """The features of a record by name."""
-        example: dict[str, Any] = {"name": _printable(self._images.names[crop.index])}
+        example: dict[str, Any] = {"name": printable(self._images.names[crop.index])}
         if self._settings.autoencoder is None:
             example["image"] = stored
         else:
@@ -367,10 +370,10 @@ class ShardWriter:
         return [int(self._images.labels[crop.index]) for crop in crops]
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     r"""The name of a file as UTF-8 can hold it: bytes that are no UTF-8 are escaped.
 
-    >>> print(_printable(b"caf\xe9.png".decode("utf-8", "surrogateescape")))
+    >>> print(printable(b"caf\xe9.png".decode("utf-8", "surrogateescape")))
     caf\xe9.png
     """
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -79,6 +79,31 @@ def partial_path(path: epath.Path) -> epath.Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:12]}.partial"
 
 
+def sync(path: epath.Path) -> None:
+    """Waits until a file or the list of a directory is on the disk; buckets (gs://...) pass.
+
+    Without it, a file that was renamed may be empty after a power failure.
+    """
+    if "://" in os.fspath(path):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_no_device(path: epath.Path) -> None:
+    """Checks that a file can be replaced: that no device, pipe or socket is at its path.
+
+    Raises:
+      InputError: one is; root would replace `/dev/null` by a file.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(str(path), remedy="it is a device, a pipe or a socket, and not a file; "
+                         "give the path of a file")
+
+
 @contextmanager
 def new_file(path: epath.Path) -> Iterator[epath.Path]:
     """A context that writes a file, which appears under its name at the end. Until then, and if the
@@ -92,13 +117,16 @@ def new_file(path: epath.Path) -> Iterator[epath.Path]:
       A temporary path, of which nothing exists.
 
     Raises:
+      InputError: a device, a pipe or a socket is at its path.
       RunError: the disk is full or cannot be written.
     """
+    check_no_device(path)
     partial = partial_path(path)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
+            sync(partial)
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -106,13 +134,14 @@ def new_file(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def write_text(path: epath.Path, text: str) -> None:
-    """Writes a text file; if the process is interrupted, the old file stays complete.
+    """Writes a text file; after a crash or a power failure, the old file or the new one is there.
 
     Args:
       path: the file; its directory is created.
       text: the content.
 
     Raises:
+      InputError: a device, a pipe or a socket is at the path.
       RunError: the disk is full or cannot be written.
     """
     with new_file(path) as partial:

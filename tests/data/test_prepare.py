@@ -282,11 +282,12 @@ def test_a_name_that_tfds_would_refuse_is_refused_before_the_first_shard(tmp_pat
 @pytest.mark.parametrize("output", ["images", "images/out", "link/out"])
 def test_an_output_among_the_images_is_refused(tmp_path, capsys, output):
     (tmp_path / "images" / "one").mkdir(parents=True)
+    PIL.Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(tmp_path / "images/one/1.png")
     (tmp_path / "link").symlink_to(tmp_path / "images")
     flags = [f"--source={tmp_path}/images", f"--output={tmp_path}/{output}", "--resolution=8"]
     assert tiny.dmf("prepare", *flags) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert f"--output={tmp_path}/{output}: it lies in --source={tmp_path}/images" in line
+    assert f"output={tmp_path}/{output}: it lies in source={tmp_path}/images" in line
     assert [path.name for path in (tmp_path / "images").iterdir()] == ["one"]
 
 
@@ -349,12 +350,15 @@ def test_a_tfds_dataset_as_a_source(tmp_path):
 class Lost:
     """Images whose disk went away."""
 
-    names, labels, class_names = ("a", "b"), None, ()
+    names, labels, class_names, source, left_out = ("a", "b"), None, (), "lost", {}
 
     def __len__(self) -> int:
         return 2
 
-    def image(self, index: int):
+    def file_size(self, index: int) -> int:
+        return 0
+
+    def open(self, index: int):
         raise FileNotFoundError("no such file")
 
 
@@ -364,15 +368,10 @@ def test_a_lost_disk_is_no_unreadable_image(tmp_path):
     assert not list((tmp_path / "out").glob("latents-*"))
 
 
-class Broken:
+class Broken(Lost):
     """Images of which none can be read."""
 
-    names, labels, class_names = ("a", "b"), None, ()
-
-    def __len__(self) -> int:
-        return 2
-
-    def image(self, index: int):
+    def open(self, index: int):
         raise UnreadableImage(self.names[index], "it is broken")
 
 
