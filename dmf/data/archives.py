@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 from etils import epath
 
 from dmf.errors import InputError
+from dmf.runtime.files import is_regular_file
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 _TAR_BLOCK = 512
@@ -322,13 +323,6 @@ def _zip_members(file: BinaryIO) -> Iterator[tuple[str, ZipMember | None]]:
             yield name, ZipMember(
                 entry.header_offset, entry.compress_size, entry.file_size, is_deflated, entry.CRC
             )
-
-
-def is_regular_file(path: epath.Path) -> bool:
-    """Whether there is a file at a path, and no folder, device, pipe or socket."""
-    if _is_local(os.fspath(path)):
-        return os.path.isfile(path)
-    return path.exists() and not path.is_dir()
 
 
 def _is_local(path: str) -> bool:

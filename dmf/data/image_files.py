@@ -29,12 +29,12 @@ from dmf.data.archives import (
     Files,
     Folder,
     is_hidden,
-    is_regular_file,
     normalized,
     open_archive,
 )
 from dmf.data.image_transforms import load_pixels, open_image
 from dmf.errors import InputError
+from dmf.runtime.files import is_regular_file
 from dmf.runtime.paths import user_path
 
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")

@@ -117,9 +117,9 @@ def _check_outside(output: epath.Path, source: str) -> None:
 
 def _left_out(images: RawImages) -> str:
     """What the log says about the files of the source that are no images; "" if there are none."""
-    parts = [f"{len(names):,} {reason} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    parts = [f"{reason}: {len(names):,} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
              for reason, names in images.left_out.items()]
-    return f"; left out: {', '.join(parts)}" if parts else ""
+    return f"; left out: {'; '.join(parts)}" if parts else ""
 
 
 def _reports(

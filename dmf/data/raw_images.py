@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 
 from dmf.data.image_files import UnreadableImage, open_images
 from dmf.data.image_transforms import load_pixels, open_image
-from dmf.data.tfds_records import open_builder, open_records
+from dmf.data.tfds_records import damage_named, open_builder, open_records
 from dmf.errors import InputError
 from dmf.runtime.memory_budget import MemoryBudget
 from dmf.runtime.paths import user_path
@@ -165,7 +165,8 @@ class TfdsImages:
         """Label of each image, [n] int64, which takes a pass over the dataset; None without."""
         if not self.class_names:
             return None
-        return np.array([record["label"] for record in self.records], np.int64)
+        with damage_named(self.name):
+            return np.array([record["label"] for record in self.records], np.int64)
 
     def file_size(self, index: int) -> int:
         """0: records are read in blocks."""
@@ -176,8 +177,10 @@ class TfdsImages:
 
         Raises:
           UnreadableImage: the file of the image is damaged.
+          RunError: the files of the dataset are damaged.
         """
-        image = self.records[index]["image"]
+        with damage_named(self.name):
+            image = self.records[index]["image"]
         if isinstance(image, np.ndarray):
             return PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         try:

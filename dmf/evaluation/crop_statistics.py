@@ -4,13 +4,15 @@ Sums are too large to be stored for every shard. Each process therefore adds its
 file, which also lists them: a shard that is made again after an interruption is not added twice.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
+from dmf.errors import RunError
 from dmf.evaluation.evaluator import Evaluator
 from dmf.evaluation.feature_statistics import Statistics, read_part_numbers, read_statistics
 from dmf.evaluation.reference_statistics import (
@@ -88,11 +90,12 @@ class CropStatistics:
         """
         finished, self._shard = self._shard, Statistics(self._strides)
         finished.part_numbers.append(shard)
-        if any(shard in read_part_numbers(path) for path in self._folder.glob(_FILES)):
-            return
-        total = Statistics(self._strides)
-        if self._file.exists():
-            total = read_statistics(self._file, self._strides)
+        with self._damage_named():
+            if any(shard in read_part_numbers(path) for path in self._folder.glob(_FILES)):
+                return
+            total = Statistics(self._strides)
+            if self._file.exists():
+                total = read_statistics(self._file, self._strides)
         total.merge(finished)
         total.write(self._file)
 
@@ -105,9 +108,19 @@ class CropStatistics:
         write_reference(self._reference_file, self.reference(self._reference_file.name))
         log(f"reference written: {self._reference_file}")
 
+    @contextlib.contextmanager
+    def _damage_named(self) -> Iterator[None]:
+        """Raises RunError where sums cannot be read: their shards have to be read again."""
+        try:
+            yield
+        except Exception as error:  # Python does not document all that zipfile and NumPy raise.
+            raise RunError(f"{self._folder}/{_FILES}: the sums are damaged ({error}); remove "
+                           f"{self._folder} and run the same command again") from error
+
     def reference(self, name: str) -> Reference:
         """The statistics of all shards, of all processes."""
         total = Statistics(self._strides)
-        for path in sorted(self._folder.glob(_FILES)):
-            total.merge(read_statistics(path, self._strides))
+        with self._damage_named():
+            for path in sorted(self._folder.glob(_FILES)):
+                total.merge(read_statistics(path, self._strides))
         return reference_from_statistics(name, total, None)

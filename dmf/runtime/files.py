@@ -93,13 +93,20 @@ def sync(path: epath.Path) -> None:
         os.close(descriptor)
 
 
+def is_regular_file(path: epath.Path) -> bool:
+    """Whether there is a file at a path, and no directory, device, pipe or socket."""
+    if "://" in os.fspath(path):
+        return path.exists() and not path.is_dir()
+    return os.path.isfile(path)
+
+
 def check_no_device(path: epath.Path) -> None:
     """Checks that a file can be replaced: that no device, pipe or socket is at its path.
 
     Raises:
       InputError: one is; root would replace `/dev/null` by a file.
     """
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.exists() and not path.is_dir() and not is_regular_file(path):
         raise InputError(str(path), remedy="it is a device, a pipe or a socket, and not a file; "
                          "give the path of a file")
 

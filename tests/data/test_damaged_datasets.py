@@ -9,7 +9,7 @@ import pytest
 
 from dmf.data import datasets
 from dmf.data.prepare import prepare
-from dmf.data.raw_images import open_raw_images
+from dmf.data.raw_images import TfdsImages, open_raw_images
 from dmf.data.shard_writer import PrepareSettings
 from dmf.errors import InputError, RunError
 
@@ -81,3 +81,22 @@ def test_a_file_that_is_no_json_is_refused(prepared, tmp_path):
     (folder / "features.json").write_text("")
     with pytest.raises(InputError, match="is no JSON; prepare the dataset again"):
         datasets.open_dataset("some", directory=str(folder))
+
+
+class Records(list):
+    """Records of a file that is damaged after it was opened."""
+
+    is_damaged = False
+
+    def __getitem__(self, index):
+        if self.is_damaged:
+            raise RuntimeError("chunk header hash mismatch")
+        return super().__getitem__(index)
+
+
+def test_a_damaged_source_of_images_is_one_line(tmp_path):
+    records = Records([{"image": np.zeros((9, 9, 3), np.uint8)}])
+    images = TfdsImages(records=records, name="some/train", class_names=())
+    records.is_damaged = True
+    with pytest.raises(RunError, match="some/train: a file of the dataset is missing or damaged"):
+        prepare(images, tmp_path / "again", PrepareSettings(resolution=4, batch_size=8))

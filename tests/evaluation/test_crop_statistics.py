@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import shutil
 
 import image_set
 import numpy as np
@@ -93,6 +94,18 @@ def test_a_shard_counts_once_however_often_it_is_made(tmp_path, monkeypatch, mom
     for process in (0, 1):
         assert run_prepare(tmp_path / "cut", f"--process={process}", "--processes=2") == 0
     check_same(statistics(tmp_path / "cut"), statistics(tmp_path / "whole"))
+
+
+def test_sums_that_are_damaged_are_one_line(tmp_path, capsys):
+    assert run_prepare(tmp_path) == 0
+    (sums,) = (tmp_path / "data/shards").glob("statistics-*.npz")
+    sums.write_bytes(b"")
+    assert run_prepare(tmp_path) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the sums are damaged" in last
+    assert last.endswith("data/shards and run the same command again")
+    shutil.rmtree(tmp_path / "data/shards")
+    assert run_prepare(tmp_path) == 0
 
 
 def test_too_few_images_are_found_before_anything_is_written(tmp_path, capsys):

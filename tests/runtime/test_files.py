@@ -39,6 +39,18 @@ def test_an_interrupted_write_leaves_no_new_file(tmp_path, cut_short):
     assert not path.exists()
 
 
+def test_a_pipe_is_not_replaced_by_a_file(tmp_path):
+    """Nor is a device, by root."""
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", epath.Path("/dev/null")):
+        with pytest.raises(InputError, match=f"{path}: it is a device, a pipe or a socket"):
+            files.check_no_device(epath.Path(path))
+    with pytest.raises(InputError):
+        files.write_json(epath.Path(tmp_path / "pipe"), {})
+    assert (tmp_path / "pipe").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
 def test_a_directory_appears_when_it_is_complete(tmp_path):
     path = epath.Path(tmp_path) / "export"
     with files.new_directory(path) as folder:
