@@ -33,8 +33,8 @@ LOOP = "links to a folder above"
 OUTSIDE = "files beside the folder of the images"
 # Larger files are not read whole: they are no images, labels or latents of an image.
 MAX_FILE_BYTES = 2**30
-# Deflated bytes may be longer than what they expand to, and expand to 1032 times as many at most.
-_DEFLATE_OVERHEAD, _DEFLATE_RATIO = 1000, 1032
+# Deflated bytes may be longer than what they expand to.
+_DEFLATE_OVERHEAD = 1000
 
 
 @runtime_checkable
@@ -235,8 +235,6 @@ class ZipMember(NamedTuple):
     def read(self, file: BinaryIO, size: int = -1) -> bytes:
         """The first bytes of the member, or all, whose checksum is then verified."""
         wanted = self.size if size < 0 else min(size, self.size)
-        if self.size > self.stored_size * (_DEFLATE_RATIO if self.is_deflated else 1):
-            raise InputError("", remedy="is damaged in the archive")
         limit = self.stored_size if size < 0 else min(self.stored_size, size + _DEFLATE_OVERHEAD)
         try:
             file.seek(self.offset)

@@ -101,7 +101,7 @@ def zip_claiming(path, *, size, stored_size, data=PNG):
     return str(path)
 
 
-def test_a_member_may_not_claim_more_than_deflating_can_hold(tmp_path):
+def test_a_member_that_claims_more_than_it_holds_takes_no_more(tmp_path):
     images = open_images(zip_claiming(tmp_path / "1.zip", size=2**30 - 1, stored_size=85))
     tracemalloc.start()
     try:

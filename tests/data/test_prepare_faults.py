@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import tensorflow_datasets as tfds
 import tiny
+from array_record.python import array_record_module
 
 from dmf.data import prepare as prepare_module
 from dmf.data import shard_writer
@@ -53,6 +54,16 @@ def zeroed(path):
     path.write_bytes(bytes(path.stat().st_size))
 
 
+def halved(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def of_fewer_records(path):
+    writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1")
+    writer.write(bytes(2000))
+    writer.close()
+
+
 def cut(path):
     os.truncate(path, path.stat().st_size - 7)
 
@@ -61,6 +72,8 @@ def cut(path):
     (SHARD.format(1), lambda path: path.unlink(), "shard 1 or its report is damaged"),
     (SHARD.format(1), emptied, "shard 1 or its report is damaged"),
     (SHARD.format(1), cut, "shard 1 or its report is damaged"),
+    (SHARD.format(1), halved, "shard 1 or its report is damaged"),
+    (SHARD.format(1), of_fewer_records, "shard 1 or its report is damaged"),
     (SHARD.format(1), zeroed, "shard 1 or its report is damaged"),
     ("shards/00001.json", lambda path: path.unlink(), "2 of the 3 shards"),
     ("shards/00001.json", emptied, "shard 1 or its report is damaged"),
@@ -70,7 +83,7 @@ def cut(path):
     ("preparation.json", lambda path: path.write_text("{}"), "0 of the 3 shards"),
     ("labels.npy", emptied, "3 of the 3 shards"),
     ("dataset_info.json", emptied, "3 of the 3 shards"),
-], ids=range(12))  # fmt: skip
+], ids=range(14))  # fmt: skip
 def test_what_is_lost_or_damaged_is_made_again(
     images, prepared, tmp_path, capsys, name, damage, said
 ):
