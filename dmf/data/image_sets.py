@@ -18,6 +18,7 @@ from dmf.data.pixels import IMAGE_CHANNELS
 from dmf.data.raw_images import RawImages, decoded, open_raw_images
 from dmf.data.tfds_records import is_dataset
 from dmf.errors import InputError
+from dmf.runtime.files import is_regular_file
 from dmf.runtime.paths import user_path
 
 ARRAY = "arr_0"
@@ -246,7 +247,7 @@ def _notes(left_out: Mapping[str, Sequence[str]]) -> str:
 
 
 def _open_array(path: epath.Path) -> ArrayImages:
-    if not path.is_file():
+    if not is_regular_file(path):
         raise InputError("", remedy=f"there is no such file; {_GIVE_ARRAY}")
     try:
         with np.load(os.fspath(path), allow_pickle=False) as file:

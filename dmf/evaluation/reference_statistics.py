@@ -18,6 +18,7 @@ from dmf.evaluation.feature_statistics import Statistics, write_npz
 from dmf.evaluation.metric import MetricInput
 from dmf.evaluation.running_statistics import Moments, RunningMoments
 from dmf.runtime.checksums import fingerprint
+from dmf.runtime.files import is_regular_file
 from dmf.runtime.paths import user_path
 
 # Names of mean and covariance in an .npz, by kind of features; the first pair that is there counts.
@@ -104,7 +105,7 @@ def reference_from_statistics(
 def is_statistics_file(path: epath.PathLike) -> bool:
     """Whether `read_reference` reads a file; otherwise it is a set of images."""
     path = user_path(path)
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix != ".npz" or not is_regular_file(path):
         return path.suffix in (".npz", ".pkl")
     names = {name for pairs in _NPZ_NAMES.values() for pair in pairs for name in pair}
     with _open_npz(path) as file:
@@ -118,7 +119,7 @@ def read_reference(path: epath.PathLike) -> Reference:
       InputError: there is no such file, it has another layout, or it holds no valid moments.
     """
     path = user_path(path)
-    if not path.is_file():
+    if not is_regular_file(path):
         raise InputError("reference", path, f"there is no such file; {_REMEDY}")
     if path.suffix == ".pkl":
         return _read_pickle(path)

@@ -82,13 +82,17 @@ def partial_path(path: epath.Path) -> epath.Path:
 def sync(path: epath.Path) -> None:
     """Waits until a file or the list of a directory is on the disk; buckets (gs://...) pass.
 
-    Without it, a file that was renamed may be empty after a power failure.
+    Without it, a file that was renamed may be empty after a power failure. File systems that do not
+    know the operation pass too.
     """
     if "://" in os.fspath(path):
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
     finally:
         os.close(descriptor)
 

@@ -99,6 +99,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     rows = training.data_loader.abstract_batch(batch_sharding(recipe.mesh))
     jax.eval_shape(step, *abstract_inputs(recipe, rows), draw_key)
     position = position_function(training.data_loader, training.frozen_params)
+    processes.check_same({"data and frozen networks": position(0)})
     check_workdir(workdir, config)
     check_position(workdir, position)
     claim_workdir(workdir, config)

@@ -1,11 +1,12 @@
 """Files appear under their name only when they are complete."""
 
+import errno
 import os
 
 import pytest
 from etils import epath
 
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError
 from dmf.runtime import files
 from dmf.runtime.resumable_work import claim_folder
 
@@ -109,3 +110,20 @@ def test_a_directory_that_is_being_written_is_left_to_its_process(tmp_path, othe
             with files.new_directory(path):
                 raise KeyboardInterrupt
     assert [p.name for p in path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC])
+def test_a_full_disk_is_found_when_a_file_is_synced(tmp_path, monkeypatch, number):
+    """But a file system without the operation is no error."""
+    def fsync(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    path = epath.Path(tmp_path) / "work.json"
+    monkeypatch.setattr(os, "fsync", fsync)
+    if number == errno.EINVAL:
+        files.write_json(path, {"step": 1})
+        assert files.read_json(path) == {"step": 1}
+    else:
+        with pytest.raises(RunError, match="no space left to write"):
+            files.write_json(path, {"step": 1})
+        assert not any(tmp_path.iterdir())

@@ -18,6 +18,7 @@ from dmf.checkpoints.params import latest_step
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import ConcatenatedDataset, InMemoryDataset, open_dataset
 from dmf.errors import InputError, RunError
+from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding, make_mesh
 from dmf.training import build, metrics_writer
 from dmf.training.loop import claim_workdir, train
@@ -231,3 +232,17 @@ def test_a_run_resumes_with_the_teacher_that_it_began_with_alone():
         ("teacher_params", p["teacher_params"]) for p in (first, other(3))
     }
     assert position()(3) == loader.position(3)
+
+
+def test_processes_of_other_data_do_not_train_together(tmp_path, monkeypatch, black):
+    """Here two processes, of which the second has other samples."""
+    name, all_gather = "data and frozen networks.dataset", processes.all_gather
+
+    def gathered(value):
+        values = all_gather(value)
+        return [value, value | {name: "'other'"}] if name in str(value) else values
+
+    monkeypatch.setattr(processes, "all_gather", gathered)
+    with pytest.raises(InputError, match=f"^{name}: it is '[0-9a-f]*' on process 0 and 'other'"):
+        black(np.zeros((18, 64)), np.zeros(18))
+    assert not (tmp_path / "run").exists()
