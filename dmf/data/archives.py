@@ -305,7 +305,7 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | str | None]]
 
 
 def _zip_members(file: BinaryIO) -> Iterator[tuple[str, ZipMember | None]]:
-    total = file.seek(0, os.SEEK_END)
+    total, names = file.seek(0, os.SEEK_END), set()
     for entry in zipfile.ZipFile(file).infolist():
         # Windows writes names with backslashes, which the format forbids.
         name = normalized(entry.filename.replace("\\", "/"))
@@ -317,7 +317,10 @@ def _zip_members(file: BinaryIO) -> Iterator[tuple[str, ZipMember | None]]:
                              "deflated: pack it again with zip -0")
         if entry.filename.endswith(("/", "\\")):
             yield f"{name}/", None
+        elif name in names:
+            raise ValueError(f"{entry.filename} is in it twice: pack it again")
         else:
+            names.add(name)
             yield name, ZipMember(
                 entry.header_offset, entry.compress_size, entry.file_size, is_deflated, entry.CRC
             )

@@ -92,6 +92,12 @@ def test_names_with_backslashes_are_those_of_folders(tmp_path):
     assert images.image(1).size == (9, 9)
 
 
+def test_a_name_that_an_archive_has_twice_is_not_lost_in_silence(tmp_path):
+    path = zipped(tmp_path / "set", {"a/1.png": PNG, "a\\1.png": PNG, "b/1.png": PNG})
+    with pytest.raises(InputError, match=r"a\\1.png is in it twice: pack it again"):
+        open_images(str(path))
+
+
 def test_links_to_a_folder_above_end(tmp_path):
     source = folder(tmp_path / "set", {"a/1.png": PNG, "b/deep/1.png": PNG})
     (source / "a/again").symlink_to(source)
