@@ -82,7 +82,7 @@ _RUNTIME = (
     Mutant(
         "file_in_place", "a file is overwritten in place and not replaced when it is complete",
         "dmf/runtime/files.py",
-        "            yield partial\n            partial.replace(path)",
+        "            yield partial\n            sync(partial)\n            partial.replace(path)",
         "            yield path",
         ("tests/runtime/test_files.py",),
     ),
