@@ -13,16 +13,18 @@ plain dataclass is a group of fields without a name.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from dmf.errors import InputError
+from dmf.field_types import describe_type, has_type
 
 _COMPONENTS: dict[str, dict[str, Any]] = {}
 _DESCRIPTIONS: dict[str, str] = {}
@@ -139,9 +141,9 @@ def build(kind: str | type, config: Any, **given: Any) -> Any:
       given: fields that do not come from the config.
 
     Raises:
-      InputError: an unknown name or field; a number that is NaN, infinite, or too large for int32;
-        or a value that the component refuses. The error names the field relative to this part of
-        the config.
+      InputError: an unknown name or field; a value of another type than the field's; a number that
+        is NaN, infinite, or too large for int32; or a value that the component refuses. The error
+        names the field relative to this part of the config.
     """
     values = _named_values(config)
     if isinstance(kind, type):
@@ -157,6 +159,7 @@ def build(kind: str | type, config: Any, **given: Any) -> Any:
         return cls
     fields = config_fields(cls)
     _refuse_unknown(name, values, fields)
+    check_types(cls, values)
     values = {key: _field_value(fields[key], value) for key, value in values.items()}
     for key, field in fields.items():
         if key not in values | given and field_default(field) is dataclasses.MISSING:
@@ -221,7 +224,8 @@ def complete(kind: str | type, config: Any) -> Any:
       config: a mapping of `name` and fields; or the name alone.
 
     Raises:
-      InputError: an unknown name or field. The error names it relative to this part of the config.
+      InputError: an unknown name or field, or a value of another type than the field's. The error
+        names the field relative to this part of the config.
     """
     values = _named_values(config)
     name = "" if isinstance(kind, type) else values.get("name")
@@ -231,6 +235,7 @@ def complete(kind: str | type, config: Any) -> Any:
     fields = config_fields(cls)
     given = {key: value for key, value in values.items() if isinstance(kind, type) or key != "name"}
     _refuse_unknown(name or cls.__name__, given, fields)
+    check_types(cls, given)
     full = default_config(kind, name)
     for key, value in given.items():
         with at(key):
@@ -244,20 +249,40 @@ def _complete_field(field: dataclasses.Field, value: Any) -> Any:
         return value
     if not holds_by_name(field):
         return complete(kind, value)
-    parts = {}
-    for name, part in value.items():
-        with at(name):
-            parts[name] = complete(kind, part)
-    return parts
+    return {name: _at(name, complete, kind, part) for name, part in _named_values(value).items()}
 
 
 def field_type(cls: type, name: str) -> Any:
     """The annotated type of a field of a dataclass; the type of its default where the annotation
     cannot be resolved."""
+    hints = _type_hints(cls)
+    return hints[name] if name in hints else type(field_default(config_fields(cls)[name]))
+
+
+@functools.cache
+def _type_hints(cls: type) -> Mapping[str, Any]:
     try:
-        return typing.get_type_hints(cls)[name]
+        return typing.get_type_hints(cls)
     except (NameError, TypeError):
-        return type(field_default(config_fields(cls)[name]))
+        return {}
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> None:
+    """Checks that fields of a dataclass which hold no component have values of their types.
+
+    Args:
+      cls: the dataclass.
+      values: by the name of the field; other names are ignored.
+
+    Raises:
+      InputError: a value is of another type, and not the default either.
+    """
+    for name, field in config_fields(cls).items():
+        if name not in values or field_kind(field) is not None:
+            continue
+        value, annotation = values[name], field_type(cls, name)
+        if value is not field_default(field) and not has_type(value, annotation):
+            raise InputError(name, repr(value), f"give {describe_type(annotation)}")
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -324,7 +349,8 @@ def _field_value(field: dataclasses.Field, value: Any) -> Any:
                 _check_number(value, number)
             return tuple(value) if isinstance(value, list | tuple) else value
         if holds_by_name(field):
-            return {name: _build_at(name, kind, part) for name, part in value.items()}
+            return {name: _at(name, build, kind, part)
+                    for name, part in _named_values(value).items()}
         return value if _is_component(value) else build(kind, value)
 
 
@@ -336,9 +362,9 @@ def _check_number(value: Any, number: Any) -> None:
         raise InputError("", value, f"give a whole number below 2^31 = {_LARGEST}")
 
 
-def _build_at(place: str, kind: str | type, config: Any) -> Any:
+def _at(place: str, make: Callable[[str | type, Any], Any], kind: str | type, part: Any) -> Any:
     with at(place):
-        return build(kind, config)
+        return make(kind, part)
 
 
 def _refuse_unknown(name: Any, values: Mapping[str, Any], fields: Mapping[str, Any]) -> None:

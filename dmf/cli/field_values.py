@@ -1,7 +1,6 @@
 """From the text of a flag to a value of the type that a config field is annotated with."""
 
 import ast
-import collections.abc
 import math
 import re
 import types
@@ -9,10 +8,14 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
+from dmf.field_types import alternatives, element_type
+
 _BOOLEANS = {"true": True, "t": True, "yes": True, "1": True,
              "false": False, "f": False, "no": False, "0": False}  # fmt: skip
-_NAMES = {int: "a whole number", float: "a number", bool: "True or False", str: "text",
-          types.NoneType: "None"}  # fmt: skip
+# What literal_eval raises of a text that is no literal, or one that is too deep or too long.
+_NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+# Among several numbers, 1e1 is sooner a slip than ten.
+_DIGITS = re.compile(r"[-+]?\d+")
 _BRACKETS = re.compile(r"[(\[]([^()\[\]]*)[)\]]")
 
 
@@ -30,28 +33,12 @@ def parse_value(text: str | bool, annotation: Any) -> Any:
     Raises:
       ValueError: the text stands for no value of this type.
     """
-    for kind in _alternatives(annotation):
+    for kind in alternatives(annotation):
         try:
             return _parse(text, kind)
         except ValueError:
             continue
     raise ValueError(text)
-
-
-def describe_type(annotation: Any) -> str:
-    """Which values a type has, in words.
-
-    >>> describe_type(int | None), describe_type(tuple[float, float])
-    ('a whole number or None', '2 numbers, for example (0.5, 1.5)')
-    """
-    return " or ".join(_described(kind) for kind in _alternatives(annotation))
-
-
-def _alternatives(annotation: Any) -> list[Any]:
-    """The members of a union, text last, which every text stands for; or the type itself."""
-    union = typing.get_origin(annotation) in (types.UnionType, typing.Union)
-    members = typing.get_args(annotation) if union else (annotation,)
-    return sorted(members, key=lambda kind: kind is str)
 
 
 def _parse(text: str | bool, kind: Any) -> Any:
@@ -92,48 +79,28 @@ def _whole_number(text: str) -> int:
 def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except _NO_LITERAL:
         return text
 
 
 def _parse_tuple(text: str, kind: Any) -> tuple[Any, ...]:
-    element, length = _element(kind)
+    element, length = element_type(kind)
     if element is None:
         raise ValueError(text)
-    values = tuple(parse_value(part, element) for part in _parts(text))
+    parts = _parts(text)
+    if element is int and not all(_DIGITS.fullmatch(part) for part in parts):
+        raise ValueError(text)
+    values = tuple(parse_value(part, element) for part in parts)
     if length is not None and len(values) != length:
         raise ValueError(text)
     return values
-
-
-def _element(kind: Any) -> tuple[Any, int | None]:
-    """The type of the elements of a sequence and their number, None for any number; the type is
-    None if `kind` is no sequence."""
-    if kind in (tuple, list):
-        return Any, None
-    if typing.get_origin(kind) not in (tuple, list, collections.abc.Sequence):
-        return None, None
-    arguments = typing.get_args(kind)
-    fixed = typing.get_origin(kind) is tuple and arguments[-1] is not Ellipsis
-    return arguments[0], len(arguments) if fixed else None
 
 
 def _parts(text: str) -> Sequence[str]:
     """The texts of the elements of "(1, 2)", "[1, 2]", "1,2" or "('a', 'b')"."""
     try:
         values = ast.literal_eval(text)
-    except (ValueError, SyntaxError):  # text without quotes
+    except _NO_LITERAL:  # text without quotes
         inner = _BRACKETS.fullmatch(text)
         return [part.strip() for part in (inner[1] if inner else text).split(",") if part.strip()]
     return [str(value) for value in (values if isinstance(values, tuple | list) else [values])]
-
-
-def _described(kind: Any) -> str:
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    element, length = _element(kind)
-    if element is None:
-        return _NAMES.get(kind, "it in the config file: no flag can say it")
-    noun = {int: "whole numbers", float: "numbers", str: "texts"}.get(element, "values")
-    example = {float: "(0.5, 1.5)", str: "a,b"}.get(element, "(1, 2)")
-    return f"{noun if length is None else f'{length} {noun}'}, for example {example}"

@@ -8,6 +8,7 @@ import traceback
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.machinery import PathFinder
 from typing import Any
 
 from absl import flags
@@ -133,8 +134,21 @@ def errors_of_file(flag: str, file: pathlib.Path) -> Iterator[None]:
 
 
 def allow_imports_beside(file: pathlib.Path) -> None:
-    """Lets a file import its neighbours, as `from configs import default`, wherever it lies."""
-    sys.path.extend(map(str, [file.resolve().parent.parent, pathlib.Path.cwd()]))
+    """Lets a file import its neighbours, as `from configs import default`, wherever it lies: its
+    own folder is meant, and no folder of the same name in the working directory."""
+    folder = file.resolve().parent
+    elsewhere = [place for place in sys.path if pathlib.Path(place).resolve() != pathlib.Path.cwd()]
+    sys.path.extend(map(str, [folder.parent, pathlib.Path.cwd()]))
+    installed = PathFinder.find_spec(folder.name, elsewhere)
+    if folder.name in sys.modules or (installed is not None and installed.loader is not None):
+        return
+    spec = PathFinder.find_spec(folder.name, [str(folder.parent)])
+    if spec is None or not spec.submodule_search_locations:
+        return
+    package = sys.modules[folder.name] = importlib.util.module_from_spec(spec)
+    package.__path__ = [str(folder)]  # A folder without __init__.py would be searched for anew.
+    if spec.loader is not None:
+        spec.loader.exec_module(package)
 
 
 def require(values: flags.FlagValues, *names: str) -> None:

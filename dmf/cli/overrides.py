@@ -16,9 +16,10 @@ from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.cli.config_flag import NO_PREFIX, PREFIX
-from dmf.cli.field_values import describe_type, parse_value
+from dmf.cli.field_values import parse_value
 from dmf.default_config import Config
 from dmf.errors import NO_VALUE, InputError
+from dmf.field_types import describe_type
 
 
 def apply(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:

@@ -1,12 +1,16 @@
 """The config of a command line: its file, and the overrides of its fields."""
 
+import dataclasses
 import pathlib
+import sys
 
+import plugin_files
 import pytest
 import tiny
 from ml_collections import ConfigDict
 
 from configs import default, digits_dmf, digits_meanflow
+from dmf import registry
 from dmf.cli import config_flag, flags
 from dmf.cli.config_flag import complete, load_config, overridden, split_overrides
 from dmf.errors import InputError
@@ -149,6 +153,7 @@ REFUSED = {
     "model.scan=2": "give True or False",
     "data.classes=n01440764": "give whole numbers, for example (1, 2)",
     "data.classes=(1,2.5)": "give whole numbers",
+    "sampling.steps=1e1": "give whole numbers", "sampling.steps=1,2.0": "give whole numbers",
     "sampling.guidance.interval=0.5": "give 2 numbers, for example (0.5, 1.5)",
     "sampling.guidance.interval=(0,1,2)": "give 2 numbers",
     "model.depht=3": "--config.model.depht=3: no such field; did you mean depth?",
@@ -266,6 +271,23 @@ def test_a_file_gives_the_fields_that_it_changes(tmp_path):
     assert load_config(f"{file}:16").model.width == 16
 
 
+@pytest.mark.parametrize("neighbour", ["namespace", "package"])
+def test_a_file_imports_from_its_own_folder(neighbour, tmp_path, monkeypatch):
+    """And not from a folder of the same name in the working directory, where -m looks first."""
+    for place in ("mine", "other"):
+        (tmp_path / place / "recipes").mkdir(parents=True)
+        (tmp_path / place / "recipes" / "base.py").write_text(f"WHERE = {place!r}\n")
+    if neighbour == "package":
+        (tmp_path / "other/recipes/__init__.py").write_text("")
+    file = tmp_path / "mine/recipes/run.py"
+    file.write_text("from recipes import base\n\ndef get_config():\n"
+                    "    return {'data': {'name': base.WHERE}}\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path / "other")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "other"), *sys.path])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    assert load_config(str(file)).data.name == "mine"
+
+
 FILES = {
     "x = 1": "it has no function get_config()",
     "def get_config():\n    return 3": "it returned int",
@@ -273,6 +295,8 @@ FILES = {
     "def get_config():\n    return {'run': {'stpes': 4}}": "run.stpes=4: Run has no such field; "
                                                            "did you mean steps?",
     "def get_config():\n    return {'run': 4}": "run=4",
+    "def get_config():\n    return {'run': {'steps': '4'}}": "run.steps='4': give a whole number",
+    "def get_config():\n    return {'seed': None}": "seed=None: give a whole number",
     "def get_config():\n    x = 1\n    return x / 0": "ZeroDivisionError: division by zero (line 3",
     "def get_config(:\n": "SyntaxError",
     "import nothing_here\n": "ModuleNotFoundError: No module named 'nothing_here' (line 1)",
@@ -287,22 +311,54 @@ def test_a_file_that_gives_no_config_is_told_in_one_line(body, tmp_path):
     assert FILES[body] in str(error.value)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Registered:
+    """A component of a plugin."""
+
+    power: float = 1.0
+
+
 MISSPELT = [
     "gradient_accumulaton = 4", "run.stpes = 5", "data.clases = (1,)", "sampling.shfit = 2.0",
     "sampling.guidance.omega = 2.0", "evaluation.cuont = 5", "mesh.fspd = 2",
     "init.checkpont = '/nowhere'", "teacher.chekpoint = '/x'", "latents.scaling = 0.18",
     "alignment.encodr = 'x'", "frezee = ('encoder',)", "profil = '1:2'", "data.mirrored = True",
     "optimizer.lr = 1e-3", "objective.label_droput = 0.5",
+    "emas.main.decya = 0.9", "objective.time_sampler.maen = 0.4",
 ]  # fmt: skip
+# Fields of whole components, by the message that names them.
+MISSPELT_WITHIN = {
+    "data.mixture = {'more': {'name': 'digits', 'wieght': 2.0}}":
+        "data.mixture.more.wieght=2.0: MixturePart has no such field; did you mean weight?",
+    "emas.slow = {'name': 'half_life', 'imges': 1e6}":
+        "emas.slow.imges=1000000.0: half_life has no such field; did you mean images?",
+    "sampling.sampler = {'name': 'ctm', 'gama': 0.3}":
+        "sampling.sampler.gama=0.3: ctm has no such field; did you mean gamma?",
+    "objective.time_sampler = {'name': 'narow'}":
+        "objective.time_sampler.name=narow: choose one of ",
+    "objective.time_sampler = {'name': 'registered', 'pwoer': 2.0}":
+        "objective.time_sampler.pwoer=2.0: registered has no such field; did you mean power?",
+}
 
 
-@pytest.mark.parametrize("line", MISSPELT)
-def test_a_misspelt_field_of_a_file_is_named(line, tmp_path):
+def refusal_of_file(line: str, folder: pathlib.Path) -> str:
+    """The message that refuses a config file with a line like "run.steps = 3"."""
     body = f"def get_config():\n    c = g()\n    c.{line}\n    return c\n"
-    file = written(tmp_path, f"from dmf.default_config import get_config as g\n{body}")
-    with pytest.raises(InputError) as error:
+    file = written(folder, f"from dmf.default_config import get_config as g\n{body}")
+    with plugin_files.registered_components(), pytest.raises(InputError) as error:
+        registry.register("time_sampler", registered=Registered)
         load_config(file)
-    assert line.partition(" =")[0].rpartition(".")[2] in str(error.value)
+    return str(error.value)
+
+
+def test_a_misspelt_field_of_a_file_is_named(tmp_path):
+    for line in MISSPELT:
+        assert line.partition(" =")[0] in refusal_of_file(line, tmp_path)
+
+
+def test_a_misspelt_field_within_a_component_of_a_file_is_named(tmp_path):
+    for line, message in MISSPELT_WITHIN.items():
+        assert message in refusal_of_file(line, tmp_path)
 
 
 def test_a_whole_config_is_complete():
