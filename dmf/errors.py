@@ -69,6 +69,23 @@ def check_at_least(component: Any, minimum: int, *fields: str) -> None:
             )
 
 
+def check_between(
+    component: Any, minimum: float | int, maximum: float | int, *fields: str
+) -> None:
+    """Raises InputError where a field of a component lies outside of a closed range.
+
+    >>> import types
+    >>> check_between(types.SimpleNamespace(depth=5000), 1, 1024, "depth")
+    Traceback (most recent call last):
+    dmf.errors.InputError: depth=5000: give a number from 1 to 1024
+    """
+    for field in fields:
+        if not minimum <= getattr(component, field) <= maximum:
+            raise InputError(
+                field, getattr(component, field), f"give a number from {minimum} to {maximum}"
+            )
+
+
 def check_choice(component: Any, field: str, choices: Collection[str]) -> None:
     """Raises InputError where a field of a component is none of its choices."""
     value = getattr(component, field)

@@ -30,6 +30,8 @@ _COMPONENTS: dict[str, dict[str, Any]] = {}
 _DESCRIPTIONS: dict[str, str] = {}
 # Whole numbers are int32 in compiled programs.
 _LARGEST = 2**31
+# Numbers that float32 holds as what they are, not as 0 or infinity.
+_SMALLEST, _HUGEST = 1.2e-38, 3.4e38
 
 
 def define_kind(kind: str, description: str, **components: Any) -> None:
@@ -358,6 +360,8 @@ def _check_number(value: Any, number: Any) -> None:
     """Raises InputError for a number that no field takes; `value` is the number, or holds it."""
     if isinstance(number, float) and not math.isfinite(number):
         raise InputError("", value, "give a finite number")
+    if isinstance(number, float) and number and not _SMALLEST <= abs(number) <= _HUGEST:
+        raise InputError("", value, f"float32 holds numbers from {_SMALLEST} to {_HUGEST}, and 0")
     if isinstance(number, int) and abs(number) >= _LARGEST:
         raise InputError("", value, f"give a whole number below 2^31 = {_LARGEST}")
 

@@ -90,8 +90,8 @@ class Data:
 
 
 def _check_weight(weight: float) -> None:
-    if not weight > 0:
-        raise InputError("weight", weight, "give a positive number")
+    if not 1e-6 <= weight <= 1e6:
+        raise InputError("weight", weight, "give a positive number, from 1e-6 to 1e6")
 
 
 def data(section: Any) -> Data:
@@ -144,7 +144,7 @@ def _open(part: Data | MixturePart, network: Network, extra: str) -> Dataset:
       InputError: the directory does not exist; nothing is made there.
     """
     directory = os.fspath(user_path(part.directory)) if part.directory else ""
-    if directory and not epath.Path(directory).exists():
+    if directory and not epath.Path(directory).is_dir():
         raise InputError("directory", part.directory, "there is no such directory; dmf prepare "
                          "makes one, and without a directory TFDS uses its own")
     open_registered = components("dataset").get(part.name)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dmf.errors import InputError, check_at_least
+from dmf.errors import InputError, check_at_least, check_between
 from dmf.evaluation.protocols import Protocol
 from dmf.registry import at, build, lookup
 
@@ -53,7 +53,8 @@ class Evaluation:
     steps: tuple[int, ...] = ()
 
     def __post_init__(self):
-        check_at_least(self, 1, "count", "chunk_size", "part_size")
+        check_between(self, 1, 10**8, "count", "part_size")
+        check_between(self, 1, 2**16, "chunk_size")
         check_at_least(self, 0, "every")
         if not 0 <= self.seed < 2**31:
             raise InputError("seed", self.seed, "give a whole number from 0 to 2^31 - 1")

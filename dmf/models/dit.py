@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError, check_at_least, check_choice
+from dmf.errors import InputError, check_between, check_choice
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
@@ -39,6 +39,8 @@ from dmf.types import (
 )
 
 CONDITIONINGS = ("flow", "meanflow", "decoupled")
+# Beyond these, a number is a slip: not even shapes could be computed.
+_LARGEST_DEPTH, _LARGEST_SIZE, _LARGEST_CLASSES = 1024, 2**18, 2**24
 # The time that a block is conditioned on, by letter: t, r, or both (r and t - r).
 TIME_LETTERS = "trb"
 BLOCK_TIME_PATTERNS = ("split", "interleaved", "both")
@@ -149,14 +151,16 @@ class DiT:
 
     def _check_sizes(self) -> None:
         check = self._check
-        check_at_least(self, 1, "input_size", "channels", "patch_size", "depth", "width", "heads",
-                       "alignment_width", "alignment_hidden")
+        check_between(self, 1, _LARGEST_DEPTH, "depth")
+        check_between(self, 1, _LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
+                      "heads", "alignment_width", "alignment_hidden")
+        check_between(self, 0, _LARGEST_CLASSES, "num_classes")
         check(self.input_size % self.patch_size == 0, "patch_size",
               f"it must divide model.input_size={self.input_size}")
         check(self.width % self.heads == 0, "heads", f"it must divide model.width={self.width}")
         check(self.width % 4 == 0, "width", "the position table needs a multiple of 4")
-        check(self.mlp_ratio > 0, "mlp_ratio", "give a positive number")
-        check(self.num_classes >= 0, "num_classes", "give 0 (unconditional) or more")
+        check(1 <= self.mlp_ratio * self.width <= _LARGEST_SIZE, "mlp_ratio",
+              f"this ratio times model.width={self.width} must lie from 1 to {_LARGEST_SIZE}")
         check(0 <= self.alignment_depth <= self.depth, "alignment_depth",
               f"give a whole number from 0 (none) to model.depth={self.depth}")
 

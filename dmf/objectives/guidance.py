@@ -17,23 +17,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_between
 from dmf.objectives.interpolants import check_interval, in_interval, per_sample
 from dmf.types import Dropped, GuidanceInput, Images, PerSample, PRNGKey, Times
 
 Coefficients = tuple[PerSample, PerSample]
 
 
-def check_finite(field: str, value: float) -> None:
-    """Raises InputError where a number is NaN or infinite."""
-    if not math.isfinite(value):
-        raise InputError(field, value, "give a finite number")
+# Published scales are below 10.
+LARGEST_SCALE = 1000.0
 
 
 def _check_kappa(kappa: float) -> None:
-    if not -math.inf < kappa < 1:
+    if not 0 <= kappa < 1:
         raise InputError("kappa", kappa, "the effective scale is omega / (1 - kappa), so give a "
-                         "finite kappa below 1")
+                         "kappa from 0 to below 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +70,7 @@ class SelfGuidance:
 
     def __post_init__(self):
         check_interval("interval", self.interval)
-        check_finite("omega", self.omega)
+        check_between(self, 0, LARGEST_SCALE, "omega")
         _check_kappa(self.kappa)
 
     @property
@@ -111,7 +109,7 @@ class TeacherGuidance:
 
     def __post_init__(self):
         check_interval("interval", self.interval)
-        check_finite("scale", self.scale)
+        check_between(self, 0, LARGEST_SCALE, "scale")
 
     @property
     def needs_unconditional(self) -> bool:
@@ -152,10 +150,10 @@ class DrawnGuidance:
         check_interval("start_range", self.start_range)
         check_interval("end_range", self.end_range)
         _check_kappa(self.kappa)
-        check_finite("power", self.power)
-        if not 1 < self.max_scale < math.inf:
+        check_between(self, -100, 100, "power")
+        if not 1 < self.max_scale <= LARGEST_SCALE:
             raise InputError("max_scale", self.max_scale, "scales are drawn from 1 up to it; give "
-                             "more than 1")
+                             f"more than 1, and at most {LARGEST_SCALE}")
         if self.start_range[1] > self.end_range[0]:
             raise InputError("start_range", self.start_range, "it must end before end_range="
                              f"{self.end_range} begins")

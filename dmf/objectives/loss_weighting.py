@@ -6,7 +6,6 @@ samples.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -47,10 +46,11 @@ class AdaptiveWeighting:
     learned = False
 
     def __post_init__(self):
-        if not 0 <= self.power < math.inf:
-            raise InputError("power", self.power, "give 0, for the error itself, or more")
-        if not 0 < self.offset < math.inf:
-            raise InputError("offset", self.offset, "it is positive, so that no error divides by 0")
+        if not 0 <= self.power <= 100:
+            raise InputError("power", self.power, "give 0, for the error itself, or up to 100")
+        if not 0 < self.offset <= 1e6:
+            raise InputError("offset", self.offset, "it is positive, so that no error divides by "
+                             "0, and at most 1e6")
 
     def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
         return error / jax.lax.stop_gradient((error + self.offset) ** self.power)

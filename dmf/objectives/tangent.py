@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError, check_choice
+from dmf.errors import InputError, check_between, check_choice
 from dmf.objectives.interpolants import per_sample
 from dmf.types import Images, PerSample
 
@@ -60,6 +60,9 @@ class Tangent:
         for name in ("finite_difference", "max_rms", "normalization", "warmup_steps"):
             if not getattr(self, name) >= 0:
                 raise InputError(name, getattr(self, name), "give 0 (none) or more")
+        # Times lie in [0, 1]; a larger normalization leaves nothing of du/dt.
+        check_between(self, 0, 1, "finite_difference")
+        check_between(self, 0, 1e6, "normalization")
         if self.max_rms and self.normalization:
             raise InputError(
                 "max_rms", self.max_rms,

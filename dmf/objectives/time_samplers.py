@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_between
 from dmf.objectives.interpolants import Interpolant
 from dmf.registry import component_field
 from dmf.types import PRNGKey, Times
@@ -34,8 +34,10 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self):
-        if not self.std > 0:
-            raise InputError("std", self.std, "a logit-normal time sampler needs std > 0")
+        # Beyond 20, the sigmoid is 0 or 1 in float32.
+        check_between(self, -20, 20, "mean")
+        if not 0 < self.std <= 20:
+            raise InputError("std", self.std, "a logit-normal time sampler needs 0 < std <= 20")
 
     def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> Times:
         return interpolant.time_of(self.mean + self.std * jax.random.normal(key, (count,)))

@@ -5,7 +5,10 @@ to a program, to 0.01 GiB, as it reports when it refuses a larger program ("exce
 (15.75G)"); its runtime takes the rest. There is no MFU for devices that are not listed.
 """
 
+import os
 from typing import NamedTuple
+
+import jax
 
 GIB = 2**30
 
@@ -37,6 +40,14 @@ DEVICE_SPECS = {
     "NVIDIA H100 80GB HBM3": DeviceSpec(989e12, 80 * GIB, 450e9),
     "NVIDIA H200": DeviceSpec(989e12, 141 * GIB, 450e9),
 }
+
+
+def device_memory(device: jax.Device) -> float | None:
+    """Bytes of memory of a device: for a CPU, those of the machine; None if they are unknown."""
+    if device.platform == "cpu":
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    specs = DEVICE_SPECS.get(device.device_kind)
+    return None if specs is None else specs.memory
 
 
 def mfu(flops_per_second: float, device_kind: str, devices: int) -> float | None:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dmf.errors import InputError, check_at_least, check_choice
+from dmf.errors import InputError, check_between, check_choice
 from dmf.objectives.interpolants import Interpolant
 from dmf.registry import at, build, component_field
 from dmf.sampling.guidance import SamplingGuidance, classifier_free, guidance_as_input
@@ -34,11 +34,11 @@ class Sampling:
     ema: str = "main"
 
     def __post_init__(self):
-        check_at_least(self, 1, "decode_batch")
+        check_between(self, 1, 2**16, "decode_batch")
         check_choice(self, "decode_dtype", COMPUTE_DTYPES)
-        if not self.shift > 0:
-            raise InputError("shift", self.shift, "the time shift is positive; 1 leaves the times "
-                             "equal")
+        if not 1e-3 <= self.shift <= 1e3:
+            raise InputError("shift", self.shift, "the time shift is positive, from 0.001 to 1000; "
+                             "1 leaves the times equal")
         if not self.steps:
             raise InputError("steps", self.steps, "give one number of sampling steps, or several")
 

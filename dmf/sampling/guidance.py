@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError
-from dmf.objectives.guidance import check_finite
+from dmf.errors import InputError, check_between
+from dmf.objectives.guidance import LARGEST_SCALE
 from dmf.objectives.interpolants import check_interval, in_interval, per_sample
 from dmf.types import Condition, FlowMap, GuidanceInput, GuidedCondition, Images, Times
 
@@ -30,7 +30,7 @@ class SamplingGuidance:
 
     def __post_init__(self):
         check_interval("interval", self.interval)
-        check_finite("scale", self.scale)
+        check_between(self, 0, LARGEST_SCALE, "scale")
 
 
 def classifier_free(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:

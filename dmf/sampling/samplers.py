@@ -23,6 +23,8 @@ from dmf.objectives.interpolants import LINEAR, Interpolant
 from dmf.registry import define_kind, runtime_field
 from dmf.types import Condition, FlowMap, Images, PRNGKeys
 
+MOST_STEPS = 10_000
+
 Time = Float[Array, ""]
 Carry = Any
 
@@ -47,14 +49,16 @@ def uniform_schedule(steps: int, shift: float = 1.0) -> Float[Array, "n"]:
     [1.0, 0.5, 0.0]
 
     Args:
-      steps: number of steps, at least 1.
+      steps: number of steps, from 1 to MOST_STEPS.
       shift: s > 0 in t <- s t / (1 + (s - 1) t); 1 leaves the steps equal.
 
     Raises:
-      InputError: steps < 1 or shift <= 0.
+      InputError: steps < 1, steps > MOST_STEPS or shift <= 0.
     """
     if steps < 1:
         raise InputError("steps", steps, "sampling needs at least 1 step")
+    if steps > MOST_STEPS:
+        raise InputError("steps", steps, f"sampling takes at most {MOST_STEPS} steps")
     if not shift > 0:
         raise InputError("shift", shift, "the time shift is positive; 1 leaves the times equal")
     return shift_times(jnp.linspace(1.0, 0.0, steps + 1), shift)

@@ -297,6 +297,7 @@ def check(config: ConfigDict, built: Recipe) -> None:
     run(config.run)
     settings_of_sampling(config)
     teacher_checkpoint(config)
+    _check_alignment(config, built)
     _check_batch_size(built)
     _check_network(config, built)
     chosen = config.sampling.ema
@@ -307,6 +308,14 @@ def check(config: ConfigDict, built: Recipe) -> None:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
+
+
+def _check_alignment(config: ConfigDict, built: Recipe) -> None:
+    """Raises InputError if an encoder is given that no objective aligns with."""
+    encoder = alignment(config).encoder
+    if encoder and not built.objective.alignment:
+        raise InputError("alignment.encoder", encoder, "nothing is aligned with it; set "
+                         "objective.alignment_coefficient (0.5 as published), or leave it empty")
 
 
 def _check_batch_size(built: Recipe) -> None:

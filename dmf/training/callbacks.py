@@ -242,6 +242,11 @@ class Profiler:
                 "profile_steps", steps, "give FIRST:LAST, steps counted from 1, for example 100:105"
             )
 
+    @property
+    def last_step(self) -> int:
+        """The last step to trace; 0 for none."""
+        return self._last
+
     def before_step(self, step: int) -> None:
         """Starts the trace before its first step."""
         if step > self._last > 0:

@@ -58,8 +58,8 @@ class HalfLifeEma:
     def __post_init__(self):
         if not self.images > 0:
             raise InputError("images", self.images, "a half-life is positive")
-        if not self.ramp >= 0:
-            raise InputError("ramp", self.ramp, "give 0, for no ramp-up, or more")
+        if not 0 <= self.ramp <= 1:
+            raise InputError("ramp", self.ramp, "give 0, for no ramp-up, or more, up to 1")
 
     def rate(self, step: jax.Array, batch_size: int) -> jax.Array:
         """The decay rate after a training step.

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from clu import parameter_overview
@@ -38,6 +38,7 @@ from dmf.training.callbacks import (
     SampleGridCallback,
     is_due,
 )
+from dmf.training.memory import check_memory
 from dmf.training.metric_accumulator import MetricAccumulator, Report
 from dmf.training.metrics_writer import MetricsWriter, NoMetrics
 from dmf.training.resume import check_position, position_function
@@ -84,20 +85,63 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             return _train(config, workdir)
 
 
-def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
+class _Prepared(NamedTuple):
+    """All that a run needs, built and checked.
+
+    Attributes:
+      training: recipe, data loader and settings of the run.
+      step: the training step, traced already.
+      keys: random keys of the initial parameters and of the draws.
+      abstract: the train state as shapes with shardings.
+      pretrained: the parameters that a new run starts from.
+      show, evaluate: the callbacks.
+      profiler: traces some steps.
+    """
+
+    training: build.Training
+    step: Any
+    keys: jax.Array
+    abstract: TrainState
+    pretrained: Params
+    show: SampleGridCallback
+    evaluate: EvaluationCallback
+    profiler: Profiler
+
+
+def prepare(config: ConfigDict, workdir: epath.Path) -> _Prepared:
+    """Builds and checks all that a run needs from its first step to its last; writes nothing.
+
+    Args:
+      config: all fields of `dmf.default_config.Config`.
+      workdir: the workdir of the run.
+
+    Raises:
+      InputError: a field that cannot be used; the message names it.
+    """
     training = build.training(config)
-    recipe = training.recipe
-    init_key, draw_key = jax.random.split(jax.random.key(config.seed))
-    resumed_step = latest_step(workdir)
-    pretrained = _pretrained(config, training, resumed_step)
-    evaluate = EvaluationCallback(config, training, workdir)
-    show = SampleGridCallback(config, training, workdir)
-    profiler = Profiler(config.profile_steps, workdir)
-    abstract, step = abstract_state(recipe), compiled_train_step(recipe)
-    # Tracing the step finds what its parts refuse of each other, before anything is written. The
-    # first step uses this trace, because its key is on no mesh either.
-    rows = training.data_loader.abstract_batch(batch_sharding(recipe.mesh))
-    jax.eval_shape(step, *abstract_inputs(recipe, rows), draw_key)
+    prepared = _Prepared(
+        training=training,
+        step=compiled_train_step(training.recipe),
+        keys=jax.random.split(jax.random.key(config.seed)),
+        abstract=abstract_state(training.recipe),
+        pretrained=_pretrained(config, training, latest_step(workdir)),
+        show=SampleGridCallback(config, training, workdir),
+        evaluate=EvaluationCallback(config, training, workdir),
+        profiler=Profiler(config.profile_steps, workdir),
+    )
+    # Tracing the step finds what its parts refuse of each other. The first step uses this trace,
+    # because its key is on no mesh either.
+    rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
+    _check_profile_steps(config, prepared.profiler, training.run.steps)
+    check_memory(prepared.abstract, rows)
+    jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
+    return prepared
+
+
+def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
+    prepared = prepare(config, workdir)
+    training, step, evaluate = prepared.training, prepared.step, prepared.evaluate
+    init_key, draw_key = prepared.keys
     position = position_function(training.data_loader, training.frozen_params)
     processes.check_same({"data and frozen networks": position(0)})
     check_workdir(workdir, config)
@@ -113,11 +157,11 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
         processes.runtime_errors(),  # Inside too: with a process lost, no save is waited for.
     ):
         state = None
-        if resumed_step:
-            state = _restore(checkpoints, abstract)
+        if latest_step(workdir):
+            state = _restore(checkpoints, prepared.abstract)
         if state is None:
-            state = create_train_state(recipe, init_key, pretrained)
-            _describe(workdir, abstract.params, training)
+            state = create_train_state(training.recipe, init_key, prepared.pretrained)
+            _describe(workdir, prepared.abstract.params, training)
         else:
             done = "nothing left to do" if state.step >= training.run.steps else "resuming"
             processes.log(f"{workdir} is at step {int(state.step)} of {training.run.steps}: {done}")
@@ -129,10 +173,17 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             checkpoints=checkpoints,
             position=position,
             evaluate=evaluate,
-            callbacks=(show, evaluate),
-            profiler=profiler,
+            callbacks=(prepared.show, evaluate),
+            profiler=prepared.profiler,
             stop=stop,
         ).run(state)
+
+
+def _check_profile_steps(config: ConfigDict, profiler: Profiler, steps: int) -> None:
+    """Raises InputError for steps to trace that lie beyond the last step of the run."""
+    if profiler.last_step > steps:
+        raise InputError("profile_steps", config.profile_steps, "the run ends at "
+                         f"run.steps={steps}")
 
 
 def _pretrained(

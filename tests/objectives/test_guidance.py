@@ -157,6 +157,9 @@ def test_guided_velocity_carries_no_gradient(guidance):
         (lambda: SelfGuidance(interval=(0.0, NAN)), r"^interval=\(0\.0, nan\): "),
         (lambda: TeacherGuidance(interval=(0.0, 2.0)), r"^interval=\(0\.0, 2\.0\): "),
         (lambda: TeacherGuidance(scale=NAN), "^scale=nan: "),
+        (lambda: SelfGuidance(omega=-1.0), r"^omega=-1\.0: give a number from 0 to 1000"),
+        (lambda: SelfGuidance(kappa=-0.5), r"^kappa=-0\.5: .* from 0 to below 1"),
+        (lambda: TeacherGuidance(scale=-1.0), r"^scale=-1\.0: give a number from 0 to 1000"),
     ],
 )  # fmt: skip
 def test_invalid_values_are_named(make, message):

@@ -179,6 +179,7 @@ def test_samples_of_a_condition_that_is_no_label():
     [
         (lambda: SamplingGuidance(interval=(-1.0, 1.0)), r"^interval=\(-1\.0, "),
         (lambda: SamplingGuidance(scale=NAN), r"^scale=nan: "),
+        (lambda: SamplingGuidance(scale=-1.0), r"^scale=-1.0: give a number from 0 to 1000"),
         (lambda: guidance_as_input(flow_map, SamplingGuidance(scale=0.0)), r"^scale=0\.0: .*posit"),
         (lambda: classifier_free(flow_map, SamplingGuidance(scale=2.0))(X_T, T, T, Y.labels),
          r"^y=Array.*: guidance needs a condition that has a null; give ClassLabels\("),

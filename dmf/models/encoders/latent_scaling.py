@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_between
 
 Latents = Float[Array, "b h w c"]
 
@@ -51,6 +51,8 @@ class LatentScaling:
                 "scale", self.scale,
                 f"it and latents.std={self.std} must be positive",
             )
+        check_between(self, 1e-6, 1e6, "scale")
+        check_between(self, -1e6, 1e6, "shift")
 
     def apply(self, latents: Latents) -> Latents:
         """The samples x [b, h, w, c] of latents [b, h, w, c].
