@@ -22,7 +22,7 @@ from dmf.cli.config_flag import complete, overridden
 from dmf.data.build import MixturePart
 from dmf.default_config import Config
 from dmf.errors import InputError
-from dmf.training.loop import prepare
+from dmf.training.prepared_run import prepare
 
 # As the command line gives them.
 TEXTS = (

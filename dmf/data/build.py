@@ -11,6 +11,7 @@ from etils import epath
 from dmf.data.batch_transform import BatchTransform, sample_shape
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import (
+    CACHE,
     ConcatenatedDataset,
     Dataset,
     InMemoryDataset,
@@ -144,7 +145,8 @@ def _open(part: Data | MixturePart, network: Network, extra: str) -> Dataset:
       InputError: the directory does not exist; nothing is made there.
     """
     directory = os.fspath(user_path(part.directory)) if part.directory else ""
-    if directory and not epath.Path(directory).is_dir():
+    place = epath.Path(directory)
+    if directory and not (place.is_dir() or (part.name == CACHE and place.is_file())):
         raise InputError("directory", part.directory, "there is no such directory; dmf prepare "
                          "makes one, and without a directory TFDS uses its own")
     open_registered = components("dataset").get(part.name)

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import platform
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from clu import parameter_overview
@@ -30,20 +30,18 @@ from dmf.runtime.paths import user_path
 from dmf.runtime.progress import Clock
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
-from dmf.training.abstract_inputs import abstract_inputs
 from dmf.training.callbacks import (
     Callback,
     EvaluationCallback,
     Profiler,
-    SampleGridCallback,
     is_due,
 )
-from dmf.training.memory import check_memory
 from dmf.training.metric_accumulator import MetricAccumulator, Report
 from dmf.training.metrics_writer import MetricsWriter, NoMetrics
+from dmf.training.prepared_run import prepare
 from dmf.training.resume import check_position, position_function
 from dmf.training.train_state import TrainState
-from dmf.training.train_step import abstract_state, compiled_train_step, create_train_state
+from dmf.training.train_step import create_train_state
 from dmf.types import Batch, Metrics, Params
 
 # Fields that may change when a run resumes: its length, with the end of the decay of its learning
@@ -85,59 +83,6 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
             return _train(config, workdir)
 
 
-class _Prepared(NamedTuple):
-    """All that a run needs, built and checked.
-
-    Attributes:
-      training: recipe, data loader and settings of the run.
-      step: the training step, traced already.
-      keys: random keys of the initial parameters and of the draws.
-      abstract: the train state as shapes with shardings.
-      pretrained: the parameters that a new run starts from.
-      show, evaluate: the callbacks.
-      profiler: traces some steps.
-    """
-
-    training: build.Training
-    step: Any
-    keys: jax.Array
-    abstract: TrainState
-    pretrained: Params
-    show: SampleGridCallback
-    evaluate: EvaluationCallback
-    profiler: Profiler
-
-
-def prepare(config: ConfigDict, workdir: epath.Path) -> _Prepared:
-    """Builds and checks all that a run needs from its first step to its last; writes nothing.
-
-    Args:
-      config: all fields of `dmf.default_config.Config`.
-      workdir: the workdir of the run.
-
-    Raises:
-      InputError: a field that cannot be used; the message names it.
-    """
-    training = build.training(config)
-    prepared = _Prepared(
-        training=training,
-        step=compiled_train_step(training.recipe),
-        keys=jax.random.split(jax.random.key(config.seed)),
-        abstract=abstract_state(training.recipe),
-        pretrained=_pretrained(config, training, latest_step(workdir)),
-        show=SampleGridCallback(config, training, workdir),
-        evaluate=EvaluationCallback(config, training, workdir),
-        profiler=Profiler(config.profile_steps, workdir),
-    )
-    # Tracing the step finds what its parts refuse of each other. The first step uses this trace,
-    # because its key is on no mesh either.
-    rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
-    _check_profile_steps(config, prepared.profiler, training.run.steps)
-    check_memory(prepared.abstract, rows)
-    jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
-    return prepared
-
-
 def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     prepared = prepare(config, workdir)
     training, step, evaluate = prepared.training, prepared.step, prepared.evaluate
@@ -177,24 +122,6 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             profiler=prepared.profiler,
             stop=stop,
         ).run(state)
-
-
-def _check_profile_steps(config: ConfigDict, profiler: Profiler, steps: int) -> None:
-    """Raises InputError for steps to trace that lie beyond the last step of the run."""
-    if profiler.last_step > steps:
-        raise InputError("profile_steps", config.profile_steps, "the run ends at "
-                         f"run.steps={steps}")
-
-
-def _pretrained(
-    config: ConfigDict, training: build.Training, resumed_step: int | None
-) -> Params:
-    """The parameters that a new run starts from; {} for a run that resumes."""
-    if resumed_step:
-        return {}
-    params = build.pretrained(config, training.recipe.network, training.recipe.mesh)
-    training.recipe.freeze_mask.check_pretrained(params)
-    return params
 
 
 def _restore(checkpoints: CheckpointManager, abstract: TrainState) -> TrainState | None:

@@ -10,7 +10,8 @@ from etils import epath
 
 from dmf.cli.config_flag import overridden
 from dmf.errors import InputError, RunError
-from dmf.training.loop import prepare, train
+from dmf.training.loop import train
+from dmf.training.prepared_run import prepare
 
 # Values that have been accepted, or have ended in a traceback or in a process without an end.
 NONSENSE = (

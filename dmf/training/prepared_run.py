@@ -1,0 +1,90 @@
+"""All that a run needs from its first step to its last, built and checked before anything is
+written."""
+
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from dmf.checkpoints.params import latest_step
+from dmf.errors import InputError
+from dmf.runtime.sharding import batch_sharding
+from dmf.training import build
+from dmf.training.abstract_inputs import abstract_inputs
+from dmf.training.callbacks import EvaluationCallback, Profiler, SampleGridCallback
+from dmf.training.memory import check_memory
+from dmf.training.train_state import TrainState
+from dmf.training.train_step import abstract_state, compiled_train_step
+from dmf.types import Params
+
+
+class PreparedRun(NamedTuple):
+    """All that a run needs, built and checked.
+
+    Attributes:
+      training: recipe, data loader and settings of the run.
+      step: the training step, traced already.
+      keys: random keys of the initial parameters and of the draws.
+      abstract: the train state as shapes with shardings.
+      pretrained: the parameters that a new run starts from.
+      show, evaluate: the callbacks.
+      profiler: traces some steps.
+    """
+
+    training: build.Training
+    step: Any
+    keys: jax.Array
+    abstract: TrainState
+    pretrained: Params
+    show: SampleGridCallback
+    evaluate: EvaluationCallback
+    profiler: Profiler
+
+
+def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
+    """Builds and checks all that a run needs from its first step to its last; writes nothing.
+
+    Args:
+      config: all fields of `dmf.default_config.Config`.
+      workdir: the workdir of the run.
+
+    Raises:
+      InputError: a field that cannot be used; the message names it.
+    """
+    training = build.training(config)
+    prepared = PreparedRun(
+        training=training,
+        step=compiled_train_step(training.recipe),
+        keys=jax.random.split(jax.random.key(config.seed)),
+        abstract=abstract_state(training.recipe),
+        pretrained=_pretrained(config, training, latest_step(workdir)),
+        show=SampleGridCallback(config, training, workdir),
+        evaluate=EvaluationCallback(config, training, workdir),
+        profiler=Profiler(config.profile_steps, workdir),
+    )
+    # Tracing the step finds what its parts refuse of each other. The first step uses this trace,
+    # because its key is on no mesh either.
+    rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
+    _check_profile_steps(config, prepared.profiler, training.run.steps)
+    check_memory(prepared.abstract, rows)
+    jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
+    return prepared
+
+
+def _check_profile_steps(config: ConfigDict, profiler: Profiler, steps: int) -> None:
+    """Raises InputError for steps to trace that lie beyond the last step of the run."""
+    if profiler.last_step > steps:
+        raise InputError("profile_steps", config.profile_steps, "the run ends at "
+                         f"run.steps={steps}")
+
+
+def _pretrained(
+    config: ConfigDict, training: build.Training, resumed_step: int | None
+) -> Params:
+    """The parameters that a new run starts from; {} for a run that resumes."""
+    if resumed_step:
+        return {}
+    params = build.pretrained(config, training.recipe.network, training.recipe.mesh)
+    training.recipe.freeze_mask.check_pretrained(params)
+    return params
