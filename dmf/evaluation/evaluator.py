@@ -34,6 +34,7 @@ from dmf.models.build import network
 from dmf.runtime import processes
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.files import read_json, refuse_link, write_json
+from dmf.runtime.progress import waiting
 from dmf.runtime.resumable_work import claim_folder
 from dmf.runtime.sharding import local_mesh
 
@@ -276,7 +277,8 @@ class Evaluator:
         for metric in self.protocol.metrics_by_name.values():
             if metric.baseline and metric.features in self.reference.features:
                 reference = self.reference.metric_input(metric.features)
-                return {"halves_distance": metric.baseline(reference)}
+                with waiting("the distance of random halves of the reference", processes.log):
+                    return {"halves_distance": metric.baseline(reference)}
         return {}
 
     # What features depend on.

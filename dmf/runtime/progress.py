@@ -1,8 +1,10 @@
 """Progress on standard error: what is done, how fast, and the time left."""
 
 import sys
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 
 def log(line: str) -> None:
@@ -10,6 +12,46 @@ def log(line: str) -> None:
     with suppress(OSError, ValueError):  # A full disk, a pipe without a reader, a closed file.
         if sys.stderr is not None:
             print(line, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as hours, minutes and seconds.
+
+    >>> duration(3723.2), duration(123)
+    ('1:02:03', '2:03')
+    """
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+@contextmanager
+def waiting(
+    what: str, log: Callable[[str], None] = log, *, after: float = 10.0, every: float = 30.0
+) -> Iterator[None]:
+    """A context for one long call, which logs how long it has taken so far.
+
+    Args:
+      what: what is done, for example "compiling the training step".
+      log: prints a line.
+      after: seconds before the first line; a call that ends earlier logs nothing.
+      every: seconds between two lines.
+    """
+    start, ended = time.perf_counter(), threading.Event()
+
+    def report() -> None:
+        pause = after
+        while not ended.wait(pause):
+            log(f"{what}: {duration(time.perf_counter() - start)} so far")
+            pause = every
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Clock:
@@ -43,9 +85,7 @@ class Clock:
         """
         worked = max(done - self._first, 1)
         seconds = (time.perf_counter() - self._start) / worked * (self._total - done)
-        minutes, seconds = divmod(round(seconds), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+        return duration(seconds)
 
 
 class Progress:

@@ -88,6 +88,8 @@ class SampleGridCallback(Callback):
         network = training.recipe.network
         shown = network.sample_shape[-1] in pixels.IMAGE_CHANNELS or config.latents.autoencoder
         self._every = training.run.sample_every if shown else 0
+        if training.run.sample_every and not shown:
+            processes.log("latents.autoencoder is empty: no grids of samples are written")
         self._mesh, self._generator = local_mesh(), None
         if self._every:
             training.sampling.check_steps("sampling.steps", training.sampling.steps)

@@ -10,6 +10,7 @@
 import dataclasses
 import math
 import platform
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from dmf.runtime import ownership, processes
 from dmf.runtime.device_specs import GIB, mfu
 from dmf.runtime.files import disk_errors, read_json, write_json, write_text
 from dmf.runtime.paths import user_path
-from dmf.runtime.progress import Clock
+from dmf.runtime.progress import Clock, duration, waiting
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
 from dmf.training.callbacks import (
@@ -84,7 +85,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 
 
 def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
-    prepared = prepare(config, workdir)
+    with waiting("loading the dataset and the networks", processes.log):
+        prepared = prepare(config, workdir)
     training, step, evaluate = prepared.training, prepared.step, prepared.evaluate
     init_key, draw_key = prepared.keys
     position = position_function(training.data_loader, training.frozen_params)
@@ -115,6 +117,9 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             training=training,
             workdir=workdir,
             train_step=lambda state, rows: step(state, rows, training.frozen_params, draw_key),
+            compile_step=lambda *inputs: step.lower(
+                *inputs, training.frozen_params, draw_key
+            ).compile(),
             checkpoints=checkpoints,
             position=position,
             evaluate=evaluate,
@@ -141,6 +146,7 @@ class Loop:
       training: recipe, data loader and settings of the run.
       workdir: the workdir of the run.
       train_step: (state, rows) -> (state, metrics).
+      compile_step: compiles `train_step` for (state, rows), which it does not touch.
       checkpoints: saves the train state.
       position: what is saved with the state of a step, see `position_function`.
       evaluate: the evaluation callback; a state that it evaluates is saved first.
@@ -152,6 +158,7 @@ class Loop:
     training: build.Training
     workdir: epath.Path
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    compile_step: Callable[[TrainState, Batch], Any]
     checkpoints: CheckpointManager
     position: Callable[[int], Mapping[str, Any]]
     evaluate: EvaluationCallback
@@ -182,12 +189,17 @@ class Loop:
             if start and self.evaluate.due(start) and not self.evaluate.is_done(start):
                 self.evaluate(start, state)
             for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
+                if step == start + 1:
+                    self._compile(state, batch)
+                    log.start_clock(start)
                 self.profiler.before_step(step)
                 state, metrics = self.train_step(state, batch)
                 self.profiler.after_step(step, metrics)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     self.stop.listen()
+                    processes.log(f"step {step}/{total} is done; a line follows every "
+                                  f"{self.training.run.log_every} steps")
                 stopping = self.stop.after(step) and step < total
                 saving = stopping or self._saves_after(step)
                 log.add(step, metrics, up_to_date=saving or step == total)
@@ -207,10 +219,19 @@ class Loop:
             self.profiler.close()
         return state
 
+    def _compile(self, state: TrainState, batch: Batch) -> None:
+        """Compiles the training step, which may take minutes, and says so."""
+        processes.log("compiling the training step")
+        with waiting("compiling the training step", processes.log):
+            began = time.perf_counter()
+            self.compile_step(state, batch)
+        processes.log(f"compiled in {duration(time.perf_counter() - began)}")
+
     def _saves_after(self, step: int) -> bool:
-        """Whether a checkpoint is due; what is evaluated is saved too."""
+        """Whether a checkpoint is due, as after the last step; what is evaluated is saved too."""
         run = self.training.run
-        return self.evaluate.due(step) or is_due(step, run.checkpoint_every, run.steps)
+        return (self.evaluate.due(step) or is_due(step, run.checkpoint_every, run.steps)
+                or step == run.steps)
 
 
 class StepLog:
@@ -237,6 +258,10 @@ class StepLog:
         self._accumulator = MetricAccumulator(
             self._due, lambda: checkpoints.latest_step, training.recipe.optimizer.skip_nonfinite
         )
+
+    def start_clock(self, start: int) -> None:
+        """Measures the speed from now on, without the compilation."""
+        self._clock = Clock(start, self._total)
 
     def _due(self, step: int) -> bool:
         return is_due(step, self._training.run.log_every, self._total)

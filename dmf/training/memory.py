@@ -1,16 +1,17 @@
-"""Whether a run fits into memory at all: its train state and its batch, before either is made."""
+"""Whether a run fits into memory and onto its disk at all, before anything is made."""
 
+import os
+import shutil
 from typing import Any
 
 import jax
+from etils import epath
 
 from dmf.errors import InputError
 from dmf.runtime.device_specs import GIB, device_memory
-from dmf.training.train_state import TrainState
-from dmf.types import Batch
 
 
-def check_memory(state: TrainState, rows: Batch) -> None:
+def check_memory(state: Any, rows: Any) -> None:
     """Checks the least that a run takes; `dmf compile` tells how much it takes in fact.
 
     Args:
@@ -29,6 +30,26 @@ def check_memory(state: TrainState, rows: Batch) -> None:
             if memory is not None and size > memory:
                 compared = f"{size / GIB:,.1f} GiB of the {memory / GIB:,.1f} GiB of a device"
                 raise InputError(field, remedy=remedy.format(compared))
+
+
+def check_disk(workdir: epath.Path, state: Any) -> None:
+    """Checks that a local disk has room for a checkpoint; that of a bucket is not known.
+
+    Args:
+      workdir: the workdir, which need not exist.
+      state: the train state as shapes.
+
+    Raises:
+      InputError: a checkpoint takes more bytes than are free.
+    """
+    if "://" in os.fspath(workdir):
+        return
+    place = next(parent for parent in (workdir, *workdir.resolve().parents) if parent.exists())
+    size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise InputError("workdir", workdir, f"a checkpoint takes {size / GIB:,.3f} GiB, and its "
+                         f"disk has {free / GIB:,.3f} GiB free")
 
 
 def _bytes_by_device(tree: Any) -> dict[jax.Device, int]:

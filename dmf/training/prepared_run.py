@@ -13,7 +13,7 @@ from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
 from dmf.training.callbacks import EvaluationCallback, Profiler, SampleGridCallback
-from dmf.training.memory import check_memory
+from dmf.training.memory import check_disk, check_memory
 from dmf.training.train_state import TrainState
 from dmf.training.train_step import abstract_state, compiled_train_step
 from dmf.types import Params
@@ -68,6 +68,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
     rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
     _check_profile_steps(config, prepared.profiler, training.run.steps)
     check_memory(prepared.abstract, rows)
+    check_disk(workdir, prepared.abstract)
     jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
     return prepared
 

@@ -316,6 +316,15 @@ def test_samples_that_are_not_finite_fail(tmp_path, real, capsys, monkeypatch):
     assert not (tmp_path / "e.json").exists()
 
 
+def test_no_distance_is_computed_that_was_not_asked_for(tmp_path, monkeypatch):
+    """Of label agreement chance is no distance; ten distances of 3,072 x 3,072 take minutes."""
+    for name in ("halves_distance", "frechet_distance", "moments"):
+        monkeypatch.setattr(metrics, name, lambda *args, **kwargs: pytest.fail("a distance"))
+    result = of_run(tmp_path / "e.json", "--metrics=label_agreement", "--steps=1")
+    assert "halves_distance" not in result["reference"]
+    assert 0 <= result["results"][0]["label_agreement"] <= 1
+
+
 def test_label_agreement_is_left_out_where_there_are_no_labels():
     settings = evaluation(tiny.config().evaluation)
     assert protocol(settings, labelled=False).metrics == ("fd_pixels",)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from typing import NamedTuple
 
 import jax
@@ -195,6 +196,30 @@ def test_checkpoints_are_kept_as_asked(tmp_path):
     cadence = {"run.checkpoint_every": 2, "run.steps": 9, "run.keep_last": 2, "run.keep_every": 4}
     loop.train(tiny.config(cadence), tmp_path)
     assert sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir()) == [4, 8, 9]
+
+
+def test_the_last_step_is_saved_whatever_the_cadence(tmp_path):
+    with small_network.registered():
+        loop.train(small_network.config({"run.checkpoint_every": 0, "run.steps": 3}), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_the_first_minutes_are_told_and_the_speed_is_without_them(tmp_path, monkeypatch, capsys):
+    compile_step = loop.Loop._compile
+
+    def slowly(*inputs):
+        compile_step(*inputs)
+        time.sleep(2)
+
+    monkeypatch.setattr(loop.Loop, "_compile", slowly)
+    with small_network.registered():
+        loop.train(small_network.config({"run.steps": 4, "run.log_every": 4}), tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    told = [next(i for i, line in enumerate(lines) if line.startswith(start)) for start in (
+        "compiling the training step", "compiled in 0:", "step 1/4 is done", "step 4/4  loss",
+    )]  # fmt: skip
+    assert told == sorted(told)
+    assert metrics(tmp_path)[0]["steps_per_second"] > 4 / 2
 
 
 def start_of(config) -> dict:
