@@ -77,12 +77,14 @@ def check_between(
     >>> import types
     >>> check_between(types.SimpleNamespace(depth=5000), 1, 1024, "depth")
     Traceback (most recent call last):
-    dmf.errors.InputError: depth=5000: give a number from 1 to 1024
+    dmf.errors.InputError: depth=5000: give a whole number from 1 to 1024
     """
+    whole = "whole " if isinstance(minimum, int) and isinstance(maximum, int) else ""
     for field in fields:
         if not minimum <= getattr(component, field) <= maximum:
             raise InputError(
-                field, getattr(component, field), f"give a number from {minimum} to {maximum}"
+                field, getattr(component, field),
+                f"give a {whole}number from {minimum} to {maximum}",
             )
 
 

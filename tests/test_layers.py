@@ -32,7 +32,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may see a ConfigDict: what turns a config into objects, and what stores one.
 CONFIG_READERS = (
     "default_config.py", "*/build.py", "checkpoints/load.py", "training/loop.py",
-    "training/callbacks.py", "training/prepared_run.py", "training/compile.py",
+    "training/callbacks.py", "training/prepared_run.py", "training/initial_checkpoint.py",
+    "training/compile.py",
     "evaluation/evaluator.py", "checkpoints/export.py", "cli/*.py",
 )  # fmt: skip
 NETWORK_ROOM = "models"

@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
@@ -67,7 +68,11 @@ def parse_with_config(
                              "get_config(ARG)", flag_values=values)
     overrides = parse_with_overrides(verb, arguments, values, usage)
     flags.require(values, "config")
-    return overridden(load_config(values.config), overrides)
+    config, taken = configured(load_config(values.config), overrides)
+    if taken:
+        print(f"from init.checkpoint={config.init.checkpoint}: {', '.join(taken)}",
+              file=sys.stderr)
+    return config
 
 
 def parse_with_overrides(
@@ -124,6 +129,31 @@ def complete(config: ConfigDict | Mapping) -> ConfigDict:
     from dmf.default_config import Config
 
     return ConfigDict(registry.complete(Config, config))
+
+
+def configured(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """The config of a run: that of a file with overrides applied, and with what it takes from its
+    initial checkpoint, see `dmf.training.initial_checkpoint`.
+
+    Fields of the command line are never replaced; fields that the file changes are not either,
+    unless the command line names another checkpoint than the file.
+
+    Returns:
+      The config; and what it took, as "model.width=384".
+
+    Raises:
+      InputError: no such field, or a value that it cannot have.
+    """
+    from flax.traverse_util import flatten_dict
+
+    from dmf.default_config import get_config
+    from dmf.training.initial_checkpoint import inherit
+
+    given = {overridden_field(override) for override in overrides}
+    if "init.checkpoint" not in given:
+        ours, defaults = (flatten_dict(c.to_dict(), sep=".") for c in (config, get_config()))
+        given |= {field for field, value in ours.items() if value != defaults.get(field)}
+    return inherit(overridden(config, overrides), given)
 
 
 def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

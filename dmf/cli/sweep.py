@@ -68,7 +68,8 @@ def _sweep(values: absl_flags.FlagValues, common: Sequence[str]) -> None:
     variants = sweeps.variants(sweeps.read_sweep(values.sweep))
     _check_apart(variants, common)
     base = config_flag.load_config(values.config)
-    configs = {v.name: config_flag.overridden(base, [*common, *v.flags]) for v in variants}
+    configs = {v.name: config_flag.configured(base, [*common, *v.flags])[0]
+               for v in variants}
     sweeps.check_distinct(
         [(v, configs[v.name].to_json_best_effort(sort_keys=True)) for v in variants]
     )

@@ -15,7 +15,7 @@ alone, and `decode` is the rest, so that several velocities at one x_t share the
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +118,12 @@ class DiT:
       attention: implementation of attention: "xla" (plain JAX operations), "flash" (kernels, on
         TPUs and NVIDIA GPUs) or "auto" (the faster one for the device and the number of tokens).
     """
+
+    # The fields that a run shares with the checkpoint that it starts from.
+    sizes: ClassVar[tuple[str, ...]] = (
+        "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",
+        "num_classes",
+    )  # fmt: skip
 
     input_size: int
     channels: int

@@ -150,7 +150,7 @@ class DrawnGuidance:
         check_interval("start_range", self.start_range)
         check_interval("end_range", self.end_range)
         _check_kappa(self.kappa)
-        check_between(self, -100, 100, "power")
+        check_between(self, -100.0, 100.0, "power")
         if not 1 < self.max_scale <= LARGEST_SCALE:
             raise InputError("max_scale", self.max_scale, "scales are drawn from 1 up to it; give "
                              f"more than 1, and at most {LARGEST_SCALE}")

@@ -61,7 +61,7 @@ class Tangent:
             if not getattr(self, name) >= 0:
                 raise InputError(name, getattr(self, name), "give 0 (none) or more")
         # Times lie in [0, 1]; a larger normalization leaves nothing of du/dt.
-        check_between(self, 0, 1, "finite_difference")
+        check_between(self, 0.0, 1.0, "finite_difference")
         check_between(self, 0, 1e6, "normalization")
         if self.max_rms and self.normalization:
             raise InputError(

@@ -35,7 +35,7 @@ class LogitNormal:
 
     def __post_init__(self):
         # Beyond 20, the sigmoid is 0 or 1 in float32.
-        check_between(self, -20, 20, "mean")
+        check_between(self, -20.0, 20.0, "mean")
         if not 0 < self.std <= 20:
             raise InputError("std", self.std, "a logit-normal time sampler needs 0 < std <= 20")
 

@@ -13,6 +13,7 @@ from dmf.checkpoints.load import (
     load_encoder,
     load_network,
     load_params,
+    read_config,
 )
 from dmf.data.batch_transform import BatchTransform
 from dmf.data.build import Data, data, data_loader, dataset
@@ -32,6 +33,7 @@ from dmf.runtime.sharding import batch_shards, make_mesh
 from dmf.sampling.build import Sampling, sampling
 from dmf.training.ema import Ema
 from dmf.training.freezing import FreezeMask, freeze_mask
+from dmf.training.initial_checkpoint import check_same
 from dmf.training.optimizer import AdamW
 from dmf.training.settings import Alignment, InitialCheckpoint, MeshShape, Run, TeacherCheckpoint
 from dmf.types import Network, Params
@@ -359,8 +361,12 @@ def pretrained(config: ConfigDict, student: Network, mesh: Mesh) -> Params:
     """
     with at("init"):
         chosen = build(InitialCheckpoint, config.init)
-        if not chosen.checkpoint:
-            return {}
+    if not chosen.checkpoint:
+        return {}
+    with at("init"):
+        read_config(chosen.checkpoint)
+    check_same(config)
+    with at("init"):
         return load_params(
             student, chosen.checkpoint, chosen.ema, mesh=mesh, allow_missing=ADDED_BY_TRAINING
         )

@@ -11,7 +11,8 @@ class InitialCheckpoint:
     """The checkpoint that training starts from.
 
     Attributes:
-      checkpoint: directory of a run or an export; empty to start from random parameters.
+      checkpoint: directory of a run or an export, whose sizes, latents and path are those of this
+        run; empty to start from random parameters.
       ema: name of the EMA parameters of a run; empty for the raw parameters.
     """
 

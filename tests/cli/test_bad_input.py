@@ -139,7 +139,7 @@ def test_a_start_of_another_architecture_is_refused(tmp_path, capsys):
     )
     line = one_line(capsys)
     assert code == 2
-    assert f"checkpoint={run}: it has another architecture" in line
+    assert f"model.width=64: init.checkpoint={run} has 32; give the same, or leave it out" in line
     assert not (tmp_path / "run").exists()
 
 

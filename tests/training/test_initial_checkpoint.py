@@ -1,0 +1,84 @@
+"""A run takes from its initial checkpoint what it must share with it, and contradicts it aloud."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import tiny
+
+from dmf.cli.config_flag import configured
+from dmf.errors import InputError
+from dmf.training import build
+from dmf.training.initial_checkpoint import check_same
+
+# A config file made for another flow model.
+OTHER = {"model.width": 96, "model.depth": 4, "latents.scale": 0.5,
+         "objective.interpolant": "cosine"}  # fmt: skip
+
+
+@pytest.fixture
+def own_run(tmp_path) -> pathlib.Path:
+    """A flow model that was trained on data of its own."""
+    run = tmp_path / "run"
+    shutil.copytree(tiny.flow_run(), run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"] |= {"name": "mine", "directory": "/data/mine", "classes": [1, 2]}
+    config["latents"]["autoencoder"] = "/data/vae"
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_a_checkpoint_of_the_command_line_gives_sizes_latents_and_path():
+    init = f"--config.init.checkpoint={tiny.flow_run()}"
+    config, taken = configured(tiny.flow_map(OTHER), [init])
+    assert (config.model.width, config.model.depth, config.latents.scale) == (32, 2, 1.0)
+    assert config.objective.interpolant == "linear"
+    assert taken == ["model.depth=2", "model.width=32", "latents.scale=1.0",
+                     "objective.interpolant=linear"]  # fmt: skip
+    assert (config.model.conditioning, config.model.split_depth) == ("decoupled", 1)
+    build.recipe(config, build.mesh(config.mesh))
+    check_same(config)
+
+
+def test_what_the_command_line_gives_is_kept_and_refused_where_it_contradicts():
+    init = f"--config.init.checkpoint={tiny.flow_run()}"
+    config, taken = configured(tiny.flow_map(OTHER), [init, "--config.model.width=64"])
+    assert config.model.width == 64
+    assert "model.depth=2" in taken
+    with pytest.raises(InputError, match=r"^model.width=64: init.checkpoint=.* has 32; give the"):
+        build.pretrained(config, build.network(config.model), build.mesh(config.mesh))
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_a_file_that_names_its_checkpoint_keeps_what_it_changes(field):
+    given = tiny.flow_map({"init.checkpoint": str(tiny.flow_run()), field: OTHER[field]})
+    config, taken = configured(given, [])
+    assert config == given
+    assert taken == []
+    with pytest.raises(InputError, match=f"^{field}={OTHER[field]}: init.checkpoint="):
+        check_same(config)
+
+
+def test_a_run_of_ones_own_gives_its_data(own_run):
+    config, _ = configured(tiny.flow_map(), [f"--config.init.checkpoint={own_run}"])
+    assert (config.data.name, config.data.directory) == ("mine", "/data/mine")
+    assert config.data.classes == (1, 2)
+    assert config.data.batch_size == 16
+    assert config.latents.autoencoder == "/data/vae"
+
+
+@pytest.mark.parametrize("overrides", [["data.name=other"], ["data.directory=/other"]])
+def test_other_data_are_kept(own_run, overrides):
+    flags = [f"--config.{field}" for field in overrides]
+    config, _ = configured(tiny.flow_map(), [f"--config.init.checkpoint={own_run}", *flags])
+    field, _, value = overrides[0].partition("=")
+    assert config.data[field.removeprefix("data.")] == value
+    assert config.data.classes == ()
+
+
+def test_an_export_gives_no_paths(own_run):
+    shutil.rmtree(own_run / "checkpoints")
+    config, _ = configured(tiny.flow_map(), [f"--config.init.checkpoint={own_run}"])
+    assert (config.data.name, config.data.directory) == ("digits", "")
+    assert config.latents.autoencoder == ""
