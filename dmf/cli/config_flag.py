@@ -3,7 +3,7 @@
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
@@ -153,7 +153,30 @@ def configured(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict
     if "init.checkpoint" not in given:
         ours, defaults = (flatten_dict(c.to_dict(), sep=".") for c in (config, get_config()))
         given |= {field for field, value in ours.items() if value != defaults.get(field)}
-    return inherit(overridden(config, overrides), given)
+    config, taken = inherit(overridden(config, overrides), given)
+    _name_datasets(config, {overridden_field(override) for override in overrides})
+    return config, taken
+
+
+def _name_datasets(config: ConfigDict, given: Collection[str]) -> None:
+    """Gives a dataset whose directory the command line names the name that is stored there.
+
+    Raises:
+      InputError: the command line gives another name.
+    """
+    from dmf.data.datasets import stored_name
+
+    parts = {"data": config.data}
+    parts |= {f"data.mixture.{name}": part for name, part in config.data.mixture.items()}
+    for place, part in parts.items():
+        name = stored_name(part.directory) if f"{place}.directory" in given else ""
+        if not name:
+            continue
+        if f"{place}.name" in given and re.split("[/:]", part.name)[0] != name:
+            raise InputError(f"{place}.name", part.name, f"{place}.directory={part.directory} "
+                             f"holds {name}; leave the name out")
+        if re.split("[/:]", part.name)[0] != name:
+            part.name = name
 
 
 def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -8,7 +8,9 @@ that latents were encoded from, or patch features of these images. `open_dataset
 one of the two as `extra`, and every `read` then returns it too.
 """
 
+import contextlib
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,10 +18,13 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from dmf.data.latent_caches import SUFFIXES as CACHE_SUFFIXES
 from dmf.data.latent_caches import open_cache
 from dmf.data.tfds_records import (
+    INFO_FILE,
     StoredFeature,
     TfdsDataset,
+    is_dataset,
     is_encoded,
     is_packed,
     open_builder,
@@ -255,6 +260,28 @@ def open_dataset(
     builder = open_builder(name, directory)
     chosen = _choose_features(builder.info.features, name, extra)
     return _in_memory_if_small(_open_tfds(builder, name, split, chosen))
+
+
+def stored_name(directory: str) -> str:
+    """The name of the dataset that a directory is: that of a TFDS dataset, or "cache" for cached
+    latents; empty where it is neither, as the directory in which TFDS keeps its datasets.
+
+    >>> stored_name("/nowhere")
+    ''
+
+    Args:
+      directory: a directory, or a .zip of cached latents.
+    """
+    place = epath.Path(directory)
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if is_dataset(place):
+            return str(json.loads((place / INFO_FILE).read_text()).get("name", ""))
+        if place.is_file():
+            return CACHE if place.suffix == ".zip" else ""
+        inside = [place, *sorted(path for path in place.iterdir() if path.is_dir())[:1]]
+        if any(path.suffix in CACHE_SUFFIXES for folder in inside for path in folder.iterdir()):
+            return CACHE
+    return ""
 
 
 def _choose_features(

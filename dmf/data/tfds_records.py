@@ -229,7 +229,10 @@ def open_builder(name: str, directory: str = "") -> tfds.core.DatasetBuilder:
     try:
         builder = tfds.builder(name, data_dir=directory)
         prepared = builder.is_prepared()
-    except (tfds.core.DatasetNotFoundError, ImportError, ValueError):
+    except tfds.core.DatasetNotFoundError:
+        raise InputError("name", name, f"no such dataset in {directory}; dmf prepare makes one "
+                         "from images, and data.directory=DIR names its output") from None
+    except (ImportError, ValueError):
         prepared = False
     if not prepared:
         raise InputError(

@@ -12,9 +12,16 @@ import tiny
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dmf.cli.config_flag import configured
 from dmf.data import build
 from dmf.data.data_loader import DataLoader
-from dmf.data.datasets import Dataset, InMemoryDataset, UnlabelledDataset, open_dataset
+from dmf.data.datasets import (
+    Dataset,
+    InMemoryDataset,
+    UnlabelledDataset,
+    open_dataset,
+    stored_name,
+)
 from dmf.data.digits import Digits
 from dmf.errors import InputError
 from dmf.models.build import network
@@ -251,7 +258,7 @@ def test_rows_are_as_they_are_stored(prepared):
 @pytest.mark.parametrize(
     ("name", "split", "named"),
     [
-        ("nothing_like_it", "train", ["name=nothing_like_it", "array_record", "prepare"]),
+        ("nothing_like_it", "train", ["name=nothing_like_it", "dmf prepare", "data.directory="]),
         ("squares", "test", ["split=test", "has the splits train"]),
         ("sounds", "train", ["name=sounds", "image", "it has sound"]),
     ],
@@ -400,3 +407,26 @@ def test_a_directory_that_is_not_there_is_refused_and_not_made(fields, tmp_path,
     with pytest.raises(InputError, match=message):
         open_dataset_of(tiny.config(fields))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_name_of_a_dataset_is_read_from_its_directory(prepared, tmp_path):
+    (tmp_path / "cache/00000").mkdir(parents=True)
+    np.save(tmp_path / "cache/00000/a.npy", np.zeros((8, 4, 4), np.float32))
+    names = {f"{prepared}/squares/1.2.3": "squares", f"{tmp_path}/cache": "cache", prepared: ""}
+    assert {place: stored_name(place) for place in names} == names
+    for place, name in names.items():
+        config, _ = configured(tiny.get_config(), [f"--config.data.directory={place}"])
+        assert config.data.name == (name or "digits")
+
+
+def test_a_name_that_contradicts_the_dataset_is_refused(prepared):
+    given = [f"--config.data.directory={prepared}/squares/1.2.3", "--config.data.name=digits"]
+    with pytest.raises(InputError, match=r"^data.name=digits: data.directory=.* holds squares"):
+        configured(tiny.get_config(), given)
+    config, _ = configured(tiny.get_config(), [given[0], "--config.data.name=squares:1.2.3"])
+    assert config.data.name == "squares:1.2.3"
+
+
+def test_imagenet_without_data_says_how_it_is_prepared():
+    with pytest.raises(InputError, match=r"^name=imagenet_latents_256: .* dmf prepare makes one"):
+        open_dataset("imagenet_latents_256")
