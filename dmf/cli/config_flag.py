@@ -164,19 +164,19 @@ def _name_datasets(config: ConfigDict, given: Collection[str]) -> None:
     Raises:
       InputError: the command line gives another name.
     """
-    from dmf.data.datasets import stored_name
+    from dmf.data.datasets import CACHE, stored_name
 
     parts = {"data": config.data}
     parts |= {f"data.mixture.{name}": part for name, part in config.data.mixture.items()}
     for place, part in parts.items():
         name = stored_name(part.directory) if f"{place}.directory" in given else ""
-        if not name:
+        if not name or re.split("[/:]", part.name)[0] == name:
             continue
-        if f"{place}.name" in given and re.split("[/:]", part.name)[0] != name:
+        if f"{place}.name" not in given:
+            part.name = name
+        elif name != CACHE:  # A directory of TFDS may look like one of latents.
             raise InputError(f"{place}.name", part.name, f"{place}.directory={part.directory} "
                              f"holds {name}; leave the name out")
-        if re.split("[/:]", part.name)[0] != name:
-            part.name = name
 
 
 def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -278,10 +278,15 @@ def stored_name(directory: str) -> str:
             return str(json.loads((place / INFO_FILE).read_text()).get("name", ""))
         if place.is_file():
             return CACHE if place.suffix == ".zip" else ""
-        inside = [place, *sorted(path for path in place.iterdir() if path.is_dir())[:1]]
-        if any(path.suffix in CACHE_SUFFIXES for folder in inside for path in folder.iterdir()):
+        if _holds_latents(place):
             return CACHE
+        first_class = next((path for path in place.iterdir() if path.is_dir()), None)
+        return CACHE if first_class is not None and _holds_latents(first_class) else ""
     return ""
+
+
+def _holds_latents(folder: epath.Path) -> bool:
+    return any(path.suffix in CACHE_SUFFIXES for path in folder.iterdir())
 
 
 def _choose_features(
