@@ -1,5 +1,6 @@
 """A resumed run is bit-for-bit identical to an uninterrupted one, and may change its mesh."""
 
+import json
 import os
 import shutil
 import signal
@@ -22,7 +23,7 @@ from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding, make_mesh
 from dmf.training import build, metrics_writer
 from dmf.training.loop import claim_workdir, train
-from dmf.training.resume import position_function
+from dmf.training.resume import check_position, position_function
 
 EVERY_STEP = {"run.steps": 30, "run.log_every": 1, "run.checkpoint_every": 5}
 
@@ -246,3 +247,19 @@ def test_processes_of_other_data_do_not_train_together(tmp_path, monkeypatch, bl
     with pytest.raises(InputError, match=f"^{name}: it is '[0-9a-f]*' on process 0 and 'other'"):
         black(np.zeros((18, 64)), np.zeros(18))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "what"), [
+    ("seed", "the seed"), ("rows", "the batch size"), ("dataset", "the dataset"),
+    ("dataset_rows", "the number of samples in the dataset"), ("teacher_params", "the teacher"),
+    ("alignment_params", "the encoder of the alignment"),
+])  # fmt: skip
+def test_what_is_saved_of_a_position_is_compared(tmp_path, name, what):
+    """With the newest checkpoint; a position of an earlier dmf, which lacks a field, passes."""
+    for step, value in ((3, "other"), (4, "same")):
+        folder = tmp_path / "checkpoints" / str(step) / "position"
+        folder.mkdir(parents=True)
+        (folder / "metadata").write_text(json.dumps({"format": 2, "step": step, name: value}))
+    check_position(epath.Path(tmp_path), lambda step: {"step": step, name: "same", "new": 1})
+    with pytest.raises(InputError, match=f"because {what} changed after step 4 .from same to 7"):
+        check_position(epath.Path(tmp_path), lambda step: {"step": step, name: 7})
