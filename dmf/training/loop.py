@@ -198,8 +198,8 @@ class Loop:
                 if step == start + 1:
                     jax.block_until_ready(metrics)
                     self.stop.listen()
-                    processes.log(f"step {step}/{total} is done; a line follows every "
-                                  f"{self.training.run.log_every} steps")
+                    every = self.training.run.log_every
+                    processes.log(f"the first step is done; a line follows every {every} steps")
                 stopping = self.stop.after(step) and step < total
                 saving = stopping or self._saves_after(step)
                 log.add(step, metrics, up_to_date=saving or step == total)
