@@ -62,7 +62,8 @@ class Tangent:
                 raise InputError(name, getattr(self, name), "give 0 (none) or more")
         # Times lie in [0, 1]; a larger normalization leaves nothing of du/dt.
         check_between(self, 0.0, 1.0, "finite_difference")
-        check_between(self, 0, 1e6, "normalization")
+        check_between(self, 0.0, 1e6, "normalization")
+        check_between(self, 0, 10**7, "warmup_steps")
         if self.max_rms and self.normalization:
             raise InputError(
                 "max_rms", self.max_rms,

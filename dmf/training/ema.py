@@ -56,8 +56,8 @@ class HalfLifeEma:
     ramp: float = 0.05
 
     def __post_init__(self):
-        if not self.images > 0:
-            raise InputError("images", self.images, "a half-life is positive")
+        if not 0 < self.images <= 1e12:
+            raise InputError("images", self.images, "a half-life is positive, and at most 1e12")
         if not 0 <= self.ramp <= 1:
             raise InputError("ramp", self.ramp, "give 0, for no ramp-up, or more, up to 1")
 

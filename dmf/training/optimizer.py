@@ -50,13 +50,13 @@ class AdamW:
                              f"warmup_steps={self.warmup_steps}")
         decay, none = "a decay rate lies in [0, 1)", "give 0, for none, or more"
         for name, valid, remedy in (
-            ("learning_rate", self.learning_rate > 0, "it must be positive"),
+            ("learning_rate", self.learning_rate >= 1e-12, "it must be positive, at least 1e-12"),
             ("b1", 0 <= self.b1 < 1, decay),
             ("b2", 0 <= self.b2 < 1, decay),
             ("eps", 0 < self.eps <= 1e6, "it must be positive, and at most 1e6"),
             ("weight_decay", 0 <= self.weight_decay <= 100, f"{none}, up to 100"),
             ("clip_norm", self.clip_norm >= 0, none),
-            ("warmup_steps", self.warmup_steps >= 0, none),
+            ("warmup_steps", 0 <= self.warmup_steps <= 10**7, f"{none}, up to 10^7"),
             ("skip_nonfinite", self.skip_nonfinite >= 0,
              "give 0, for none, or the maximum number of consecutive skipped steps"),
         ):  # fmt: skip
