@@ -103,8 +103,8 @@ _RUNTIME = (
     Mutant(
         "taken_lock", "of two that find the lock of a dead process, one takes the lock of the other",
         "dmf/runtime/ownership.py",
-        "if aside.read_bytes() != content:",
-        "if False:",
+        "            if self._content() == content:\n                self._path.unlink()",
+        "            if self._content():\n                self._path.unlink()",
         ("tests/runtime/test_ownership.py",),
     ),
 )  # fmt: skip

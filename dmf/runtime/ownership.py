@@ -3,8 +3,8 @@
 The lock file names its owner: host, process, and a token that no other owner has. While the owner
 lives, a thread of it counts beats in the file. A process that finds the file of another one
 replaces it if the owner is dead: on this host the kernel knows, on another host no beat comes for a
-minute. This needs only files that are created exclusively and renamed, so that it holds on shared
-file systems too, where `flock` may do nothing.
+minute. This needs only files that are created exclusively, so that it holds on shared file systems
+too, where `flock` may do nothing.
 """
 
 import dataclasses
@@ -156,7 +156,7 @@ class _Lock:
                 return (f"another command is writing there, {_parsed(content) or 'just started'}; "
                         "wait until it ends, or stop it")
             if content is not None:
-                self._set_aside(content)
+                self._remove_dead(content)
         _held.add(self)
         threading.Thread(target=self._beat, daemon=True).start()
         return ""
@@ -203,17 +203,21 @@ class _Lock:
                 return False
         return True
 
-    def _set_aside(self, content: bytes) -> None:
-        """Removes the lock file of a dead owner, unless another process has just replaced it."""
-        aside = self._path.with_name(f"{self._path.name}.{uuid.uuid4().hex[:12]}")
-        try:
-            self._path.rename(aside)
-        except FileNotFoundError:
+    def _remove_dead(self, content: bytes) -> None:
+        """Removes the lock file of a dead owner, if it is still there.
+
+        Of several processes that find it, one at a time has its turn, so that none removes the file
+        that another one has just created in its place.
+        """
+        turn = _Lock(self._path.with_name(f"{self._path.name}.turn"))
+        if turn.acquire():
+            time.sleep(0.01)
             return
-        if aside.read_bytes() != content:
-            with suppress(OSError):
-                os.link(aside, self._path)
-        aside.unlink()
+        try:
+            if self._content() == content:
+                self._path.unlink()
+        finally:
+            turn.release()
 
     def _beat(self) -> None:
         """Counts beats in the file; exits this process if another one has replaced the file."""
