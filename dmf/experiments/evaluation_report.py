@@ -9,13 +9,15 @@ from etils import epath
 
 from dmf.errors import InputError
 from dmf.evaluation.metrics import find_metric
-from dmf.experiments.plots import new_figure, to_png
+from dmf.experiments.plots import new_figure, plain, to_png
 from dmf.runtime.files import new_file, write_text
 from dmf.runtime.paths import user_path
 
 Evaluation = dict[str, Any]
 # Rows of an evaluation by their number of sampling steps.
 Curve = dict[int, Mapping[str, Any]]
+# Beyond these are no scores and no numbers of sampling steps; plots could not show them either.
+_LARGEST, _MAX_STEPS = 1e100, 2**31
 
 
 def read_evaluation(path: epath.PathLike) -> Evaluation:
@@ -26,32 +28,44 @@ def read_evaluation(path: epath.PathLike) -> Evaluation:
     """
     try:
         evaluation = json.loads(user_path(path).read_bytes().decode())
-    except ValueError:
+    except (ValueError, RecursionError):
         evaluation = None
     rows = evaluation["results"] if is_evaluation(evaluation) else []
     if rows and not any("steps" in row for row in rows):
         raise InputError(os.fspath(path), remedy="it measures a set of images, which has no "
                          "numbers of steps")
-    if not rows or not all(map(_is_flow_map_row, rows)):
+    if not rows or not all(is_flow_map_row(row) and isinstance(row.get("count"), int)
+                           for row in rows):
         raise InputError(os.fspath(path), remedy="not a file that dmf evaluate wrote")
     return evaluation
 
 
 def is_evaluation(value: Any) -> bool:
-    """Whether JSON has the parts of an evaluation: a protocol, a reference, and rows of results."""
+    """Whether JSON has the parts of an evaluation: a protocol, a reference, and rows of results,
+    whose metrics are numbers."""
     parts = value if isinstance(value, dict) else {}
     protocol, reference, rows = (parts.get(f) for f in ("protocol", "reference", "results"))
-    if not all(isinstance(part, dict) and "name" in part for part in (protocol, reference)):
+    if not all(isinstance(part, dict) and isinstance(part.get("name"), str)
+               for part in (protocol, reference)):
         return False
     metrics = protocol.get("metrics")
-    named = isinstance(metrics, list) and metrics and all(isinstance(m, str) for m in metrics)
-    return bool(named) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not isinstance(metrics, list) or not metrics or not all(isinstance(m, str) for m in metrics):
+        return False
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(_is_number(row[m]) for m in metrics if m in row)
+        for row in rows
+    )
 
 
-def _is_flow_map_row(row: Mapping[str, Any]) -> bool:
-    """Whether a row names its EMA parameters, sampling steps and number of samples."""
-    numbers = all(isinstance(row.get(field), int) for field in ("steps", "count"))
-    return numbers and isinstance(row.get("ema"), str)
+def _is_number(value: Any) -> bool:
+    """Whether JSON has a number that a float holds; some whole numbers are too large."""
+    return isinstance(value, int | float) and (abs(value) < _LARGEST or value != value)
+
+
+def is_flow_map_row(row: Mapping[str, Any]) -> bool:
+    """Whether a row names its EMA parameters and its number of sampling steps."""
+    steps = row.get("steps")
+    return isinstance(steps, int) and 0 < steps < _MAX_STEPS and isinstance(row.get("ema"), str)
 
 
 def check_comparable(evaluations: Mapping[str, Evaluation], metric: str) -> None:
@@ -179,14 +193,15 @@ def plot_metric(path: epath.Path, evaluations: Mapping[str, Evaluation], metric:
     figure = new_figure(6, 4)
     axes = figure.add_subplot()
     for name, curve in _curves(evaluations):
-        axes.plot(list(curve), [row[metric] for row in curve.values()], marker="o", label=name)
+        axes.plot(list(curve), [row[metric] for row in curve.values()], marker="o",
+                  label=plain(name))
     baseline = _baseline(next(iter(evaluations.values())), metric)
     if baseline is not None:
         axes.axhline(baseline, color="grey", linestyle=":", label="two halves of the data")
     values = [row[metric] for _, curve in _curves(evaluations) for row in curve.values()]
     _scale_axes(axes, _steps(evaluations), metric, positive=min(values) > 0)
     axes.set_xlabel("sampling steps")
-    axes.set_ylabel(_title(metric))
+    axes.set_ylabel(plain(_title(metric)))
     axes.legend()
     with new_file(path) as partial:
         partial.write_bytes(to_png(figure))

@@ -60,7 +60,8 @@ def write_report(directory: epath.PathLike, runs: Sequence[Run]) -> epath.Path:
     texts = {name: table.to_csv() for name, table in files.items()}
     texts[PAGE] = page(runs)
     for name, text in texts.items():
-        write_text(directory / name, text)
+        # JSON may hold halves of characters, which no file can.
+        write_text(directory / name, text.encode(errors="backslashreplace").decode())
     return directory / PAGE
 
 

@@ -11,6 +11,7 @@ from dmf.errors import InputError
 Lines = Mapping[str, Sequence[tuple[int, float]]]
 _COLUMNS, _WIDTH, _HEIGHT, _LEGEND_ROW = 3, 4.2, 3.2, 0.22
 _STYLES = ("-", "--", ":", "-.")
+_MAX_X, _MAX_Y = 2**53, 1e100
 
 
 def new_figure(width: float | int, height: float | int) -> Any:
@@ -29,6 +30,17 @@ def new_figure(width: float | int, height: float | int) -> Any:
         raise InputError("matplotlib", remedy="plots need it; pip install "
                          "'dmf-jax[report]'") from None
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib shows as it is: a dollar sign begins no formula, a leading
+    underscore does not hide a name, and half a character of JSON is written out.
+
+    >>> print(plain("lr=$1"), plain("_base"))
+    lr=\\$1  _base
+    """
+    whole = text.encode(errors="backslashreplace").decode()
+    return whole.replace("$", r"\$").replace("_", " _", whole.startswith("_"))
 
 
 def to_png(figure: Any) -> bytes:
@@ -53,6 +65,8 @@ def plot_panels(
     Returns:
       The bytes of a PNG file.
     """
+    panels = {title: {name: _shown(points) for name, points in lines.items()}
+              for title, lines in panels.items()}
     rows, across = math.ceil(len(panels) / _COLUMNS), min(len(panels), _COLUMNS)
     width = max(across, 2) * _WIDTH
     columns = max(1, int(width / (0.6 + 0.08 * max(map(len, names)))))
@@ -66,21 +80,27 @@ def plot_panels(
         _label_axes(axes, title, x_label)
         _scale_axes(axes, lines, x_is_steps=x_is_steps)
     shown = [name for name in names if name in handles]
-    figure.legend([handles[name] for name in shown], shown, loc="outside lower center",
-                  ncols=min(columns, len(shown)), fontsize=8, frameon=False)  # fmt: skip
+    figure.legend(list(map(handles.get, shown)), list(map(plain, shown)),
+                  loc="outside lower center", ncols=min(columns, len(shown)), fontsize=8,
+                  frameon=False)  # fmt: skip
     return to_png(figure)
+
+
+def _shown(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The points that axes can hold; the tables have the others too."""
+    return [(x, y) for x, y in points if abs(x) < _MAX_X and not abs(y) > _MAX_Y]
 
 
 def _plot_line(axes: Any, points: Sequence[tuple[int, float]], index: int, name: str) -> Any:
     style = _STYLES[index // 10 % len(_STYLES)]
-    x, y = zip(*points, strict=True)
+    x, y = [x for x, _ in points], [y for _, y in points]
     marker = "o" if len(points) <= 8 else None
     return axes.plot(x, y, style, color=f"C{index % 10}", marker=marker, markersize=3,
-                     linewidth=1.2, label=name)[0]  # fmt: skip
+                     linewidth=1.2, label=plain(name))[0]  # fmt: skip
 
 
 def _label_axes(axes: Any, title: str, x_label: str) -> None:
-    axes.set_title(title, fontsize=9)
+    axes.set_title(plain(title), fontsize=9)
     axes.set_xlabel(x_label, fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
@@ -89,7 +109,7 @@ def _label_axes(axes: Any, title: str, x_label: str) -> None:
 def _scale_axes(axes: Any, lines: Lines, *, x_is_steps: bool) -> None:
     """Chooses logarithmic axes: for values over more than a decade, and for sampling steps."""
     values = [y for points in lines.values() for _, y in points]
-    if all(y > 0 for y in values) and max(values) > 10 * min(values):
+    if values and all(y > 0 for y in values) and max(values) > 10 * min(values):
         axes.set_yscale("log")
     if x_is_steps:
         steps = sorted({x for points in lines.values() for x, _ in points})

@@ -25,11 +25,14 @@ from dmf.training.metrics_writer import (
     SAMPLES,
     evaluation_file,
     parse_metrics,
+    read_evaluation,
 )
 
 # The file that `dmf evaluate` writes into a run by default. It is read if training evaluated
 # nothing.
 EVALUATION_FILE = "evaluation.json"
+# The name of a grid of samples without its suffix, its first bytes, and far more than it has.
+_STEP, _PNG, _MAX_GRID_BYTES = re.compile(r"[0-9]{1,18}"), b"\x89PNG\r\n\x1a\n", 2**26
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,10 +84,14 @@ def is_complete(directory: epath.PathLike, steps: int, *, evaluates: bool) -> bo
       steps: number of training steps in its config.
       evaluates: whether its config evaluates while training.
     """
-    step = stored_params.latest_step(directory)
-    if step is None or step < steps:
-        return False
-    return step > steps or not evaluates or evaluation_file(epath.Path(directory), steps).exists()
+    step = stored_params.latest_step(directory) or 0
+    return _is_complete(epath.Path(directory), step, steps, evaluates=evaluates)
+
+
+def _is_complete(directory: epath.Path, step: int, steps: int, *, evaluates: bool) -> bool:
+    if not step or step != steps:
+        return bool(step) and step > steps
+    return not evaluates or read_evaluation(evaluation_file(directory, steps)) is not None
 
 
 def find_runs(directories: Iterable[epath.PathLike]) -> list[Run]:
@@ -125,28 +132,56 @@ def read_run(directory: epath.Path, name: str) -> Run:
     """Reads a run from its directory, as far as its files can be read."""
     damages: list[str] = []
     config = _config(directory, damages)
+    step = _step(directory, damages)
     return Run(
-        name=name,
+        name=_printable(name),
         directory=directory,
         config=config,
-        step=stored_params.latest_step(directory) or 0,
+        step=step,
         metrics=_metrics(directory, damages),
         evaluations=_evaluations(directory, damages),
-        grid=_newest_grid(directory),
-        completion=_completion(directory, config),
-        damages=tuple(damages),
+        grid=_newest_grid(directory, damages),
+        completion=_completion(directory, config, step),
+        damages=tuple(map(_printable, damages)),
     )
 
 
-def _newest_grid(directory: epath.Path) -> epath.Path | None:
+def _printable(text: str) -> str:
+    """A text whose bytes that are no UTF-8, as file names may have, are written as \\xNN."""
+    return os.fsencode(text).decode(errors="backslashreplace")
+
+
+def _step(directory: epath.Path, damages: list[str]) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    try:
+        return stored_params.latest_step(directory) or 0
+    except (OSError, ValueError) as error:
+        damages.append(f"{stored_params.CHECKPOINTS}: it cannot be read ({error})")
+        return 0
+
+
+def _newest_grid(directory: epath.Path, damages: list[str]) -> epath.Path | None:
     folder = directory / SAMPLES
-    grids = folder.glob("*.png") if folder.exists() else ()
-    return max(grids, default=None, key=lambda path: path.name)
+    paths = sorted(folder.glob("*.png"), reverse=True) if folder.is_dir() else []
+    for path in paths:
+        if _is_grid(directory, path):
+            return path
+        damages.append(f"{path.relative_to(directory)}: it is no grid of this run, and is left out")
+    return None
 
 
-def _completion(directory: epath.Path, config: Mapping[str, Any]) -> str:
-    evaluates = config.get("evaluation.every", 0) > 0
-    if "run.steps" in config and is_complete(directory, config["run.steps"], evaluates=evaluates):
+def _is_grid(directory: epath.Path, path: epath.Path) -> bool:
+    """Whether a path is a grid of samples that lies in the run itself: a link could put any file of
+    this machine into the report."""
+    inside = os.path.join(os.path.realpath(directory), SAMPLES, path.name)
+    if not _STEP.fullmatch(path.stem) or os.path.realpath(path) != inside or not path.is_file():
+        return False
+    return path.stat().length <= _MAX_GRID_BYTES and path.read_bytes().startswith(_PNG)
+
+
+def _completion(directory: epath.Path, config: Mapping[str, Any], step: int) -> str:
+    total, evaluates = config.get("run.steps"), config.get("evaluation.every", 0) > 0
+    if total is not None and _is_complete(directory, step, total, evaluates=evaluates):
         return "complete"
     lines = _text(directory / local_launcher.LOG_FILE).splitlines()
     failed = bool(lines) and lines[-1].startswith(local_launcher.FAILURE_LINE)
@@ -157,7 +192,12 @@ def _config(directory: epath.Path, damages: list[str]) -> dict[str, Any]:
     if not (directory / stored_params.CONFIG_FILE).exists():
         return {}
     try:
-        return flatten_dict(stored_params.read_config(directory), sep=".")
+        config = flatten_dict(stored_params.read_config(directory), sep=".")
+        for field in ("run.steps", "evaluation.every"):
+            if not isinstance(config.get(field, 0), int):
+                damages.append(f"{stored_params.CONFIG_FILE}: {field}={config.pop(field)!r:.80} is "
+                               "no whole number")
+        return config
     except (InputError, RunError) as error:
         damages.append(str(error))
         return {}
@@ -172,30 +212,32 @@ def _metrics(directory: epath.Path, damages: list[str]) -> tuple[dict[str, Any],
 
 def _text(path: epath.Path) -> str:
     """The text of a file, with damaged characters replaced; empty without the file."""
-    return path.read_bytes().decode(errors="replace") if path.exists() else ""
+    return path.read_bytes().decode(errors="replace") if path.is_file() else ""
 
 
 def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 
 def _evaluations(directory: epath.Path, damages: list[str]) -> dict[int, dict[str, Any]]:
     folder, evaluations = directory / EVALUATIONS, {}
-    paths = sorted(folder.glob("[0-9]*.json")) if folder.exists() else []
+    paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
     for path in paths or [directory / EVALUATION_FILE] * (directory / EVALUATION_FILE).exists():
         evaluation = _parse_json(_text(path))
         if not _is_flow_map_evaluation(evaluation):
             damages.append(f"{path.relative_to(directory)}: it is no evaluation, or of another "
                            "version")
         else:
-            evaluations[int(evaluation.get("step") or 0)] = evaluation
+            evaluations[evaluation.get("step") or 0] = evaluation
     return evaluations
 
 
 def _is_flow_map_evaluation(value: Any) -> bool:
-    return evaluation_report.is_evaluation(value) and all(
-        {"steps", "ema"} <= row.keys() for row in value["results"]
-    )
+    if not evaluation_report.is_evaluation(value):
+        return False
+    step = value.get("step")
+    rows = all(map(evaluation_report.is_flow_map_row, value["results"]))
+    return rows and (step is None or (isinstance(step, int) and 0 <= step < 2**63))
