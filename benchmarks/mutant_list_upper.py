@@ -136,8 +136,8 @@ _EXPERIMENTS = (
     Mutant(
         "complete_run", "a sweep starts complete runs again",
         "dmf/experiments/runs.py",
-        "if step is None or step < steps:",
-        "if step is None or step <= steps:",
+        "if not step or step < steps:",
+        "if not step or step <= steps:",
         ("tests/experiments/test_runs.py", "tests/experiments/test_sweep.py"),
     ),
     Mutant(
