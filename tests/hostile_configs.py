@@ -1,5 +1,6 @@
 """Configs of checkpoints as an enemy would write them, and what each verb reads of a config."""
 
+import collections
 import copy
 import json
 import math
@@ -8,12 +9,15 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
+import tiny
 from etils import epath
 from ml_collections import ConfigDict
 
 from dmf.checkpoints import export, load, model_card
 from dmf.checkpoints.params import FORMAT, write_config_and_card, write_params
 from dmf.cli import config_flag
+from dmf.errors import InputError, RunError
 from dmf.evaluation.evaluator import Evaluator
 from dmf.experiments import html_report, runs, tables
 from dmf.models.build import network
@@ -139,3 +143,25 @@ def report(folder: pathlib.Path) -> None:
 VERBS: dict[str, Callable[[pathlib.Path], None]] = {
     "sample": sample, "evaluate": evaluate, "export": exported, "load": loaded, "report": report,
 }  # fmt: skip
+
+
+def try_mutations(folder: str, number: int) -> None:
+    """Prints how often each verb accepts, refuses, or ends in a traceback, of some mutations of an
+    export's config, as JSON; and the tracebacks."""
+    export_folder = pathlib.Path(folder) / "stranger"
+    fields = {"model.depth": 1, "model.width": 8, "model.heads": 1}
+    every = list(mutations(write_export(export_folder, tiny.config(fields))))
+    counts, tracebacks = collections.Counter(), []
+    for index in np.random.default_rng(0).permutation(len(every))[:number]:
+        change, config = every[index]
+        write_config(export_folder, config)
+        for name, verb in VERBS.items():
+            try:
+                verb(export_folder)
+                counts[f"{name} accepted"] += 1
+            except (InputError, RunError):
+                counts[f"{name} refused"] += 1
+            except Exception as error:
+                counts[f"{name} traceback"] += 1
+                tracebacks.append(f"{name}: {change}: {type(error).__name__}: {error}"[:300])
+    print(json.dumps([counts, tracebacks]))

@@ -91,7 +91,8 @@ def is_complete(directory: epath.PathLike, steps: int, *, evaluates: bool) -> bo
 def _is_complete(directory: epath.Path, step: int, steps: int, *, evaluates: bool) -> bool:
     if not step or step < steps:
         return False
-    return step > steps or not evaluates or read_evaluation(evaluation_file(directory, steps)) is not None
+    done = step > steps or not evaluates
+    return done or read_evaluation(evaluation_file(directory, steps)) is not None
 
 
 def find_runs(directories: Iterable[epath.PathLike]) -> list[Run]:
