@@ -283,10 +283,13 @@ def label_agreement(
 ) -> float:
     """The share of samples that a classifier gives the label which they were generated for.
 
-    The classifier is a support vector machine with a Gaussian kernel, trained on the reference.
+    The classifier is a support vector machine with a Gaussian kernel, trained on the reference. Of
+    a reference with a single class, it gives that class to every sample.
     """
     from sklearn.svm import SVC
 
+    if len(set(reference_labels.tolist())) == 1:
+        return float(np.mean(labels == reference_labels[0]))
     return float(np.mean(SVC().fit(reference, reference_labels).predict(samples) == labels))
 
 

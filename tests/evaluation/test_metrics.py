@@ -227,3 +227,10 @@ def test_a_metric_needs_what_can_be_collected():
     with pytest.raises(InputError, match="^needs=pixels: choose of moments"):
         Metric(title="T", description="D.", features="pool3", needs=("pixels",),
                higher_is_better=True, compute=lambda reference, samples: 0.0)
+
+
+def test_label_agreement_with_a_single_class_is_the_share_of_that_class():
+    rng = np.random.default_rng(0)
+    reference, samples = rng.normal(size=(2, 8, 3)).astype(np.float32)
+    labels = np.array([3, 3, 1, 2, 0, 4, 5, 6])
+    assert metrics.label_agreement(reference, np.full(8, 3), samples, labels) == 0.25
