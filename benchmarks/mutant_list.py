@@ -101,7 +101,7 @@ _RUNTIME = (
         ("tests/runtime/test_ownership.py",),
     ),
     Mutant(
-        "taken_lock", "of two that find the lock of a dead process, one takes the lock of the other",
+        "taken_lock", "of two that find a dead lock, one removes the lock of the other",
         "dmf/runtime/ownership.py",
         "            if self._content() == content:\n                self._path.unlink()",
         "            if self._content():\n                self._path.unlink()",
