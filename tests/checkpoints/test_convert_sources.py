@@ -70,7 +70,8 @@ def test_the_config_beside_an_autoencoder_is_read(tmp_path, weights):
     ({"gain": 2}, "gain=2: the field is not known, and may change the network"),
     ({"_class_name": "VQModel"}, "_class_name=VQModel: only AutoencoderKL is known"),
     ({"scaling_factor": "much"}, "it is no scaling of latents"),
-    ({"scaling_factor": float("inf")}, "a number is not finite"),
+    ({"scaling_factor": float("inf")}, "it is no scaling of latents"),
+    ({"shift_factor": float("inf")}, "it is no scaling of latents"),
     ({"latents_mean": [0.0], "latents_std": None}, "it is no scaling of latents"),
 ])  # fmt: skip
 def test_a_config_that_fits_no_autoencoder_of_ours(tmp_path, weights, changes, message):
