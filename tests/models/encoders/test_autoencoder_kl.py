@@ -237,10 +237,13 @@ def test_the_network_is_inferred(network, naming):
     assert infer_network(shapes(network, naming), given) == network
 
 
-def test_given_fields_win():
-    given = {"layers_per_block": 2, "dtype": "bfloat16"}
+def test_given_fields_win_where_the_tensors_do_not_tell():
+    given = {"dtype": "bfloat16"}
     expected = AutoencoderKL(**vars(SMALL) | {"groups": 32} | given)
     assert infer_network(shapes(SMALL), given) == expected
+    layers = SMALL.layers_per_block
+    with pytest.raises(InputError, match=f"layers_per_block=9: its tensors say {layers}"):
+        infer_network(shapes(SMALL), {"layers_per_block": 9})
     with pytest.raises(InputError, match=r"^groups=32: it must divide .*=\(4, 8\)$"):
         infer_network(shapes(TINY), {})
 
