@@ -149,8 +149,8 @@ _SAMPLING = (
     Mutant(
         "guidance_base", "guidance is added to the conditional velocity",
         "dmf/sampling/guidance.py",
-        "return u_null + per_sample(scale, u) * (u - u_null)",
-        "return u + per_sample(scale, u) * (u - u_null)",
+        "u_guided = u_null + per_sample(scale, u) * (u - u_null)",
+        "u_guided = u + per_sample(scale, u) * (u - u_null)",
         ("tests/sampling/test_sampling_guidance.py",),
     ),
 )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from configs import default
-from dmf.models.dit import SIZES
+from dmf.models.dit import SIZES, repa_depth
 from dmf.models.encoders.autoencoder_kl import STABLE_DIFFUSION_SCALE
 from dmf.objectives import FlowMatching
 
@@ -50,14 +50,15 @@ def imagenet(size: str, patch_size: int = 2, resolution: int = 256) -> ConfigDic
 
 def aligned(size: str, *, resolution: int) -> ConfigDict:
     """The config of the published flow models with representation alignment: patch 2, and alignment
-    0.5 after block 8 with DINOv2-B in half precision.
+    0.5 after block 8 (of B 4) with DINOv2-B in half precision.
 
     Args:
       size: size of the transformer: S, B, M, L or XL.
       resolution: height and width of the images.
     """
     config = imagenet(size, resolution=resolution)
-    config.model.update(alignment_depth=8, alignment_width=768, alignment_hidden=2048)
+    depth = repa_depth(config.model.depth)
+    config.model.update(alignment_depth=depth, alignment_width=768, alignment_hidden=2048)
     config.objective = default.component(FlowMatching(alignment_coefficient=0.5))
     config.alignment.update(encoder="runs/dinov2_b", dtype="bfloat16")
     config.sampling.sampler = ConfigDict({"name": "sde"})

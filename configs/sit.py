@@ -5,7 +5,8 @@
 The tables of Decoupled MeanFlow (arXiv:2510.24474) start from some of them; the others are in no
 table, and have the same settings. Times are logit-normal, like everywhere in that paper.
 `xl2_short` has MeanFlow's budget without the fine-tuning. Rows that end in `repa` are aligned to
-DINOv2-B after block 8 (REPA, arXiv:2410.06940), whose patch features their batches must carry.
+DINOv2-B (REPA, arXiv:2410.06940), whose patch features their batches must carry: after block 8, and
+after block 4 of the 12 of S and B.
 """
 
 import dataclasses
@@ -15,12 +16,11 @@ from ml_collections import ConfigDict
 from configs import default
 from configs.imagenet import STEPS_PER_EPOCH, imagenet, sized
 from configs.rows import Row, chosen
-from dmf.models.dit import SIZES
+from dmf.models.dit import SIZES, repa_depth
 from dmf.objectives import FlowMatching
 
 _PAPER = "arXiv:2510.24474"
 _ALIGNED = {
-    "model.alignment_depth": 8,
     "objective": default.component(FlowMatching(alignment_coefficient=0.5)),
     "alignment": {"encoder": "runs/dinov2_b", "dtype": "bfloat16"},
 }
@@ -33,10 +33,13 @@ _DETAILS = {
             "note": "400,000 steps; sit_xl2 is the published run"},
 }  # fmt: skip
 
-ROWS = {
-    f"{size.lower()}2{end}": Row(changes=sized(size) | more)
-    for size in SIZES for end, more in (("", {}), ("_repa", _ALIGNED))
-}
+ROWS = {f"{size.lower()}2": Row(changes=sized(size)) for size in SIZES}
+ROWS |= {
+    f"{size.lower()}2_repa": Row(changes={
+        **sized(size), **_ALIGNED, "model.alignment_depth": repa_depth(SIZES[size]["depth"]),
+    })
+    for size in SIZES
+}  # fmt: skip
 ROWS |= {name: dataclasses.replace(ROWS[name], **details) for name, details in _DETAILS.items()}
 ROWS["xl2_short"] = Row(
     changes={"run.steps": 160 * STEPS_PER_EPOCH},

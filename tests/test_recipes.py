@@ -254,3 +254,12 @@ def test_the_published_sizes_have_the_published_number_of_parameters():
         network = DiT(input_size=32, channels=4, patch_size=2, num_classes=1000, **SIZES[size])
         leaves = jax.tree.leaves(jax.eval_shape(network.init, jax.random.key(0)))
         assert sum(leaf.size for leaf in leaves) / 1e6 == pytest.approx(millions, rel=0.02)
+
+
+@pytest.mark.parametrize(("row", "blocks"), [("b2", 4), ("l2", 8), ("xl2", 8)])
+def test_representations_are_aligned_after_the_published_block(row, blocks):
+    assert config_of(f"sit:{row}_repa").model.alignment_depth == blocks
+
+
+def test_sit_is_sampled_with_guidance_of_three_channels():
+    assert settings_of(config_of("sit_xl2:")).guidance.channels == 3

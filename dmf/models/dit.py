@@ -54,6 +54,18 @@ SIZES = {
 }
 
 
+def repa_depth(depth: int) -> int:
+    """Number of blocks before the tokens that REPA aligns (arXiv:2410.06940).
+
+    >>> [repa_depth(SIZES[size]["depth"]) for size in ("B", "L", "XL")]
+    [4, 8, 8]
+
+    Args:
+      depth: number of blocks of the network; published are 4 for 12 (B), 8 for 24 and 28 (L, XL).
+    """
+    return 4 if depth == SIZES["B"]["depth"] else min(8, depth)
+
+
 class Hidden(NamedTuple):
     """The output of `DiT.encode`.
 

@@ -79,10 +79,11 @@ def guided_flow_map(flow_map: FlowMap, settings: Sampling, network: Network) -> 
     """The flow map of a network under the guidance of `config.sampling.guidance`.
 
     Raises:
-      InputError: a scale that the network cannot take.
+      InputError: a scale or a number of channels that the network cannot take.
     """
     guidance = settings.guidance
     with at("sampling.guidance"):
+        guidance.check_channels(network.sample_shape[-1])
         if network.guidance_input:
             return guidance_as_input(flow_map, guidance)
         return classifier_free(flow_map, guidance)

@@ -321,8 +321,9 @@ def test_released_flow_maps_are_split_where_they_were_published():
     assert dit.infer_pytorch_network(shapes, {"split_depth": 18}).split_depth == 18
 
 
-def test_an_aligned_flow_model_is_published_with_eight_blocks():
-    network = DiT(**{**TINY, **SIZES["B"]}, alignment_depth=8)
+@pytest.mark.parametrize(("size", "blocks"), [("B", 4), ("L", 8), ("XL", 8)])
+def test_an_aligned_flow_model_is_aligned_where_it_was_published(size, blocks):
+    network = DiT(**{**TINY, **SIZES[size]}, alignment_depth=blocks)
     shapes = {n: s.shape for n, s in shapes_of(network, dit.pytorch_table).items()}
     assert dit.infer_pytorch_network(shapes, {}) == network
 

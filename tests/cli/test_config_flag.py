@@ -170,7 +170,7 @@ REFUSED = {
     "objective.interpolant=cubic": "--config.objective.interpolant=cubic: choose one of cosine, ",
     "objective.interpolant.power=2": "no such field; there are none",
     "sampling=fast": "set its fields one by one: decode_batch, ",
-    "sampling.guidance=2": "set its fields one by one: interval, scale",
+    "sampling.guidance=2": "set its fields one by one: channels, interval, scale",
     "emas=main": "--config.emas=main: name one of its parts, for example --config.emas.NAME.name; "
                  "there are main",
     "emas.slow.decay=0.5": "there is no emas.slow; there are main; --config.emas.slow.name=... "

@@ -41,6 +41,25 @@ def test_classifier_free_guidance_inside_its_closed_interval():
     np.testing.assert_allclose(guided_map(X_T, T, r, Y), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_guidance_of_the_first_channels_leaves_the_others_conditional():
+    """As the published sampling of DiT and SiT, which guides three of four latent channels."""
+    def four_channels(x_t, t, r, y):
+        factors = jnp.asarray([1.0, 2.0, -3.0, 4.0]).reshape(1, 1, 1, 4)
+        return jnp.sin(x_t) + per_sample(y.labels * t, x_t) * factors
+
+    x_t, y = jnp.tile(X_T, 4), Y
+    u, u_null = (np.asarray(four_channels(x_t, T, T, one)) for one in (y, y.null()))
+    for interval in ((0.0, 1.0), INTERVAL):
+        guided_map = classifier_free(
+            four_channels, SamplingGuidance(scale=2.5, interval=interval, channels=3)
+        )
+        active = (WITHIN | (interval != INTERVAL)) & (np.arange(4) < 3)
+        expected = np.where(active, u_null + 2.5 * (u - u_null), u)
+        ours = guided_map(x_t, T, T, y)
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(ours[..., 3], u[..., 3])
+
+
 @pytest.mark.parametrize(
     "guidance", [SamplingGuidance(scale=1.0), SamplingGuidance(scale=2.5, interval=(0.1, 0.2))]
 )
@@ -180,6 +199,11 @@ def test_samples_of_a_condition_that_is_no_label():
         (lambda: SamplingGuidance(interval=(-1.0, 1.0)), r"^interval=\(-1\.0, "),
         (lambda: SamplingGuidance(scale=NAN), r"^scale=nan: "),
         (lambda: SamplingGuidance(scale=-1.0), r"^scale=-1.0: give a number from 0 to 1000"),
+        (lambda: SamplingGuidance(channels=-1), r"^channels=-1: "),
+        (lambda: classifier_free(flow_map, SamplingGuidance(scale=2.0, channels=2))(X_T, T, T, Y),
+         r"^channels=2: samples have 1 channels; give 0 to guide all of them$"),
+        (lambda: guidance_as_input(flow_map, SamplingGuidance(scale=2.0, channels=1)),
+         r"^channels=1: a network that takes its guidance as an input guides all channels"),
         (lambda: guidance_as_input(flow_map, SamplingGuidance(scale=0.0)), r"^scale=0\.0: .*posit"),
         (lambda: classifier_free(flow_map, SamplingGuidance(scale=2.0))(X_T, T, T, Y.labels),
          r"^y=Array.*: guidance needs a condition that has a null; give ClassLabels\("),

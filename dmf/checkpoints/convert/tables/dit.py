@@ -34,14 +34,13 @@ from dmf.checkpoints.convert.name_tables import (
     with_given,
 )
 from dmf.errors import InputError
-from dmf.models.dit import SIZES, DiT
+from dmf.models.dit import SIZES, DiT, repa_depth
 from dmf.models.layers import position_table
 from dmf.types import Params
 
 POSITIONS = "pos_embed"
 # The split depth of the published DMF checkpoints with a log-variance head, by depth.
 _PUBLISHED_SPLIT = {28: 20, 24: 18}
-_PUBLISHED_ALIGNMENT = 8
 # Number of latents along a side in the published JAX checkpoints, which hold no position table.
 _JAX_INPUT_SIZE = 32
 # Largest input of a checkpoint without a position table, which is computed from it.
@@ -233,7 +232,7 @@ def infer_pytorch_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]
     if "projectors.0.0.bias" in shapes:
         (hidden,), (outputs,) = shapes["projectors.0.0.bias"], shapes["projectors.0.4.bias"]
         told |= {"alignment_hidden": hidden, "alignment_width": outputs}
-        defaults["alignment_depth"] = min(_PUBLISHED_ALIGNMENT, told["depth"])
+        defaults["alignment_depth"] = repa_depth(told["depth"])
     return _complete(told, fields, defaults)
 
 
