@@ -319,8 +319,8 @@ _MODELS = (
     Mutant(
         "modulation_one", "tokens are multiplied by scale and not by 1 + scale",
         "dmf/models/layers.py",
-        "return x * (1 + scale[:, None, :]) + shift[:, None, :]",
-        "return x * scale[:, None, :] + shift[:, None, :]",
+        "scale_tokens(x, 1 + scale, x.dtype)",
+        "scale_tokens(x, scale, x.dtype)",
         ("tests/sampling/test_golden_samplers.py",),
     ),
     Mutant(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmf.models.layers import Tokens, Vectors
+from dmf.models.linear import Tokens, Vectors
 from dmf.types import Params
 
 REMAT_POLICIES = {

@@ -2,10 +2,12 @@
 
 Whatever `dtype` is, these are computed in float32, with inputs and outputs in `dtype`: the
 sinusoidal features of times; normalization (statistics, difference, division and scale); the logits
-and the softmax of attention, in every implementation; the sums inside matmuls; and the whole
-log-variance head. `FLOAT32_PARTS` names the further parts that a config can compute in float32.
+and the softmax of attention, in every implementation; the sums inside matmuls; the sums over
+samples and tokens in gradients; and the whole log-variance head. `FLOAT32_PARTS` names the further
+parts that a config can compute in float32.
 """
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -14,9 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dmf.models.attention.attention import attention
-
-Tokens = Float[Array, "b l d"]
-Vectors = Float[Array, "b d"]
+from dmf.models.linear import Linear, Tokens, Vectors, scale_tokens, spread
 
 # Parts of a network that can be in float32 where the rest is in bfloat16: the matmuls of the time
 # embeddings and the sum with the label embedding; shift, scale and gate of the blocks, and the
@@ -27,6 +27,11 @@ FLOAT32_PARTS = ("time_embedding", "modulation", "residual", "final_layer")
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
+# The variance is the mean of squared differences: E[x^2] - E[x]^2 would cancel where the mean is
+# much larger than the standard deviation.
+LayerNorm = functools.partial(
+    nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False
+)
 
 
 def sinusoidal_features(t: Float[Array, "b"], count: int) -> Float[Array, "b count"]:
@@ -70,8 +75,8 @@ def unpatchify(tokens: Tokens, patch: int) -> Float[Array, "b h h c"]:
 
 
 def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
-    """x (1 + scale) + shift, with one shift and scale vector per sample."""
-    return x * (1 + scale[:, None, :]) + shift[:, None, :]
+    """x (1 + scale) + shift in the dtype of x, with one shift and scale vector per sample."""
+    return scale_tokens(x, 1 + scale, x.dtype) + spread(shift[:, None, :], x.shape, x.dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -87,9 +92,9 @@ class TimeEmbedding(nn.Module):
     @nn.compact
     def __call__(self, t: Float[Array, "b"]) -> Vectors:
         x = sinusoidal_features(t, 256).astype(self.dtype)
-        x = nn.Dense(self.width, kernel_init=small_normal, dtype=self.dtype, name="in")(x)
+        x = Linear((self.width,), small_normal, self.dtype, name="in")(x)
         init = zeros if self.zero_init else small_normal
-        return nn.Dense(self.width, kernel_init=init, dtype=self.dtype, name="out")(nn.silu(x))
+        return Linear((self.width,), init, self.dtype, name="out")(nn.silu(x))
 
 
 class GuidanceEmbedding(nn.Module):
@@ -113,17 +118,20 @@ class GuidanceEmbedding(nn.Module):
 
 
 class Modulation(nn.Module):
-    """`count` modulation vectors Linear(SiLU(c)) of a condition c, zero at initialisation."""
+    """`count` modulation vectors Linear(SiLU(c)) of a condition c, zero at initialisation.
+
+    The matmul is in `dtype`. The vectors are float32: XLA's compiler for TPUs would sum their
+    gradients in the dtype that they are cast to.
+    """
 
     count: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, c: Vectors) -> list[Vectors]:
-        features = (self.count, c.shape[-1])
-        out = nn.DenseGeneral(features, kernel_init=zeros, dtype=self.dtype, name="linear")(
-            nn.silu(c)
-        )
+        features, float32 = (self.count, c.shape[-1]), jnp.dtype("float32")
+        linear = Linear(features, zeros, self.dtype, output_dtype=float32, name="linear")
+        out = linear(nn.silu(c))
         return [out[:, i] for i in range(self.count)]
 
 
@@ -142,7 +150,7 @@ class SelfAttention(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
         features = (3, self.heads, width // self.heads)
-        qkv = nn.DenseGeneral(features, kernel_init=xavier, dtype=self.dtype, name="qkv")(x)
+        qkv = Linear(features, xavier, self.dtype, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
         if self.qk_norm:
             q, k = (
@@ -151,9 +159,7 @@ class SelfAttention(nn.Module):
             )
         # Initialisation runs on one token of one sample, and no kernel takes that.
         out = attention(q, k, v, "xla" if self.is_initializing() else self.attention)
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), kernel_init=xavier, dtype=self.dtype, name="out"
-        )(out)
+        return Linear((width,), xavier, self.dtype, input_axes=2, name="out")(out)
 
 
 class MLP(nn.Module):
@@ -166,10 +172,8 @@ class MLP(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
         hidden = int(width * self.ratio)
-        x = nn.Dense(hidden, kernel_init=xavier, dtype=self.dtype, name="in")(x)
-        return nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="out")(
-            nn.gelu(x, approximate=True)
-        )
+        x = Linear((hidden,), xavier, self.dtype, name="in")(x)
+        return Linear((width,), xavier, self.dtype, name="out")(nn.gelu(x, approximate=True))
 
 
 class Block(nn.Module):
@@ -189,17 +193,17 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Tokens:
         dtype = self.modulation_dtype or self.dtype
-        norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=dtype)
+        norm = LayerNorm(dtype=dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, dtype, name="modulation"
         )(c)
         attend = SelfAttention(
             self.heads, self.qk_norm, self.dtype, self.attention, name="attention"
         )
-        step = gate_1[:, None, :] * attend(modulate(norm(x), shift_1, scale_1))
+        step = scale_tokens(attend(modulate(norm(x), shift_1, scale_1)), gate_1, dtype)
         x = (x + step).astype(x.dtype)
         mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
-        step = gate_2[:, None, :] * mlp(modulate(norm(x), shift_2, scale_2))
+        step = scale_tokens(mlp(modulate(norm(x), shift_2, scale_2)), gate_2, dtype)
         return (x + step).astype(x.dtype)
 
 
@@ -211,11 +215,10 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Float[Array, "b l p"]:
-        norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, dtype=self.dtype)
+        norm = LayerNorm(dtype=self.dtype)
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-        return nn.Dense(self.patch_values, kernel_init=zeros, dtype=self.dtype, name="linear")(
-            modulate(norm(x), shift, scale)
-        )
+        linear = Linear((self.patch_values,), zeros, self.dtype, name="linear")
+        return linear(modulate(norm(x), shift, scale))
 
 
 class LogVariance(nn.Module):
@@ -241,5 +244,5 @@ class Projector(nn.Module):
     def __call__(self, x: Tokens) -> Float[Array, "b l features"]:
         for i, width in enumerate((self.hidden, self.hidden, self.features)):
             x = nn.silu(x) if i else x
-            x = nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name=f"linear_{i}")(x)
+            x = Linear((width,), xavier, self.dtype, name=f"linear_{i}")(x)
         return x

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from dmf.models import layers
 from dmf.models.block_stack import run_blocks
-from dmf.models.layers import Tokens, Vectors
+from dmf.models.linear import Linear, Tokens, Vectors
 from dmf.types import (
     Features,
     GuidanceInput,
@@ -35,11 +35,12 @@ class Transformer(nn.Module):
 
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        self.patch_embedding = nn.Dense(config.width, kernel_init=layers.xavier, dtype=dtype)
+        self.patch_embedding = Linear((config.width,), layers.xavier, dtype)
         time_dtype = self._dtype("time_embedding")
         self.time_embedding = layers.TimeEmbedding(config.width, time_dtype)
+        # In float32, so that the gradients of samples with equal labels are summed in float32.
         self.label_embedding = nn.Embed(
-            config.num_classes + 1, config.width, embedding_init=layers.small_normal, dtype=dtype
+            config.num_classes + 1, config.width, embedding_init=layers.small_normal
         )
         if config.conditioning == "meanflow":
             self.interval_embedding = layers.TimeEmbedding(config.width, time_dtype)
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
         condition = self.config.condition(y)
         guided = isinstance(condition, GuidedCondition)
         labels = (self.config.condition(condition.condition) if guided else condition).labels
-        embedded = self.label_embedding(labels)
+        embedded = self.label_embedding(labels).astype(self.config.dtype)
         if not self.config.guidance_input:
             return embedded
         ones = jnp.ones(labels.shape)
@@ -159,14 +160,14 @@ class Transformer(nn.Module):
         )
 
     def _cast_blocks(self) -> Params:
-        """The parameters of all blocks, those of matmuls cast to the dtype of the matmul.
+        """The parameters of all blocks, the kernels of matmuls cast to the dtype of the matmul.
 
         They are cast before the stack is divided into blocks, so that the gradients of the blocks
         are collected in that dtype too: in half the memory of float32 where it is bfloat16.
         """
         def cast(path: Any, leaf: jax.Array) -> jax.Array:
-            in_matmul = path[-1].key in ("kernel", "bias")
-            return leaf.astype(self._dtype(path[0].key)) if in_matmul else leaf
+            is_kernel = path[-1].key == "kernel"
+            return leaf.astype(self._dtype(path[0].key)) if is_kernel else leaf
 
         return jax.tree_util.tree_map_with_path(cast, self.blocks)
 

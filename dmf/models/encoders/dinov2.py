@@ -214,7 +214,7 @@ class _Transformer(nn.Module):
 
 
 def _norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False)
 
 
 def _resize_positions(

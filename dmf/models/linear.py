@@ -1,0 +1,72 @@
+"""Linear layers whose gradients are summed in float32, whatever dtype they compute in.
+
+A bias is added to every token, and a modulation vector is applied to every token of a sample, so
+their gradients are sums over tokens. A bfloat16 sum stops growing when its next summand is below
+1/256 of it. `spread` broadcasts in float32 and casts afterwards: the values are the same, and the
+backward pass casts to float32 before it sums.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+Tokens = Float[Array, "b l d"]
+Vectors = Float[Array, "b d"]
+
+
+def spread(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """x broadcast to `shape` and cast to `dtype`; its gradient is summed in float32."""
+    return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def scale_tokens(x: Tokens, factor: Vectors, dtype: jnp.dtype) -> Tokens:
+    """x * factor in `dtype`, with a vector of factors per sample; gradients are summed in float32.
+
+    Only the derivative by `factor` broadcasts by `spread`, so that the backward pass stores the
+    vectors and not their copies for each token.
+    """
+    return x.astype(dtype) * factor.astype(dtype)[:, None, :]
+
+
+@scale_tokens.defjvp
+def _scale_tokens_jvp(
+    dtype: jnp.dtype, primals: tuple[Tokens, Vectors], tangents: tuple[Tokens, Vectors]
+) -> tuple[Tokens, Tokens]:
+    (x, factor), (x_tangent, factor_tangent) = primals, tangents
+    by_factor = x.astype(dtype) * spread(factor_tangent[:, None, :], x.shape, dtype)
+    return scale_tokens(x, factor, dtype), scale_tokens(x_tangent, factor, dtype) + by_factor
+
+
+class Linear(nn.Module):
+    """x W + b, from the last `input_axes` axes of x to axes of the sizes `features`.
+
+    The matmul is in `dtype`, the bias is added in float32, and the result is in `output_dtype`, by
+    default `dtype`. Kernel and bias are float32 parameters.
+    """
+
+    features: tuple[int, ...]
+    kernel_init: Callable[..., jax.Array]
+    dtype: jnp.dtype
+    input_axes: int = 1
+    output_dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inputs, axes = x.shape[-self.input_axes :], range(self.input_axes)
+        contracted = (tuple(x.ndim - self.input_axes + i for i in axes), tuple(axes))
+        kernel = self.param("kernel", self._kernel, inputs).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel, (contracted, ((), ())))
+        bias = jnp.broadcast_to(bias, y.shape)
+        return (y.astype(jnp.float32) + bias).astype(self.output_dtype or self.dtype)
+
+    def _kernel(self, key: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
+        """An initial kernel, drawn as the matrix that it is."""
+        matrix = self.kernel_init(key, (math.prod(inputs), math.prod(self.features)))
+        return matrix.reshape(*inputs, *self.features)
