@@ -125,6 +125,8 @@ class DiT:
       remat: what the backward pass recomputes: "none", "dots" (all but matmuls) or "full"
         (everything).
       dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
+      gradient_dtype: dtype in which the gradients of the blocks' kernels are collected, and summed
+        over devices, where dtype is "bfloat16": "bfloat16" or "float32".
       float32_parts: parts computed in float32 where dtype is "bfloat16": any of "time_embedding",
         "modulation", "residual" and "final_layer".
       attention: implementation of attention: "xla" (plain JAX operations), "flash" (kernels, on
@@ -158,6 +160,7 @@ class DiT:
     scan: bool = True
     remat: str = "none"
     dtype: str = "float32"
+    gradient_dtype: str = "bfloat16"
     float32_parts: tuple[str, ...] = ()
     attention: str = "auto"
 
@@ -213,6 +216,7 @@ class DiT:
         check_choice(self, "remat", REMAT_POLICIES)
         check_choice(self, "attention", IMPLEMENTATIONS)
         check_choice(self, "dtype", COMPUTE_DTYPES)
+        check_choice(self, "gradient_dtype", COMPUTE_DTYPES)
         self._check(set(self.float32_parts) <= set(FLOAT32_PARTS), "float32_parts",
                     f"choose any of {', '.join(FLOAT32_PARTS)}")
 

@@ -126,11 +126,13 @@ class Modulation(nn.Module):
 
     count: int
     dtype: jnp.dtype
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, c: Vectors) -> list[Vectors]:
         features, float32 = (self.count, c.shape[-1]), jnp.dtype("float32")
-        linear = Linear(features, zeros, self.dtype, output_dtype=float32, name="linear")
+        linear = Linear(features, zeros, self.dtype, output_dtype=float32,
+                        gradient_dtype=self.gradient_dtype, name="linear")
         out = linear(nn.silu(c))
         return [out[:, i] for i in range(self.count)]
 
@@ -145,12 +147,16 @@ class SelfAttention(nn.Module):
     qk_norm: bool
     dtype: jnp.dtype
     attention: str = "xla"
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
+        linear = functools.partial(
+            Linear, kernel_init=xavier, dtype=self.dtype, gradient_dtype=self.gradient_dtype
+        )
         features = (3, self.heads, width // self.heads)
-        qkv = Linear(features, xavier, self.dtype, name="qkv")(x)
+        qkv = linear(features, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
         if self.qk_norm:
             q, k = (
@@ -159,7 +165,7 @@ class SelfAttention(nn.Module):
             )
         # Initialisation runs on one token of one sample, and no kernel takes that.
         out = attention(q, k, v, "xla" if self.is_initializing() else self.attention)
-        return Linear((width,), xavier, self.dtype, input_axes=2, name="out")(out)
+        return linear((width,), input_axes=2, name="out")(out)
 
 
 class MLP(nn.Module):
@@ -167,20 +173,25 @@ class MLP(nn.Module):
 
     ratio: float
     dtype: jnp.dtype
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
         width = x.shape[-1]
         hidden = int(width * self.ratio)
-        x = Linear((hidden,), xavier, self.dtype, name="in")(x)
-        return Linear((width,), xavier, self.dtype, name="out")(nn.gelu(x, approximate=True))
+        linear = functools.partial(
+            Linear, kernel_init=xavier, dtype=self.dtype, gradient_dtype=self.gradient_dtype
+        )
+        x = linear((hidden,), name="in")(x)
+        return linear((width,), name="out")(nn.gelu(x, approximate=True))
 
 
 class Block(nn.Module):
     """A transformer block with adaLN-Zero conditioning (DiT, section 3.2).
 
     Shift, scale and gate, and the tokens that they are applied to, are in `modulation_dtype` (by
-    default `dtype`), the rest in `dtype`. The output has the dtype of the input.
+    default `dtype`), the rest in `dtype`, and the gradients of the kernels in `gradient_dtype` (by
+    default `dtype`). The output has the dtype of the input.
     """
 
     heads: int
@@ -189,20 +200,21 @@ class Block(nn.Module):
     dtype: jnp.dtype
     attention: str = "xla"
     modulation_dtype: jnp.dtype | None = None
+    gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Tokens:
-        dtype = self.modulation_dtype or self.dtype
+        dtype, gradient_dtype = self.modulation_dtype or self.dtype, self.gradient_dtype
         norm = LayerNorm(dtype=dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
-            6, dtype, name="modulation"
+            6, dtype, gradient_dtype, name="modulation"
         )(c)
         attend = SelfAttention(
-            self.heads, self.qk_norm, self.dtype, self.attention, name="attention"
+            self.heads, self.qk_norm, self.dtype, self.attention, gradient_dtype, name="attention"
         )
         step = scale_tokens(attend(modulate(norm(x), shift_1, scale_1)), gate_1, dtype)
         x = (x + step).astype(x.dtype)
-        mlp = MLP(self.mlp_ratio, self.dtype, name="mlp")
+        mlp = MLP(self.mlp_ratio, self.dtype, gradient_dtype, name="mlp")
         step = scale_tokens(mlp(modulate(norm(x), shift_2, scale_2)), gate_2, dtype)
         return (x + step).astype(x.dtype)
 

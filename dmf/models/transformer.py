@@ -148,7 +148,8 @@ class Transformer(nn.Module):
         config = self.config
         return layers.Block(
             config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype),
-            config.attention, self._dtype("modulation"), parent=None,
+            config.attention, self._dtype("modulation"), jnp.dtype(config.gradient_dtype),
+            parent=None,
         )  # fmt: skip
 
     def _init_blocks(self, key: PRNGKey) -> Params:
@@ -160,11 +161,14 @@ class Transformer(nn.Module):
         )
 
     def _cast_blocks(self) -> Params:
-        """The parameters of all blocks, the kernels of matmuls cast to the dtype of the matmul.
+        """The parameters of all blocks; for gradients in bfloat16 the kernels of matmuls are cast.
 
         They are cast before the stack is divided into blocks, so that the gradients of the blocks
-        are collected in that dtype too: in half the memory of float32 where it is bfloat16.
+        are collected in that dtype too: in half the memory of float32.
         """
+        if self.config.gradient_dtype == "float32":
+            return self.blocks
+
         def cast(path: Any, leaf: jax.Array) -> jax.Array:
             is_kernel = path[-1].key == "kernel"
             return leaf.astype(self._dtype(path[0].key)) if is_kernel else leaf

@@ -97,7 +97,7 @@ def test_no_gradient_is_summed_in_bfloat16(conditioning, shared):
 @pytest.mark.slow
 @pytest.mark.parametrize(("conditioning", "shared"), CASES)
 def test_the_gradient_of_4096_tokens_in_bfloat16_is_that_of_float32(conditioning, shared):
-    fields = {"side": 16, "count": 16}
+    fields = {"side": 16, "count": 16, "guidance_input": False}
     expected, ours = (
         jax.tree_util.tree_leaves_with_path(gv.jit(gradient)(params))
         for gradient, params in (
@@ -128,6 +128,33 @@ def test_the_gradient_of_a_bias_is_the_sum_over_4096_tokens():
 
     gradient = jax.jit(jax.grad(loss))(params, weights)["params"]["bias"]
     assert relative(gradient, np.asarray(weights, np.float64).sum((0, 1))) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_kernel_has_its_dtype(dtype):
+    """In float32 it is the sum over 1,024 tokens, without a rounding of the sum."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, weights = (jax.random.normal(key, (4, 256, 5)).astype(BFLOAT16) for key in keys)
+    linear = Linear((5,), layers.xavier, BFLOAT16, gradient_dtype=jnp.dtype(dtype))
+    params = linear.init(jax.random.key(2), x)
+
+    def loss(params):
+        return (linear.apply(params, x) * weights).astype("f").sum()
+
+    expected = np.einsum("bli,blo->io", *(np.asarray(leaf, np.float64) for leaf in (x, weights)))
+    error = relative(jax.jit(jax.grad(loss))(params)["params"]["kernel"], expected)
+    assert error < 1e-5 if dtype == "float32" else 1e-4 < error < 1e-2
+
+
+@pytest.mark.parametrize(
+    "gradient_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
+)
+def test_the_gradients_of_blocks_are_collected_in_their_dtype(gradient_dtype):
+    gradient, params = gradient_of("flow", False, side=2, count=3, width=8, dtype="bfloat16",
+                                   gradient_dtype=gradient_dtype)
+    kernel = gv.jit(gradient)(params)["blocks"]["mlp"]["in"]["kernel"]
+    rounded = bool((kernel == kernel.astype(BFLOAT16)).all())
+    assert rounded == (gradient_dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
