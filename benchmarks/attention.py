@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from dmf.models.attention.attention import attention, flash_attention
 from dmf.models.attention.jvp_kernel import attention_jvp
 from dmf.models.attention.kernel_sharding import target_platform
@@ -187,4 +187,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

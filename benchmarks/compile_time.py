@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
 from dmf.runtime.device_specs import GIB
 from dmf.training import compile
@@ -42,9 +42,12 @@ def main(_: Sequence[str]) -> None:
     known = json.loads(path.read_text()) if path and path.exists() else {}
     cases = itertools.product(
         _TOPOLOGY.value, _SCAN.value, _REMAT.value, _ATTENTION.value, _SHARING.value)
+    devices_of = {  # All of them first: a TPU without libtpu is told before minutes are spent.
+        topology: jax.devices() if topology == "here" else compile.topology_devices(topology)
+        for topology in _TOPOLOGY.value
+    }
     for topology, scan, remat, attention, sharing in cases:
-        here = topology == "here"
-        devices = jax.devices() if here else compile.topology_devices(topology)
+        devices = devices_of[topology]
         variant = Variant(_BATCH.value * len(devices), scan == "1", remat, attention, sharing)
         key = json.dumps([_SIZE.value, _OBJECTIVE.value, topology, *variant])
         if key not in known:
@@ -79,4 +82,4 @@ def _table(known: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

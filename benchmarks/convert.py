@@ -21,9 +21,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 
 _SIZES = flags.DEFINE_list("sizes", ["S", "B", "L", "XL"], "sizes of the transformer, patch 2")
 _OUTPUT = flags.DEFINE_string("output", "runs/convert", "directory of the files and the table")
@@ -125,4 +125,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

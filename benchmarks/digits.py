@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from configs import digits_dmf, digits_sit
 
 FORWARD_PASSES = {"flow_matching": 3, "mean_flow": 4, "decoupled_mean_flow": 7}
@@ -109,4 +109,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
+from benchmarks.machine import start
 from dmf.runtime.device_specs import DEVICE_SPECS
 from dmf.training.hlo_collectives import Collective
 
@@ -103,4 +104,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

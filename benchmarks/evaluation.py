@@ -14,9 +14,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from dmf.evaluation import metrics
 from dmf.evaluation.feature_extractors import extractor
 from dmf.evaluation.running_statistics import RunningMoments
@@ -52,8 +52,8 @@ def _timed(rows: list[str], name: str, function: Callable[[], object]) -> object
 def _moments(seed: int) -> RunningMoments:
     """The moments of --count features, of which one batch is in memory at a time."""
     draw, running = np.random.default_rng(seed), RunningMoments()
-    for start in range(0, _COUNT.value, _BATCH.value):
-        size = min(_BATCH.value, _COUNT.value - start)
+    for first in range(0, _COUNT.value, _BATCH.value):
+        size = min(_BATCH.value, _COUNT.value - first)
         running.add(draw.standard_normal((size, WIDTH), np.float32) * 0.5 + 0.4 + seed * 0.01)
     return running
 
@@ -100,4 +100,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

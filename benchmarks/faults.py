@@ -28,11 +28,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from benchmarks.corruptions import COLUMNS, DAMAGES, Corruptions
 from benchmarks.kills import MOMENTS, PHASES, Kills
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 
 _KILLS = flags.DEFINE_integer("kills", 100, "number of kills")
 _CORRUPTIONS = flags.DEFINE_integer("corruptions", 100, "number of damaged checkpoints")
@@ -103,4 +103,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

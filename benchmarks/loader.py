@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 import PIL.Image
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 
 _ROWS = flags.DEFINE_integer("rows", 8192, "number of rows of the dataset", lower_bound=2100)
 _BATCH = flags.DEFINE_integer("batch", 256, "batch size")
@@ -121,4 +121,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

@@ -1,9 +1,26 @@
-"""The machine that a measurement was made on."""
+"""How a benchmark starts, and the machine that it measures."""
 
 import os
 import platform
+import sys
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+
+from absl import app
+
+from dmf.errors import InputError, RunError
+
+
+def start(main: Callable[[Sequence[str]], None]) -> None:
+    """Parses the flags and runs `main`; what `dmf` refuses is one line and exit code 1."""
+    def told(arguments: Sequence[str]) -> None:
+        try:
+            main(arguments)
+        except (InputError, RunError) as error:
+            sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
+
+    app.run(told)
 
 
 def machine() -> str:

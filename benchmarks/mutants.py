@@ -30,9 +30,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from benchmarks.mutant_list import LOWER, Mutant
 from benchmarks.mutant_list_middle import MIDDLE
 from benchmarks.mutant_list_upper import UPPER
@@ -249,4 +249,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

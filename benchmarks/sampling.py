@@ -21,12 +21,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax.traverse_util import flatten_dict
 from jax import export
 from ml_collections import ConfigDict
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from dmf import default_config
 from dmf.models.build import network
 from dmf.models.dit import SIZES, DiT
@@ -205,4 +205,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from dmf.runtime.device_specs import DEVICE_SPECS, GIB
 from dmf.training.hlo_collectives import Collective
 
@@ -175,4 +175,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

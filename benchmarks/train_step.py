@@ -27,10 +27,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict
 
-from benchmarks.machine import machine
+from benchmarks.machine import machine, start
 from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
 from dmf.runtime.device_specs import DEVICE_SPECS, GIB
 from dmf.runtime.sharding import make_mesh
@@ -232,4 +232,4 @@ def _report(
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from dmf.errors import InputError
-from dmf.field_types import describe_type, has_type
+from dmf.types import describe_type, has_type
 
 _COMPONENTS: dict[str, dict[str, Any]] = {}
 _DESCRIPTIONS: dict[str, str] = {}

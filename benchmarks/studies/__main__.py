@@ -13,8 +13,9 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
+from benchmarks.machine import machine, start
 from dmf.__main__ import set_compilation_cache
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/studies", "directory of runs and evaluations")
@@ -27,7 +28,6 @@ _SCALE = flags.DEFINE_float("scale", 1.0, "factor of all training steps and samp
 def main(_: Sequence[str]) -> None:
     """Runs the units that are not done, then writes the page."""
     set_compilation_cache()
-    from benchmarks.machine import machine
     from benchmarks.studies import page, units
     from benchmarks.studies.plan import Scale
 
@@ -43,4 +43,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    start(main)

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from dmf.field_types import alternatives, element_type
+from dmf.types import alternatives, element_type
 
 _BOOLEANS = {"true": True, "t": True, "yes": True, "1": True,
              "false": False, "f": False, "no": False, "0": False}  # fmt: skip

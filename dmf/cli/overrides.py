@@ -19,7 +19,7 @@ from dmf.cli.config_flag import NO_PREFIX, PREFIX
 from dmf.cli.field_values import parse_value
 from dmf.default_config import Config
 from dmf.errors import NO_VALUE, InputError
-from dmf.field_types import describe_type
+from dmf.types import describe_type
 
 
 def apply(config: ConfigDict, overrides: Iterable[str]) -> ConfigDict:
