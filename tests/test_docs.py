@@ -43,3 +43,12 @@ def test_the_walk_to_the_derivative_names_the_right_lines():
         right = lines_that_define(name, lines)
         assert int(line[1]) in right, f"[{text}]({target}#{anchor}): it stands on {right}"
     assert found >= 15
+
+
+def test_the_tests_of_promises_are_there():
+    page = (tiny.ROOT / "docs" / "reliability.md").read_text()
+    cited = re.findall(r"([\w/]+\.py)(?:::(\w+))?", page)
+    assert len(cited) > 50
+    for file, test in cited:
+        text = (tiny.ROOT / "tests" / file).read_text()
+        assert f"def {test}(" in text or not test, f"{file} has no {test}"

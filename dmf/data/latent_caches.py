@@ -189,7 +189,7 @@ def open_cache(directory: epath.PathLike, *, num_classes: int | None = None) -> 
       InputError: there are no latents, their labels are wrong or name other files, or the files
         that are compared differ. Its field is "directory", and the text names the file.
     """
-    directory = os.fspath(user_path(directory))
+    directory = directory and os.fspath(user_path(directory))
     with _errors_of_directory(directory):
         files = _open_files(directory)
         names, labels, is_edm2 = _list_samples(files)

@@ -15,11 +15,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dmf.types import Size
+
 Tokens = Float[Array, "b l d"]
 Vectors = Float[Array, "b d"]
 
 
-def spread(x: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def spread(x: jax.Array, shape: tuple[Size, ...], dtype: jnp.dtype) -> jax.Array:
     """x broadcast to `shape` and cast to `dtype`; its gradient is summed in float32."""
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
 

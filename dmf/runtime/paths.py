@@ -17,9 +17,11 @@ def user_path(path: epath.PathLike) -> epath.Path:
       path: a path; a leading ~ stands for the home directory, as in shells.
 
     Raises:
-      InputError: it begins with ~, and there is no such home directory.
+      InputError: it is empty, or it begins with ~ and there is no such home directory.
     """
     text = os.fspath(path)
+    if not text:
+        raise InputError("path", "", "give a path; . is the working directory")
     expanded = os.path.expanduser(text)
     if text.startswith("~") and not os.path.isabs(expanded):
         raise InputError("", remedy=f"{text}: there is no such home directory; set HOME, or give "

@@ -17,7 +17,7 @@ def log(line: str) -> None:
 def duration(seconds: float) -> str:
     """A time as hours, minutes and seconds.
 
-    >>> duration(3723.2), duration(123)
+    >>> duration(3723.2), duration(123.0)
     ('1:02:03', '2:03')
     """
     minutes, seconds = divmod(round(seconds), 60)

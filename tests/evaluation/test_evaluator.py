@@ -20,6 +20,7 @@ from dmf.evaluation.build import evaluation, protocol
 from dmf.evaluation.evaluated_images import evaluated_image_set
 from dmf.evaluation.evaluator import Evaluator
 
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 COUNT = 60
 ADM = ("--protocol=adm", "--inception=I")
 
@@ -101,8 +102,6 @@ import numpy as np
 
 from dmf.evaluation import Metric
 from dmf.registry import register
-
-pytestmark = pytest.mark.usefixtures("small_network_registered")
 
 register("metric", mean_gap=Metric(
     description="Largest difference of the mean pixels.",

@@ -24,11 +24,7 @@ from dmf.runtime.files import new_directory
 from dmf.runtime.paths import user_path
 from dmf.training.loop import train
 
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    with small_network.registered():
-        yield
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 
 
 @pytest.fixture

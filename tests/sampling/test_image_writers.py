@@ -94,7 +94,7 @@ def read(output: pathlib.Path) -> tuple[np.ndarray, list[int]]:
         return np.stack(images), [feature["label"].int64_list.value[0] for feature in features]
     files = open_images(str(output))
     assert files.names == tuple(f"{i:06}.png" for i in range(len(files)))
-    images = [decoded(files.read(name)) for name in files.names]
+    images = [decoded(files.files.read(name)) for name in files.names]
     return np.stack(images), files.labels.tolist()
 
 
