@@ -3,14 +3,12 @@
 import os
 import signal
 
-import plugin_files
+import overflowing_sampler
 import pytest
 import small_network
 
-from dmf import registry
 from dmf.checkpoints.params import latest_step
 from dmf.errors import InputError, Stopped
-from dmf.sampling import samplers
 from dmf.training import callbacks
 from dmf.training.loop import train
 
@@ -51,15 +49,7 @@ def test_a_workdir_in_which_a_run_is_training_is_refused(tmp_path, during):
 
 
 def test_samples_that_are_not_finite_make_no_grid_and_end_no_training(tmp_path, capsys):
-    class Overflowing(samplers.Euler):
-        """Its samples are infinite."""
-
-        def step(self, flow_map, x, t, t_next, y, noise=None, carry=()):
-            x, carry = super().step(flow_map, x, t, t_next, y, noise, carry)
-            return x / 0, carry
-
-    with plugin_files.registered_components():
-        registry.register("sampler", overflowing=Overflowing)
+    with overflowing_sampler.registered():
         fields = {"run.sample_every": 8, "sampling.sampler.name": "overflowing"}
         assert int(train(small_network.config(fields), tmp_path).step) == 8
     assert "step 8: no grid of samples is written: " in capsys.readouterr().err
