@@ -381,7 +381,8 @@ def test_a_grid_shows_the_samples_of_each_number_of_steps(tmp_path):
 
 def test_a_grid_of_images_that_are_not_finite_is_refused(tmp_path, capsys):
     with overflowing_sampler.registered():
-        code = sample(tmp_path / "x.png", "--config.sampling.sampler.name=overflowing", "--count=20")
+        sampler = "--config.sampling.sampler.name=overflowing"
+        code = sample(tmp_path / "x.png", sampler, "--count=20")
     assert code == 1
     assert "images 0 to 19 hold NaN or infinity" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
