@@ -175,9 +175,9 @@ def _is_image(name: str) -> bool:
 
 
 def _open_files(source: str, labels: str) -> Files:
-    path = user_path(source)
-    if not source or not path.exists():
+    if not source or not user_path(source).exists():
         raise InputError("source", source, "there is no such folder or archive")
+    path = user_path(source)
     if path.is_dir():
         return Folder(path, SUFFIXES)
     try:
