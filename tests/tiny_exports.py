@@ -10,6 +10,7 @@ import numpy as np
 import tiny
 
 from dmf.checkpoints import export, load
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.types import Params
@@ -21,7 +22,7 @@ AUTOENCODER = AutoencoderKL(widths=(8, 8, 8), layers_per_block=1, groups=4)
 def params(network: Any, scale: float = 0.3) -> Params:
     """Random parameters, drawn without compiling."""
     draw = np.random.default_rng(5)
-    shapes = jax.eval_shape(network.init, jax.random.key(0))
+    shapes = abstract_params(network)
     return jax.tree.map(lambda w: jnp.asarray(draw.normal(0, scale, w.shape), w.dtype), shapes)
 
 

@@ -15,6 +15,7 @@ from dmf.checkpoints.stored_config import without_foreign_paths
 from dmf.data.build import Data, data
 from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
+from dmf.models.abstract_params import abstract_params
 from dmf.models.build import Latents, latents, network
 from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder import Autoencoder
@@ -66,7 +67,7 @@ def load_params(
       InputError: there is no checkpoint, no such EMA parameters, or another architecture.
       RunError: the checkpoint is damaged.
     """
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    abstract = abstract_params(network)
     target = with_shardings(abstract, parameter_shardings(mesh, abstract))
     return stored_params.restore_params(
         directory, target, ema=ema, allow_missing=allow_missing,
@@ -249,7 +250,7 @@ def _with_params(
     directory: epath.PathLike, network: Any, mesh: Mesh | None
 ) -> tuple[Any, Params]:
     """A frozen network and its parameters in an export."""
-    abstract = jax.eval_shape(network.init, jax.random.key(0))
+    abstract = abstract_params(network)
     if mesh is not None:
         abstract = with_shardings(abstract, parameter_shardings(mesh, abstract))
     return network, stored_params.restore_params(directory, abstract)

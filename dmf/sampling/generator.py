@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dmf import registry
 from dmf.data import pixels
 from dmf.errors import InputError, RunError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.memoize import memoized
@@ -214,7 +215,7 @@ def _trace(network: Network, settings: Sampling) -> None:
     """Traces the generation of one sample; an error is not remembered."""
     generate = sample_function(network, settings, steps=2)
     index = jax.ShapeDtypeStruct((1,), jnp.int32)
-    params = jax.eval_shape(network.init, jax.random.key(0))
+    params = abstract_params(network)
     jax.eval_shape(lambda *inputs: generate(*inputs, 0), params, index, index)
 
 

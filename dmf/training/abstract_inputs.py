@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dmf.data.pixels import IMAGE_CHANNELS
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.runtime.sharding import batch_sharding, parameter_shardings, with_shardings
 from dmf.training.build import Recipe
@@ -44,7 +45,7 @@ def abstract_inputs(
 
 
 def _abstract_params(mesh: Mesh, network: Network | DinoV2) -> Params:
-    params = jax.eval_shape(network.init, jax.random.key(0))
+    params = abstract_params(network)
     return with_shardings(params, parameter_shardings(mesh, params))
 
 

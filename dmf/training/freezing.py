@@ -19,6 +19,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.types import Condition, Flops, Images, Network, Params, PerSample, PRNGKey, Times
 
 ENCODER = "encoder"
@@ -173,7 +174,7 @@ def freeze_mask(patterns: Sequence[Any], network: Network) -> FreezeMask:
         raise InputError("freeze", patterns, f"give a tuple of patterns: ('{patterns}',)")
     if not patterns:
         return FreezeMask()
-    leaves = flatten_dict(jax.eval_shape(network.init, jax.random.key(0)), sep="/")
+    leaves = flatten_dict(abstract_params(network), sep="/")
     paths = {name: _paths(name, leaf.shape) for name, leaf in leaves.items()}
     all_paths = np.concatenate([leaf_paths.ravel() for leaf_paths in paths.values()]).tolist()
     frozen = {path for pattern in patterns for path in _matches(pattern, all_paths, network)}

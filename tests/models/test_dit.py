@@ -11,6 +11,7 @@ import pytest
 
 from dmf.errors import InputError
 from dmf.models import layers
+from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import SIZES, DiT
 from dmf.models.layers import patchify, position_table, sinusoidal_features, unpatchify
 from dmf.types import ClassLabels, GuidanceInput, GuidedCondition
@@ -22,7 +23,7 @@ TINY = {
 
 def count(model: DiT) -> float:
     """Millions of parameters."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = abstract_params(model)
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) / 1e6
 
 
@@ -39,7 +40,7 @@ def initialised(**changes):
 def randomised(**changes):
     """With random values also where the initialisation is zero."""
     model = DiT(**TINY | changes)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = abstract_params(model)
     draw = np.random.default_rng(0).standard_normal
     return model, jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"), shapes)
 
@@ -75,7 +76,7 @@ def test_number_of_parameters(size, millions):
 @pytest.mark.parametrize("patch", [2, 4, 8])
 def test_patches_of_the_published_sizes(patch):
     model = published("B", patch_size=patch)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     arguments = jax.eval_shape(lambda: inputs(model))
     assert jax.eval_shape(model.apply, params, *arguments).shape == (2, 32, 32, 4)
 
@@ -258,7 +259,7 @@ def test_bfloat16_is_near_float32():
 
 def test_parameters_are_float32_and_the_output_has_the_dtype_of_the_input():
     model = DiT(**TINY, dtype="bfloat16", learned_variance=True)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     x_t, *others = inputs(model)
     for dtype in (jnp.float32, jnp.bfloat16):

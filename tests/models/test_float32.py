@@ -13,6 +13,7 @@ from test_dit import TINY, inputs, output, randomised
 
 from dmf.checkpoints import load
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.build import network
 from dmf.models.dit import DiT
 from dmf.models.layers import FLOAT32_PARTS
@@ -34,7 +35,7 @@ def program(*float32_parts: str) -> str:
     """A network in StableHLO, with unrolled blocks."""
     fields = {"conditioning": "decoupled", "split_depth": 1, "scan": False, "dtype": "bfloat16"}
     model = DiT(**TINY, **fields, float32_parts=float32_parts)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     return jax.jit(model.apply).lower(params, *inputs(model)).as_text()
 
 
@@ -90,7 +91,7 @@ def test_all_of_them_are_nearer_to_float32():
 def test_tokens_between_blocks_are_those_of_the_residual():
     for part, dtype in (("modulation", "bfloat16"), ("residual", "float32")):
         model = DiT(**TINY, dtype="bfloat16", float32_parts=(part,))
-        params = jax.eval_shape(model.init, jax.random.key(0))
+        params = abstract_params(model)
         x_t, t, _, y = inputs(model)
         assert jax.eval_shape(model.encode, params, x_t, t, y).tokens.dtype == dtype
 
@@ -101,7 +102,7 @@ def gradient_of_a_flow_map(**fields):
     config.objective.guidance.kappa = 0.5
     model, method = network(config.model), objective(config.objective)
     draw = np.random.default_rng(0).standard_normal
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = abstract_params(model)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"), shapes)
     batch = Batch(jnp.asarray(draw((8, *model.sample_shape)), "f"), jnp.arange(8))
     draws = method.draw(jax.random.key(0), batch)

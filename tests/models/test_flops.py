@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import SIZES, DiT
 from dmf.objectives import (
     DecoupledMeanFlow,
@@ -28,7 +29,7 @@ def small(conditioning: str) -> DiT:
 @pytest.mark.parametrize("conditioning", ["flow", "meanflow", "decoupled"])
 def test_forward_flops_equal_those_of_xla(conditioning):
     model, b = small(conditioning), 4
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     x_t = jax.ShapeDtypeStruct((b, *model.sample_shape), jnp.float32)
     t, y = jax.ShapeDtypeStruct((b,), jnp.float32), jax.ShapeDtypeStruct((b,), jnp.int32)
     hidden = jax.eval_shape(model.encode, params, x_t, t, y)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from dmf.models import layers
+from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import DiT
 from dmf.models.encoders import autoencoder_kl, dinov2
 from dmf.models.linear import Linear, scale_tokens, spread
@@ -41,7 +42,7 @@ def gradient_of(conditioning: str, shared: bool, *, side: int, count: int, **fie
                    "num_classes": 10, "conditioning": conditioning} | more | fields)
     sharing = {} if conditioning == "flow" else {"compute_sharing": ComputeSharing(enabled=shared)}
     method, draw = objective(**sharing), np.random.default_rng(0).standard_normal
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = abstract_params(model)
     params = jax.tree.map(lambda leaf: jnp.asarray(0.05 * draw(leaf.shape), "f"), shapes)
     # As large as it is initialised: the tokens would be small beside the rounding of positions.
     params["patch_embedding"]["kernel"] *= 3

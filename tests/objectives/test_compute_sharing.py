@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import DiT
 from dmf.objectives import (
     DecoupledMeanFlow,
@@ -53,7 +54,7 @@ def network_of(kind: str, **changes):
     if kind == "decoupled-drawn":
         model, params = network_of("decoupled", **changes)
         model = dataclasses.replace(model, guidance_input=True)
-        shapes = jax.eval_shape(model.init, jax.random.key(0))["guidance_embedding"]
+        shapes = abstract_params(model)["guidance_embedding"]
         draw = np.random.default_rng(0).standard_normal
         embedding = jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"), shapes)
         return model, {**params, "guidance_embedding": embedding}
@@ -242,7 +243,7 @@ def forward_passes(objective, model) -> float:
     """The cost of a loss and its gradient in forward passes, as XLA counts the operations of the
     unrolled network."""
     model = dataclasses.replace(model, scan=False)
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     batch = jax.eval_shape(lambda: batch_of(model.sample_shape))
     draws = jax.eval_shape(objective.draw, jax.random.key(0), batch)
     times = jax.ShapeDtypeStruct((COUNT,), jnp.float32)
@@ -305,7 +306,7 @@ def test_forward_passes_of_a_step_under_remat(remat, plain, shared):
     model = DiT(input_size=32, channels=4, num_classes=10, depth=12, width=384, heads=6,
                 conditioning="decoupled", split_depth=8, learned_variance=True,
                 remat=remat)  # fmt: skip
-    params = jax.eval_shape(model.init, jax.random.key(0))
+    params = abstract_params(model)
     batch = jax.eval_shape(lambda: batch_of(model.sample_shape))
     passes = []
     for sharing in (PLAIN, ComputeSharing()):

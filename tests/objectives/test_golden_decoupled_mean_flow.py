@@ -136,7 +136,7 @@ def assert_objective(name: str, kind: str, execution: tuple) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [
-    pytest.param(name, kind, marks=[pytest.mark.slow] * (name != FILES[0] and kind != "default"))
+    pytest.param(name, kind, marks=[pytest.mark.slow] * (name != FILES[0]))
     for name in FILES for kind in GUIDANCES
 ])
 def test_losses_and_gradients(name, kind):

@@ -12,6 +12,7 @@ from etils import epath
 
 from dmf.checkpoints import load
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.objectives import time_bins
 from dmf.training import build, loop, metrics_writer
 from dmf.types import Batch
@@ -80,7 +81,7 @@ def test_without_bins_there_is_no_metric():
 def test_the_cells_of_an_objective_hold_its_errors():
     config = tiny.flow_map({"objective.time_bins": 3})
     network, objective = build.network(config.model), build.objective(config.objective)
-    params = jax.eval_shape(network.init, jax.random.key(0))
+    params = abstract_params(network)
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01), params)
     batch = Batch(jax.random.normal(jax.random.key(1), (8, *network.sample_shape)), jnp.arange(8))
     draws = objective.draw(jax.random.key(2), batch)

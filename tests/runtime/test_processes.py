@@ -1,5 +1,6 @@
 """Several processes on one machine: they train as one, and they end together."""
 
+import functools
 import os
 import pathlib
 import re
@@ -27,6 +28,7 @@ from dmf.runtime import checksums, files, processes
 from dmf.training import loop, metrics_writer
 from dmf.training.loop import train
 
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 LONG = {"run.steps": 100_000, "run.checkpoint_every": 2, "run.log_every": 1}
 FROM_RUNTIME = jax.errors.JaxRuntimeError
 
@@ -93,41 +95,51 @@ def losses(workdir: pathlib.Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-@pytest.fixture(scope="module")
-def single_process_losses(tmp_path_factory) -> list[float]:
+# The config file and the config of a run of each network.
+NETWORKS = {
+    "two layers": (small_network.CONFIG, small_network.config), "DiT": (tiny.CONFIG, tiny.config),
+}  # fmt: skip
+
+
+@functools.cache
+def single_process_losses(network: str) -> list[float]:
     """The losses of 8 steps of one process."""
-    workdir = tmp_path_factory.mktemp("single")
-    train(tiny.config({"run.steps": 8, "run.log_every": 1}), workdir)
+    workdir = tiny.SCRATCH / f"single {network}"
+    train(NETWORKS[network][1]({"run.steps": 8, "run.log_every": 1}), workdir)
     return losses(workdir)
 
 
 def check_trains_as_one(
-    folder, expected, processes: int, devices: int, mesh: dict[str, int],
+    folder, network: str, processes: int, mesh: dict[str, int],
     others: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Run:  # fmt: skip
-    """A run of 4 steps, which one process on another mesh resumes to 8."""
+    """A run of 4 steps with two devices a process, which one process on another mesh resumes to
+    8."""
+    file, config = NETWORKS[network]
     fields = {"run.steps": 4, "run.log_every": 1} | {f"mesh.{k}": v for k, v in mesh.items()}
-    run = Run(folder, processes=processes, devices=devices, fields=fields | dict(others),
-              config=tiny.CONFIG)  # fmt: skip
+    run = Run(folder, processes=processes, devices=2, fields=fields | dict(others), config=file)
     assert run.wait() == [0] * processes, run.log(0)
+    expected = single_process_losses(network)
     np.testing.assert_allclose(losses(run.workdir), expected[:4], rtol=1e-5)
     assert latest_step(run.workdir) == 4
     for i in range(processes):
         assert f"process {i} of {processes}: " in run.log(i)
         assert ("step 4/4" in run.log(i)) == (i == 0)
-    train(tiny.config({"run.steps": 8, "run.log_every": 1}), run.workdir)
+    train(config({"run.steps": 8, "run.log_every": 1}), run.workdir)
     np.testing.assert_allclose(losses(run.workdir), expected, rtol=1e-5)
     return run
 
 
-def test_two_processes_train_and_evaluate_as_one_and_one_resumes(tmp_path, single_process_losses):
-    """Parameters and heads are split across the border of the processes. An evaluation has three
-    parts of 24 images, so that each process has some; then training continues."""
-    mesh = {"data": 1, "fsdp": 2, "tensor": 2}
-    run = check_trains_as_one(
-        tmp_path, single_process_losses, 2, 2, mesh,
-        {"evaluation.every": 2, "evaluation.steps": "(1,)"},
-    )  # fmt: skip
+@pytest.mark.parametrize(("network", "mesh"), [
+    ("two layers", {"data": 4}),
+    # Parameters and heads are split across the border of the processes.
+    pytest.param("DiT", {"data": 1, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_two_processes_train_and_evaluate_as_one_and_one_resumes(tmp_path, network, mesh):
+    """An evaluation has three parts of 24 images, so that each process has some; then training
+    continues."""
+    others = {"evaluation.every": 2, "evaluation.steps": "(1,)"}
+    run = check_trains_as_one(tmp_path, network, 2, mesh, others)
     for step in (2, 4):
         evaluation = files.read_json(
             metrics_writer.evaluation_file(epath.Path(run.workdir), step)
@@ -155,10 +167,8 @@ def test_two_processes_train_and_evaluate_as_one_and_one_resumes(tmp_path, singl
     (2, {"slices": 2, "data": 2}), (4, {"data": 2, "fsdp": 2, "tensor": 2}),
     (4, {"data": 1, "fsdp": 4, "tensor": 2}),
 ])  # fmt: skip
-def test_any_axis_may_cross_the_border_of_processes(
-    tmp_path, single_process_losses, processes, mesh
-):
-    check_trains_as_one(tmp_path, single_process_losses, processes, 2, mesh)
+def test_any_axis_may_cross_the_border_of_processes(tmp_path, processes, mesh):
+    check_trains_as_one(tmp_path, "DiT", processes, mesh)
 
 
 @pytest.mark.slow
@@ -206,8 +216,7 @@ def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
     assert "Traceback" not in run.log(0)
     done = latest_step(run.workdir)
     assert done >= 2
-    with small_network.registered():
-        state = train(small_network.config({"run.steps": done}), run.workdir)
+    state = train(small_network.config({"run.steps": done}), run.workdir)
     assert int(state.step) == done
 
 
@@ -310,8 +319,7 @@ def test_on_sigterm_all_save_the_same_step_and_say_so(tmp_path, processes, numbe
     done = latest_step(run.workdir)
     for i in range(processes):
         assert f"dmf train: told to stop at step {done} of 100000: saved" in run.log(i)
-    with small_network.registered():
-        assert int(train(small_network.config({"run.steps": done}), run.workdir).step) == done
+    assert int(train(small_network.config({"run.steps": done}), run.workdir).step) == done
 
 
 def test_processes_with_different_configs_all_say_so(tmp_path):

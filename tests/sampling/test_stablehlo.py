@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from dmf.checkpoints import load
 from dmf.checkpoints import params as stored_params
 from dmf.checkpoints.convert import namings
+from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.sampling import stablehlo
@@ -35,7 +36,7 @@ def latent_checkpoint() -> pathlib.Path:
     folder = tiny.SCRATCH / "latent"
     for name, network in (("map", LATENT), ("vae", AUTOENCODER)):
         draw = np.random.default_rng(1)
-        shapes = jax.eval_shape(network.init, jax.random.key(0))
+        shapes = abstract_params(network)
         params = jax.tree.map(lambda w: draw.normal(0, 0.1, w.shape).astype("f"), shapes)
         tensors = namings.to_named_tensors(network, params, namings.naming_of(network))
         folder.mkdir(exist_ok=True)

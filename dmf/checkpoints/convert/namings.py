@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
@@ -27,6 +26,7 @@ from dmf.checkpoints.convert.name_tables import (
     to_tensors,
 )
 from dmf.errors import InputError, brief
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.types import Params
 
@@ -118,7 +118,7 @@ def from_named_tensors(
     with _unfit_refused(detected):
         table = detected.table(network)
         check_names(table, tensors)  # before anything of the claimed size is made
-        abstract = jax.eval_shape(network.init, jax.random.key(0))
+        abstract = abstract_params(network)
     params = to_params(table, tensors, abstract)
     detected.check(tensors, settings, bool(naming))
     unused = {name for name, entry in table.items() if isinstance(entry, Unused)}

@@ -13,6 +13,7 @@ import pytest
 from dmf.checkpoints.convert.name_tables import to_params, to_tensors
 from dmf.checkpoints.convert.tables.autoencoder_kl import NAMINGS, infer_network
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.autoencoder import Moments
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL, GroupNorm
 
@@ -26,7 +27,7 @@ over_networks = pytest.mark.parametrize("network", [PUBLISHED, SMALL, TINY], ids
 
 
 def abstract(network):
-    return jax.eval_shape(network.init, jax.random.key(0))
+    return abstract_params(network)
 
 
 def shapes(network, naming=DIFFUSERS):

@@ -13,6 +13,7 @@ import pytest
 from dmf.checkpoints.convert.name_tables import ParamSlice, to_params, to_tensors
 from dmf.checkpoints.convert.tables.dinov2 import NAMINGS
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.dinov2 import DINOV2_SIZES, DinoV2, resize_bicubic
 from dmf.types import Params
 
@@ -24,7 +25,7 @@ over_namings = pytest.mark.parametrize("naming", NAMINGS, ids=lambda s: s.name)
 
 
 def abstract(network: DinoV2) -> Params:
-    return jax.eval_shape(network.init, jax.random.key(0))
+    return abstract_params(network)
 
 
 def shapes(naming, network: DinoV2) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from dmf.checkpoints.convert import predictions
@@ -34,6 +33,7 @@ from dmf.checkpoints.convert.name_tables import (
     with_given,
 )
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import SIZES, DiT, repa_depth
 from dmf.models.layers import position_table
 from dmf.types import Params
@@ -393,4 +393,4 @@ def to_jax(model: DiT, params: Params) -> dict[str, np.ndarray]:
 
 
 def _abstract(model: DiT) -> Params:
-    return jax.eval_shape(model.init, jax.random.key(0))
+    return abstract_params(model)

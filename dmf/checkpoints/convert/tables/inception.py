@@ -5,7 +5,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict
 
 from dmf.checkpoints.convert.name_tables import (
@@ -22,6 +21,7 @@ from dmf.checkpoints.convert.name_tables import (
     with_given,
 )
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.inception import Inception
 
 # The end of a tensor name and the layout, by the end of the path in our tree.
@@ -39,7 +39,7 @@ OUTPUT = "fc.weight"
 def _table(network: Inception) -> Table:
     """The name table, which follows our tree: Mixed_5b/branch1x1/norm/var has the name
     Mixed_5b.branch1x1.bn.running_var."""
-    shapes = flatten_dict(jax.eval_shape(network.init, jax.random.key(0)))
+    shapes = flatten_dict(abstract_params(network))
     rows, columns = shapes.pop(("output", "kernel")).shape
     table: dict[str, Entry] = {
         OUTPUT: ParamSlice("output/kernel", TRANSPOSED, (columns, rows)),
