@@ -8,7 +8,7 @@ import traceback
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.machinery import PathFinder
+from importlib.machinery import PathFinder, SourceFileLoader
 from typing import Any
 
 from absl import flags
@@ -92,6 +92,14 @@ def run_plugin(file: pathlib.Path) -> None:
     run_file("--plugins", file)
 
 
+class _SourceLoader(SourceFileLoader):
+    """Compiles a file whenever it is run: Python takes a compiled one for up to date if the file
+    has been changed within a second and has the same size."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def run_file(flag: str, file: pathlib.Path) -> types.ModuleType:
     """Runs a Python file that a flag names; returns its module.
 
@@ -101,10 +109,11 @@ def run_file(flag: str, file: pathlib.Path) -> types.ModuleType:
     file = pathlib.Path(user_path(file))
     if not file.is_file():
         raise InputError(flag, file, "no such file")
-    allow_imports_beside(file)
-    spec = importlib.util.spec_from_file_location(f"dmf_file_{file.stem}", file)
-    if spec is None:
+    if file.suffix != ".py":
         raise InputError(flag, file, "give a Python file, FILE.py")
+    allow_imports_beside(file)
+    name = f"dmf_file_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file, loader=_SourceLoader(name, str(file)))
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses look up their own module
     with errors_of_file(flag, file):

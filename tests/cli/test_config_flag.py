@@ -1,6 +1,7 @@
 """The config of a command line: its file, and the overrides of its fields."""
 
 import dataclasses
+import os
 import pathlib
 import sys
 
@@ -269,6 +270,17 @@ def test_a_file_gives_the_fields_that_it_changes(tmp_path):
     config = load_config(file)
     assert (config.model.width, config.model.patch_size, config.run.steps) == (8, 2, 1000)
     assert load_config(f"{file}:16").model.width == 16
+
+
+def test_a_file_that_was_changed_at_once_is_run_as_it_is(tmp_path, monkeypatch):
+    """Also if its size and time of change are those of the compiled file before it."""
+    monkeypatch.setattr("sys.dont_write_bytecode", False)
+    seeds = []
+    for seed in (1, 2):
+        file = written(tmp_path, f"def get_config():\n    return {{'seed': {seed}}}")
+        os.utime(file, (1, 1))
+        seeds.append(load_config(file).seed)
+    assert seeds == [1, 2]
 
 
 @pytest.mark.parametrize("neighbour", ["namespace", "package"])
