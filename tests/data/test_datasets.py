@@ -7,12 +7,11 @@ import jax
 import numpy as np
 import pytest
 import sklearn.datasets
-import tensorflow_datasets as tfds
 import tiny
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
+from tfds_datasets import Squares
 
-from dmf.cli.config_flag import configured
 from dmf.data import build
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import (
@@ -20,7 +19,6 @@ from dmf.data.datasets import (
     InMemoryDataset,
     UnlabelledDataset,
     open_dataset,
-    stored_name,
 )
 from dmf.data.digits import Digits
 from dmf.errors import InputError
@@ -47,46 +45,6 @@ class Numbered:
 
     def labels(self):
         return np.arange(self.count)
-
-
-class Squares(tfds.core.GeneratorBasedBuilder):
-    """Colour images of three classes, under a name that dmf has never heard of."""
-
-    VERSION = tfds.core.Version("1.2.3")
-
-    def _info(self):
-        features = {
-            "image": tfds.features.Tensor(shape=(8, 8, 3), dtype=np.uint8),
-            "label": tfds.features.ClassLabel(num_classes=3),
-        }
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(40):
-            yield i, {"image": np.full((8, 8, 3), 6 * i, np.uint8), "label": i % 3}
-
-
-class Sounds(Squares):
-    """A dataset without images."""
-
-    def _info(self):
-        features = {"sound": tfds.features.Tensor(shape=(4,), dtype=np.float32)}
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _generate_examples(self):
-        yield 0, {"sound": np.zeros(4, np.float32)}
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """A directory that holds both datasets as ArrayRecord."""
-    directory = tmp_path_factory.mktemp("datasets")
-    for builder in (Squares, Sounds):
-        builder(data_dir=directory, file_format="array_record").download_and_prepare()
-    return str(directory)
 
 
 def open_dataset_of(config: ConfigDict) -> Dataset:
@@ -395,38 +353,3 @@ def test_a_subset_or_mixture_that_cannot_be(fields, named):
         config.data[name.removeprefix("data.")] = value
     with pytest.raises(InputError, match=named):
         open_dataset_of(config)
-
-
-@pytest.mark.parametrize("fields", [
-    {"data.directory": "typo"},
-    {"data.mixture": {"more": {"name": "digits", "directory": "typo", "weight": 1.0}}},
-], ids=["data", "mixture"])
-def test_a_directory_that_is_not_there_is_refused_and_not_made(fields, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    message = r"^data\.(mixture\.more\.)?directory=typo: there is no such directory"
-    with pytest.raises(InputError, match=message):
-        open_dataset_of(tiny.config(fields))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_name_of_a_dataset_is_read_from_its_directory(prepared, tmp_path):
-    (tmp_path / "cache/00000").mkdir(parents=True)
-    np.save(tmp_path / "cache/00000/a.npy", np.zeros((8, 4, 4), np.float32))
-    names = {f"{prepared}/squares/1.2.3": "squares", f"{tmp_path}/cache": "cache", prepared: ""}
-    assert {place: stored_name(place) for place in names} == names
-    for place, name in names.items():
-        config, _ = configured(tiny.get_config(), [f"--config.data.directory={place}"])
-        assert config.data.name == (name or "digits")
-
-
-def test_a_name_that_contradicts_the_dataset_is_refused(prepared):
-    given = [f"--config.data.directory={prepared}/squares/1.2.3", "--config.data.name=digits"]
-    with pytest.raises(InputError, match=r"^data.name=digits: data.directory=.* holds squares"):
-        configured(tiny.get_config(), given)
-    config, _ = configured(tiny.get_config(), [given[0], "--config.data.name=squares:1.2.3"])
-    assert config.data.name == "squares:1.2.3"
-
-
-def test_imagenet_without_data_says_how_it_is_prepared():
-    with pytest.raises(InputError, match=r"^name=imagenet_latents_256: .* dmf prepare makes one"):
-        open_dataset("imagenet_latents_256")
