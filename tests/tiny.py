@@ -110,6 +110,19 @@ def process(*arguments: Any, code: str | None = None) -> subprocess.CompletedPro
     )
 
 
+def script(file: str, *arguments: Any, timeout: float) -> str:
+    """The output of a file of the tests that runs by itself: without the checks of types that
+    tests have, as users run the package."""
+    rooms = [ROOT, ROOT / "tests", *filter(pathlib.Path.is_dir, (ROOT / "tests").iterdir())]
+    done = subprocess.run(
+        [sys.executable, file, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, rooms))},
+        cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @functools.cache
 def shared_run(name: str, make: Callable[[], ConfigDict]) -> pathlib.Path:
     """The workdir of a finished run, trained by the first process that asks for it."""
