@@ -22,7 +22,7 @@ from dmf.checkpoints import stored_config
 from dmf.checkpoints.orbax_files import check_stored
 from dmf.errors import Damaged, InputError, RunError
 from dmf.runtime.checksums import check_checksums, checksums, reading_errors
-from dmf.runtime.files import absolute, write_json
+from dmf.runtime.files import absolute, is_regular_file, write_json
 from dmf.runtime.paths import user_path
 from dmf.types import Params
 
@@ -87,7 +87,7 @@ def read_config(directory: epath.PathLike) -> dict[str, Any]:
       RunError: it is damaged.
     """
     path = split_step(directory)[0] / CONFIG_FILE
-    if not path.is_file():
+    if not is_regular_file(path):
         raise InputError(
             "checkpoint", directory,
             f"it holds no {CONFIG_FILE}; give the workdir of a run or an exported directory",
@@ -108,7 +108,7 @@ def check_format(directory: epath.PathLike, *, field: str = "checkpoint") -> Non
       InputError: the directory has another format.
     """
     folder = split_step(directory)[0]
-    if not (folder / CONFIG_FILE).is_file():
+    if not is_regular_file(folder / CONFIG_FILE):
         return
     version = stored_config.read(folder / CONFIG_FILE).get("format")
     if version == FORMAT:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from dmf.checkpoints import params as stored_params
 from dmf.errors import InputError, RunError
 from dmf.experiments import evaluation_report, local_launcher
-from dmf.runtime.files import absolute
+from dmf.runtime.files import absolute, is_regular_file
 from dmf.training.metrics_writer import (
     EVALUATIONS,
     METRICS_FILE,
@@ -175,7 +175,8 @@ def _is_grid(directory: epath.Path, path: epath.Path) -> bool:
     """Whether a path is a grid of samples that lies in the run itself: a link could put any file of
     this machine into the report."""
     inside = os.path.join(os.path.realpath(directory), SAMPLES, path.name)
-    if not _STEP.fullmatch(path.stem) or os.path.realpath(path) != inside or not path.is_file():
+    is_inside = os.path.realpath(path) == inside and is_regular_file(path)
+    if not is_inside or not _STEP.fullmatch(path.stem):
         return False
     return path.stat().length <= _MAX_GRID_BYTES and path.read_bytes().startswith(_PNG)
 
@@ -213,7 +214,7 @@ def _metrics(directory: epath.Path, damages: list[str]) -> tuple[dict[str, Any],
 
 def _text(path: epath.Path) -> str:
     """The text of a file, with damaged characters replaced; empty without the file."""
-    return path.read_bytes().decode(errors="replace") if path.is_file() else ""
+    return path.read_bytes().decode(errors="replace") if is_regular_file(path) else ""
 
 
 def _parse_json(text: str) -> Any:

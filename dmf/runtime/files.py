@@ -170,6 +170,8 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     Raises:
       RunError: the file is damaged.
     """
+    if path.exists() and not is_regular_file(path):  # A pipe would be waited for.
+        raise RunError(f"{path}: it is damaged (it is no file)")
     try:
         value = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from dmf.runtime.files import write_text
+from dmf.runtime.files import is_regular_file, write_text
 from dmf.runtime.progress import log
 
 METRICS_FILE = "metrics.jsonl"
@@ -141,7 +141,7 @@ def parse_metrics(workdir: epath.PathLike) -> tuple[list[dict[str, Any]], list[i
       incomplete, because the run was killed, is neither.
     """
     path = epath.Path(workdir) / METRICS_FILE
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines = path.read_bytes().split(b"\n") if is_regular_file(path) else []
     rows = [_parse_row(line) for line in lines]
     invalid = [number for number, (line, row) in enumerate(zip(lines, rows, strict=True), start=1)
                if row is None and line.strip() and number < len(lines)]

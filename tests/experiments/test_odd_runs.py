@@ -31,6 +31,13 @@ def in_place_of(name):
     return lambda run: (run / name).write_text("")
 
 
+def replaced_by_pipe(path):
+    """A named pipe, which nobody writes to: who reads it waits for ever."""
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
 def scored(**changes):
     """Puts an evaluation with some parts changed into a run."""
     one = evaluation({1: 2.0}) | changes
@@ -50,6 +57,10 @@ ODD = {
     "deep_metrics": (text_file("metrics.jsonl", "[" * 50_000 + "\n"), "line 1"),
     "half_a_letter": (text_file("metrics.jsonl", '{"step": 8, "\\ud800": 1}\n'), "line 1"),
     "folder_of_metrics": (lambda run: (run / "metrics.jsonl").mkdir(), None),
+    "pipe_of_metrics": (lambda run: replaced_by_pipe(run / "metrics.jsonl"), None),
+    "pipe_of_scores": (
+        lambda run: replaced_by_pipe(run / "evaluations/00000008.json"), "it is no evaluation",
+    ),  # fmt: skip
     "deep_scores": (text_file("evaluations/00000008.json", "[" * 50_000), "it is no evaluation"),
     "step_of_scores": (scored(step={}), "it is no evaluation"),
     "large_scores": (rows(fd_pixels=HUGE), "it is no evaluation"),

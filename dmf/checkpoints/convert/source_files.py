@@ -14,6 +14,7 @@ from typing import Any
 from etils import epath
 
 from dmf.errors import InputError, brief
+from dmf.runtime.files import is_regular_file
 from dmf.runtime.paths import user_path
 
 HUB = "hf:"
@@ -69,7 +70,7 @@ def find(source: str) -> SourceFiles:
     places = _places(path)
     weights = _distinct(places, path, lambda name: path.parent / name)
     for file in weights:
-        if not file.is_file():
+        if not is_regular_file(file):
             raise InputError(str(file), remedy=f"it is no file, and {path.name} names it"
                              if file != path else "is not a file")
         _refuse_pointer(file)
@@ -144,7 +145,7 @@ def _distinct(
 
 def _config(path: epath.Path) -> dict[str, Any]:
     """The config beside weights; empty if there is none, or dmf wrote it."""
-    config = _read_json(path) if path.is_file() else {}
+    config = _read_json(path) if is_regular_file(path) else {}
     return {} if "format" in config else config
 
 
