@@ -60,7 +60,7 @@ ODD = {
     "pipe_of_metrics": (lambda run: replaced_by_pipe(run / "metrics.jsonl"), None),
     "pipe_of_scores": (
         lambda run: replaced_by_pipe(run / "evaluations/00000008.json"), "it is no evaluation",
-    ),  # fmt: skip
+    ),
     "deep_scores": (text_file("evaluations/00000008.json", "[" * 50_000), "it is no evaluation"),
     "step_of_scores": (scored(step={}), "it is no evaluation"),
     "large_scores": (rows(fd_pixels=HUGE), "it is no evaluation"),
