@@ -111,9 +111,10 @@ def load_config(file: str) -> ConfigDict:
                          "config; see configs/default.py")
     with flags.errors_of_file("--config", pathlib.Path(name)):
         config = module.get_config(argument) if colon else module.get_config()
-    if not isinstance(config, Mapping | ConfigDict):
-        raise InputError("--config", file, "get_config() must return a config, see "
-                         f"configs/default.py; it returned {type(config).__name__}")
+    if not isinstance(config, ConfigDict):
+        raise InputError("--config", file, "get_config() must return an "
+                         "ml_collections.ConfigDict, see configs/default.py; it returned "
+                         f"{type(config).__name__}")
     try:
         return complete(config)
     except InputError as error:

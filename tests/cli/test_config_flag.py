@@ -257,16 +257,16 @@ def test_the_home_directory_is_found(monkeypatch):
 
 
 def written(folder: pathlib.Path, body: str) -> str:
-    """A config file."""
+    """A config file, which may name ConfigDict."""
     path = folder / "mine.py"
-    path.write_text(body)
+    path.write_text(f"{body}\nfrom ml_collections import ConfigDict\n")
     return str(path)
 
 
 def test_a_file_gives_the_fields_that_it_changes(tmp_path):
-    file = written(tmp_path, "def get_config(width='8'):\n    return {'model': {'name': 'dit', "
-                             "'input_size': 8, 'channels': 1, 'depth': 1, 'width': int(width), "
-                             "'heads': 1, 'num_classes': 10}}\n")  # fmt: skip
+    file = written(tmp_path, "def get_config(width='8'):\n    return ConfigDict({'model': {'name': "
+                             "'dit', 'input_size': 8, 'channels': 1, 'depth': 1, 'heads': 1, "
+                             "'width': int(width), 'num_classes': 10}})\n")  # fmt: skip
     config = load_config(file)
     assert (config.model.width, config.model.patch_size, config.run.steps) == (8, 2, 1000)
     assert load_config(f"{file}:16").model.width == 16
@@ -277,7 +277,7 @@ def test_a_file_that_was_changed_at_once_is_run_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.dont_write_bytecode", False)
     seeds = []
     for seed in (1, 2):
-        file = written(tmp_path, f"def get_config():\n    return {{'seed': {seed}}}")
+        file = written(tmp_path, f"def get_config():\n    return ConfigDict({{'seed': {seed}}})")
         os.utime(file, (1, 1))
         seeds.append(load_config(file).seed)
     assert seeds == [1, 2]
@@ -292,8 +292,9 @@ def test_a_file_imports_from_its_own_folder(neighbour, tmp_path, monkeypatch):
     if neighbour == "package":
         (tmp_path / "other/recipes/__init__.py").write_text("")
     file = tmp_path / "mine/recipes/run.py"
-    file.write_text("from recipes import base\n\ndef get_config():\n"
-                    "    return {'data': {'name': base.WHERE}}\n")  # fmt: skip
+    file.write_text("from ml_collections import ConfigDict\nfrom recipes import base\n\n"
+                    "def get_config():\n"
+                    "    return ConfigDict({'data': {'name': base.WHERE}})\n")  # fmt: skip
     monkeypatch.chdir(tmp_path / "other")
     monkeypatch.setattr(sys, "path", [str(tmp_path / "other"), *sys.path])
     monkeypatch.setattr(sys, "modules", dict(sys.modules))
@@ -303,12 +304,15 @@ def test_a_file_imports_from_its_own_folder(neighbour, tmp_path, monkeypatch):
 FILES = {
     "x = 1": "it has no function get_config()",
     "def get_config():\n    return 3": "it returned int",
-    "def get_config():\n    return {'accumulaton': 4}": "accumulaton=4: Config has no such field",
-    "def get_config():\n    return {'run': {'stpes': 4}}": "run.stpes=4: Run has no such field; "
-                                                           "did you mean steps?",
-    "def get_config():\n    return {'run': 4}": "run=4",
-    "def get_config():\n    return {'run': {'steps': '4'}}": "run.steps='4': give a whole number",
-    "def get_config():\n    return {'seed': None}": "seed=None: give a whole number",
+    "def get_config():\n    return {'seed': 1}": "must return an ml_collections.ConfigDict",
+    "def get_config():\n    return ConfigDict({'accumulaton': 4})":
+        "accumulaton=4: Config has no such field",
+    "def get_config():\n    return ConfigDict({'run': {'stpes': 4}})":
+        "run.stpes=4: Run has no such field; did you mean steps?",
+    "def get_config():\n    return ConfigDict({'run': 4})": "run=4",
+    "def get_config():\n    return ConfigDict({'run': {'steps': '4'}})":
+        "run.steps='4': give a whole number",
+    "def get_config():\n    return ConfigDict({'seed': None})": "seed=None: give a whole number",
     "def get_config():\n    x = 1\n    return x / 0": "ZeroDivisionError: division by zero (line 3",
     "def get_config(:\n": "SyntaxError",
     "import nothing_here\n": "ModuleNotFoundError: No module named 'nothing_here' (line 1)",

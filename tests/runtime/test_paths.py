@@ -36,7 +36,8 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home/run").symlink_to(small_network.run())
     (tmp_path / "home/sweep.py").write_text("def get_sweep(): return [{'seed': 1}]\n")
-    (tmp_path / "home/config.py").write_text("def get_config(): return {'seed': 1}\n")
+    (tmp_path / "home/config.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})\n")
     np.savez(tmp_path / "home/images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     return tmp_path / "home"
 
