@@ -151,12 +151,14 @@ class _Lock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         while not self._create():
             content = self._content()
-            if content is not None and not self._is_dead(content):
+            if content is None:
+                continue
+            if self._is_dead(content):
+                self._remove_dead(content)
+            elif self._content() is not None:  # It has not ended while it was watched.
                 self._remove_directories()
                 return (f"another command is writing there, {_parsed(content) or 'just started'}; "
                         "wait until it ends, or stop it")
-            if content is not None:
-                self._remove_dead(content)
         _held.add(self)
         threading.Thread(target=self._beat, daemon=True).start()
         return ""

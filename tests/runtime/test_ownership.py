@@ -132,6 +132,13 @@ def test_an_owner_on_another_host_that_beats_is_alive(lock, monkeypatch):
     assert not lock.exists()
 
 
+def test_an_owner_on_another_host_that_ends_while_it_is_watched_owns_nothing(lock, monkeypatch):
+    monkeypatch.setattr(ownership.time, "sleep", lambda _: lock.unlink(missing_ok=True))
+    written_by(lock, machine="elsewhere")
+    with own(lock):
+        assert lock.exists()
+
+
 def test_an_owner_that_was_taken_for_dead_stops(lock):
     """As one that stood still does when it goes on."""
     code = HOLDING.replace("import sys, time", "import sys, time; from dmf.runtime import ownership"

@@ -6,7 +6,6 @@ import resource
 
 import config_fuzz
 import pytest
-import small_network
 import tiny
 from etils import epath
 
@@ -14,6 +13,8 @@ from dmf.cli.config_flag import overridden
 from dmf.errors import InputError, RunError
 from dmf.training.loop import train
 from dmf.training.prepared_run import prepare
+
+pytestmark = pytest.mark.usefixtures("small_network_registered")
 
 # Values that have been accepted, or have ended in a traceback or in a process without an end.
 NONSENSE = (
@@ -32,12 +33,6 @@ NONSENSE = (
     "seed=4294967296", "alignment.dtype=x", "alignment.encoder=/nowhere", "model.hidden=2147483647",
     "sampling.steps=2147483647", "profile_steps=9:10",
 )  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def _small_network():
-    with small_network.registered():
-        yield
 
 
 @pytest.fixture
