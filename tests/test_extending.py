@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import plugin_files
 import pytest
+import small_network
 import tiny
 from ml_collections import ConfigDict
+from two_layers import TwoLayers
 
 from dmf import registry
 from dmf.checkpoints import load
@@ -105,7 +107,7 @@ def test_a_simple_network_has_the_same_loss_with_and_without_compute_sharing(own
         def mean(params, objective=objective, draws=draws):
             return jnp.mean(objective.loss(network, params, batch, draws, {})[0])
 
-        losses.append(jax.value_and_grad(mean)(params))
+        losses.append(jax.jit(jax.value_and_grad(mean))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *losses)
     assert jnp.any(losses[0][1]["in"] != 0)
 
@@ -133,8 +135,9 @@ class Absolute(Objective):
 
 def test_an_objective_needs_only_draw_loss_and_flops(tmp_path):
     registry.register("objective", absolute=Absolute)
+    registry.register("model", two_layers=TwoLayers)
     section = ConfigDict({"name": "absolute", "weight": 2.0})
-    config = tiny.config({"run.steps": 2, "run.log_every": 1}, objective=section)
+    config = small_network.config({"run.steps": 2, "run.log_every": 1}, objective=section)
     built = objective(config.objective)
     assert built == Absolute(weight=2.0)
     assert isinstance(built, Objective)

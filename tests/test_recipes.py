@@ -96,6 +96,9 @@ def quick(keys: Iterable[str]) -> set[str]:
 
 STEPPED = kinds(key for key in BUILT if not ROWS[key][2].commands)
 QUICK = quick(STEPPED)
+# The last row of each objective and conditioning.
+TRACED = {(config_of(key).objective.name, config_of(key).model.get("conditioning")): key
+          for key in kinds(BUILT)}.values()
 
 
 @pytest.mark.parametrize("file", sorted(MODULES))
@@ -121,7 +124,9 @@ def test_a_row_is_a_run_that_can_be(key):
     assert config.evaluation.protocol in PROTOCOLS
 
 
-@pytest.mark.parametrize("key", kinds(BUILT))
+@pytest.mark.parametrize("key", [
+    pytest.param(key, marks=() if key in TRACED else pytest.mark.slow) for key in kinds(BUILT)
+])
 def test_a_row_has_its_shapes_at_full_size(key):
     config = config_of(key)
     recipe = build.recipe(config, make_mesh(devices=jax.devices()[:1]),

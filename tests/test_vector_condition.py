@@ -49,6 +49,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_condition_steers_the_samples(example, run, tmp_path, capsys):
     """The ink of the images follows the requested ink."""
     example.main(str(run), str(tmp_path / "grid.png"))
@@ -58,6 +59,7 @@ def test_the_condition_steers_the_samples(example, run, tmp_path, capsys):
     assert np.asarray(PIL.Image.open(tmp_path / "grid.png")).shape[:2] == (4 * 55, 4 * 82)
 
 
+@pytest.mark.slow
 def test_guidance_enlarges_the_effect_of_the_condition(example, run):
     ink = np.tile(np.array([-1.5, 1.5], np.float32), 20)
     spreads = []
@@ -67,6 +69,7 @@ def test_guidance_enlarges_the_effect_of_the_condition(example, run):
     assert abs(spreads[0]) < 0.3 * spreads[1] < 0.3 * spreads[2]
 
 
+@pytest.mark.slow
 def test_commands_sample_it_without_a_condition(run, tmp_path):
     """They know class labels alone, so that the condition is null."""
     output = tmp_path / "images.npz"

@@ -79,6 +79,7 @@ def records(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*array_record*"))}
 
 
+@pytest.mark.slow
 def test_tfds_reads_it_alone():
     """In a process where dmf cannot be imported."""
     code = (
@@ -125,6 +126,7 @@ def test_moments_are_those_of_encoding_one_by_one():
         assert np.abs(row["moments"][1] - mirrored).max() > 0.01
 
 
+@pytest.mark.slow  # test_alignment_runs.py trains on prepared moments too.
 def test_it_trains(tmp_path):
     config = tiny.config({
         "data.directory": str(prepared()), "data.name": "latents", "data.mirror": True,

@@ -117,8 +117,9 @@ def assert_same(kind: str, shared) -> None:
 @pytest.mark.parametrize(
     ("kind", "sharing"),
     [
-        ("decoupled-drawn", "shared"),
-        # The golden values of these two are computed with compute sharing.
+        # The golden values of these two are computed with compute sharing, and the formula of drawn
+        # guidance below is compared with it.
+        pytest.param("decoupled-drawn", "shared", marks=pytest.mark.slow),
         pytest.param("decoupled-teacher", "shared-microbatches", marks=pytest.mark.slow),
         pytest.param("meanflow", "shared", marks=pytest.mark.slow),
         pytest.param("decoupled", "shared", marks=pytest.mark.slow),
@@ -136,7 +137,7 @@ def test_losses_and_gradients_are_those_of_the_formulas(kind, sharing):
 
 
 @pytest.mark.parametrize("sharing", [
-    PLAIN, pytest.param(ComputeSharing(), marks=pytest.mark.slow)], ids=["plain", "shared"])
+    pytest.param(PLAIN, marks=pytest.mark.slow), ComputeSharing()], ids=["plain", "shared"])
 def test_drawn_guidance_is_its_formula(sharing):
     """Both losses by hand: the network is given the drawn guidance, and guided by it where t is in
     the drawn interval and the label is not dropped; the null label is given no guidance."""

@@ -1,5 +1,7 @@
 """Network, losses and gradients of MeanFlow equal the published ones."""
 
+import itertools
+
 import golden_values as gv
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,13 @@ from dmf.objectives.path_sample import Draws
 from dmf.types import Batch
 
 FILES = ("meanflow_tiny", "meanflow_tiny_kappa")
-over_files = pytest.mark.parametrize("name", FILES)
+# The file with kappa holds all of the guidance; the other one runs in the plain execution alone.
+PLAIN, SHARDED = list(gv.EXECUTIONS)[:2]
+QUICK = {(FILES[0], PLAIN), (FILES[1], PLAIN), (FILES[1], SHARDED)}
+over_files_and_executions = pytest.mark.parametrize(("name", "execution"), [
+    pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow)
+    for pair in itertools.product(FILES, gv.EXECUTIONS)
+])
 
 
 def execution_of(name: str) -> tuple[bool, str, tuple[int, int, int] | None]:
@@ -34,8 +42,7 @@ def objective_of(name: str) -> MeanFlow:
     )
 
 
-@over_files
-@gv.over_executions
+@over_files_and_executions
 def test_loss_and_gradients(name, execution):
     scan, remat, mesh_sizes = execution_of(execution)
     golden, model = gv.load(name), gv.meanflow(name, scan, remat)
@@ -63,8 +70,7 @@ def test_loss_and_gradients(name, execution):
         gv.assert_near(tensors[tensor], gradient, 1e-4)
 
 
-@over_files
-@gv.over_executions
+@over_files_and_executions
 def test_network(name, execution):
     scan, remat, mesh_sizes = execution_of(execution)
     golden, model = gv.load(name), gv.meanflow(name, scan, remat)

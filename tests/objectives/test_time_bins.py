@@ -12,8 +12,7 @@ from etils import epath
 
 from dmf.checkpoints import load
 from dmf.errors import InputError
-from dmf.models.abstract_params import abstract_params
-from dmf.objectives import time_bins
+from dmf.objectives import DecoupledMeanFlow, time_bins
 from dmf.training import build, loop, metrics_writer
 from dmf.types import Batch
 
@@ -79,10 +78,8 @@ def test_without_bins_there_is_no_metric():
 
 
 def test_the_cells_of_an_objective_hold_its_errors():
-    config = tiny.flow_map({"objective.time_bins": 3})
-    network, objective = build.network(config.model), build.objective(config.objective)
-    params = abstract_params(network)
-    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01), params)
+    network, objective = small_network.NETWORK, DecoupledMeanFlow(time_bins=3)
+    params = small_network.PARAMS
     batch = Batch(jax.random.normal(jax.random.key(1), (8, *network.sample_shape)), jnp.arange(8))
     draws = objective.draw(jax.random.key(2), batch)
     metrics = jax.jit(lambda p: objective.loss(network, p, batch, draws, {})[1])(params)

@@ -78,7 +78,9 @@ def truncate(path: pathlib.Path, draw: random.Random) -> None:
 DAMAGES = {"flip": flip, "truncate": truncate, "remove": lambda path, draw: path.unlink()}
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", [
+    "flip", *(pytest.param(how, marks=pytest.mark.slow) for how in ("truncate", "remove"))
+])
 def test_a_run_takes_the_checkpoint_before_a_damaged_one(run, tmp_path, how, capsys):
     workdir, params = run
     shutil.copytree(workdir, tmp_path / "run")

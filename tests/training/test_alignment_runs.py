@@ -105,6 +105,7 @@ def test_what_is_stored_is_the_crop_and_its_features():
     np.testing.assert_allclose(features[0, 1], found[0], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_rows_are_the_same_in_memory_and_on_disk(monkeypatch):
     """And in a mixture of datasets."""
     in_memory = open_dataset("x", directory=str(prepared()), extra="images")

@@ -31,7 +31,7 @@ def parameters(config) -> int:
 
 def test_bytes_of_a_device_follow_from_shapes_and_mesh():
     """Neither the data nor the checkpoint of the config is there."""
-    config = tiny.flow_map(NOWHERE)
+    config = tiny.config(NOWHERE)
     compiled = compile.compile_step(config, jax.devices())
     count = parameters(config)
     assert compiled.devices == 8

@@ -111,7 +111,10 @@ def test_training_equals_plain_attention(flash, form, remat):
     assert_close(outputs, expected(form))
 
 
-@pytest.mark.parametrize("form", [forwards, linearised, meanflow, one_linearisation])
+@pytest.mark.parametrize("form", [
+    one_linearisation,
+    *(pytest.param(form, marks=pytest.mark.slow) for form in (forwards, linearised, meanflow)),
+])
 def test_without_jit_and_unrolled(form):
     def unrolled(weights, x):
         for w in weights:
