@@ -306,12 +306,12 @@ def test_features_can_be_taken_after_the_last_block():
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "fields",
-    [{"conditioning": "decoupled", "split_depth": 0},
+    [pytest.param({"conditioning": "decoupled", "split_depth": 0}, marks=pytest.mark.slow),
      {"conditioning": "decoupled", "split_depth": 1},
-     {"conditioning": "decoupled", "split_depth": 3},
+     pytest.param({"conditioning": "decoupled", "split_depth": 3}, marks=pytest.mark.slow),
      {"conditioning": "decoupled", "block_times": "interleaved"},
      {"conditioning": "decoupled", "block_times": "both", "split_depth": 1},
-     {"conditioning": "decoupled", "block_times": "tbr"},
+     pytest.param({"conditioning": "decoupled", "block_times": "tbr"}, marks=pytest.mark.slow),
      {"conditioning": "flow"}, {"conditioning": "meanflow"},
      {"conditioning": "meanflow", "embedded_times": ("r",), "guidance_input": True}],
     ids=["all_r", "split", "all_t", "interleaved", "both", "letters", "flow", "meanflow", "of_r"],

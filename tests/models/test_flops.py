@@ -26,7 +26,9 @@ def small(conditioning: str) -> DiT:
                conditioning=conditioning, **split)  # fmt: skip
 
 
-@pytest.mark.parametrize("conditioning", ["flow", "meanflow", "decoupled"])
+@pytest.mark.parametrize("conditioning", [
+    "decoupled", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow", "meanflow"))
+])
 def test_forward_flops_equal_those_of_xla(conditioning):
     model, b = small(conditioning), 4
     params = abstract_params(model)

@@ -107,8 +107,10 @@ def test_flow_model(name, key, sampler, steps, scale):
     gv.assert_each_near(generated, gv.load(name).images(key), 1e-5)
 
 
-@pytest.mark.parametrize("mesh_sizes", [(2, 2, 2), (2, 1, 4)], ids=["2x2x2", "2x1x4"])
-@pytest.mark.parametrize("scan", [True, False], ids=["scan", "unrolled"])
+@pytest.mark.parametrize("mesh_sizes", [
+    (2, 2, 2), pytest.param((2, 1, 4), marks=pytest.mark.slow)], ids=["2x2x2", "2x1x4"])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)],
+                         ids=["scan", "unrolled"])
 def test_restart_on_a_mesh(mesh_sizes, scan):
     golden, model = gv.load("dmf_tiny"), gv.decoupled("dmf_tiny", scan)
     noises = jnp.swapaxes(noises_of(golden), 0, 1)
