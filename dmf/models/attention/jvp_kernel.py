@@ -203,7 +203,7 @@ def gpu_key_block(width: int) -> int:
     padded = -(-width // GPU_MIN_PART) * GPU_MIN_PART
     if compute_capability() == HOPPER:
         return 64 if padded <= 80 else 32
-    return 32 if padded <= 112 else 16
+    return 32 if padded <= 96 else 16
 
 
 def gpu_width_parts(width: int) -> tuple[pl.Slice, ...]:
