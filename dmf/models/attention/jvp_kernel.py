@@ -311,7 +311,8 @@ def _kernel(
     _, total, slope, o, do = (
         step(0, start) if blocks == 1 else jax.lax.fori_loop(0, blocks, step, start)
     )
-    o = tuple(x / total for x in o)
-    do = tuple(dx / total - (slope / total) * x for x, dx in zip(o, do, strict=True))
+    inverse = 1 / total  # A division for each query, and not for each channel too.
+    o = tuple(x * inverse for x in o)
+    do = tuple(dx * inverse - (slope * inverse) * x for x, dx in zip(o, do, strict=True))
     for ref, values in ((o_ref, o), (do_ref, do)):
         store(ref, tuple(x.astype(ref.dtype) for x in values))
