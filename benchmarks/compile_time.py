@@ -24,7 +24,8 @@ from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
 from dmf.runtime.device_specs import GIB
 from dmf.training import compile
 
-_TOPOLOGY = flags.DEFINE_list("topology", ["here", "v5e:4x4"], "TPU slices; here: this machine")
+_TOPOLOGY = flags.DEFINE_list("topology", ["here", "v5e:4x4"],
+                              "TPU slices, GPUs as h100:8; here: this machine")
 _SIZE = flags.DEFINE_string("size", "XL", "size of the transformer")
 _OBJECTIVE = flags.DEFINE_enum("objective", OBJECTIVES[0], OBJECTIVES, "objective")
 _BATCH = flags.DEFINE_integer("batch", 16, "samples per device")

@@ -1,6 +1,7 @@
-"""Settings with which full-size runs fit into TPU slices, compiled ahead of time without TPUs.
+"""Settings with which full-size runs fit into TPUs and GPUs, compiled ahead of time without them.
 
     python -m benchmarks.scaling --output=benchmarks/results/scaling.md
+    python -m benchmarks.scaling --devices=gpu --output=benchmarks/results/scaling_gpu.md
 
 Each config is compiled with more and more rematerialisation, then with more and more gradient
 accumulation, until it fits; a few further cases follow. Results are stored beside the table and not
@@ -18,9 +19,11 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from benchmarks.machine import machine, start
-from dmf.runtime.device_specs import DEVICE_SPECS, GIB
+from dmf.runtime import gpu_topologies
+from dmf.runtime.device_specs import GIB, program_memory
 from dmf.training.hlo_collectives import Collective
 
+_DEVICES = flags.DEFINE_enum("devices", "tpu", ("tpu", "gpu"), "devices to compile for")
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/scaling.md",
                               "a .md file for the table; results go into a .json file beside it")
 
@@ -29,7 +32,7 @@ class Case(NamedTuple):
     """A row of the table.
 
     Attributes:
-      topology: for example "v5e:4x4", or "2 x v5e:4x4" for several slices.
+      topology: for example "v5e:4x4", "2 x v5e:4x4" for several slices, or "h100:4x8".
       config: name of the config file.
       batch: global batch size.
       settings: fields of the config by dotted name.
@@ -60,7 +63,10 @@ class Case(NamedTuple):
     @property
     def mesh(self) -> str:
         """The mesh in the table."""
-        slices = self.settings.get("mesh.slices", self.slices[0])
+        slices, name = self.slices
+        if name.partition(":")[0] in gpu_topologies.GPU_CHIPS:
+            slices = gpu_topologies.parse(name).nodes
+        slices = self.settings.get("mesh.slices", slices)
         return f"slices {slices} x " * (slices > 1) + f"data {self.chips // slices}"
 
 
@@ -85,15 +91,19 @@ FURTHER_CASES = (
     # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
 )
+GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3"}
+GPU_CONFIGS = (("dmf_xl2_256", 256), ("dmf_xl2_512", 256))
+FURTHER_GPU_CASES: tuple[Case, ...] = ()
 # Least memory of XL/2 for a sample of 256 tokens with remat "none". A case that needs more than a
 # chip has is not compiled.
 NO_REMAT_BYTES = 0.8 * GIB
 
 
-def cases(results: dict[str, Any]) -> Iterator[Case]:
+def cases(results: dict[str, Any], devices: str = "tpu") -> Iterator[Case]:
     """Yields the rows of the table: of each ladder, the cases up to the first that fits."""
-    for topology, device in TOPOLOGIES.items():
-        for config, batch in CONFIGS:
+    tpu = devices == "tpu"
+    for topology, device in (TOPOLOGIES if tpu else GPUS).items():
+        for config, batch in CONFIGS if tpu else GPU_CONFIGS:
             for settings in LADDER:
                 case = Case(topology, config, batch, settings | MESHES.get(topology, {}))
                 if settings["model.remat"] == "none" and _is_too_large(case, device):
@@ -101,18 +111,18 @@ def cases(results: dict[str, Any]) -> Iterator[Case]:
                 yield case
                 if fits(results.get(case.key, {})):
                     break
-    yield from FURTHER_CASES
+    yield from FURTHER_CASES if tpu else FURTHER_GPU_CASES
 
 
 def fits(result: dict[str, Any]) -> bool:
     """Whether a compiled program fits into the memory of a chip."""
-    return "total" in result and result["total"] <= DEVICE_SPECS[result["device"]].memory
+    return "total" in result and result["total"] <= program_memory(result["device"])
 
 
 def _is_too_large(case: Case, device: str) -> bool:
     """Whether a case without rematerialisation cannot fit."""
     tokens = 1024 if case.config.endswith("512") else 256
-    return NO_REMAT_BYTES * case.batch / case.chips * tokens / 256 > DEVICE_SPECS[device].memory
+    return NO_REMAT_BYTES * case.batch / case.chips * tokens / 256 > program_memory(device)
 
 
 def compile_case(case: Case) -> dict[str, Any]:
@@ -141,7 +151,7 @@ def row(case: Case, result: dict[str, Any]) -> str:
     sent = [f"{sum(c.sent for c in part) / GIB:.2f}" if part and fits(result) else "-"
             for part in (collectives, [c for c in collectives if c.between_slices])]
     return (f"{start}{result['temporaries'] / GIB:.2f} | {result['total'] / GIB:.2f} | "
-            f"{DEVICE_SPECS[result['device']].memory / GIB:.2f} | "
+            f"{program_memory(result['device']) / GIB:.2f} | "
             f"{'yes' if fits(result) else 'no'} | "
             f"{sent[0]} | {sent[1]} | {result['step_flops'] / result['devices'] / 1e12:.1f} | "
             f"{result['seconds_to_compile']:.0f} |")
@@ -149,11 +159,13 @@ def row(case: Case, result: dict[str, Any]) -> str:
 
 def _report(results: dict[str, Any]) -> None:
     """Prints and writes the table of the results so far."""
-    lines = ["| slice | config | batch | mesh | remat | microbatches | temporaries GiB | "
+    kind = {"tpu": "slice", "gpu": "GPUs"}[_DEVICES.value]
+    lines = [f"| {kind} | config | batch | mesh | remat | microbatches | temporaries GiB | "
              "total GiB | memory GiB | fits | sent GiB | between slices | TFLOP per chip | "
              "compiled in s |",
              "|" + "---|" * 14]
-    compiled = [(case, results[case.key]) for case in cases(results) if case.key in results]
+    compiled = [(case, results[case.key]) for case in cases(results, _DEVICES.value)
+                if case.key in results]
     lines += [row(case, result) for case, result in compiled]
     machines = "; ".join(dict.fromkeys(result["machine"] for _, result in compiled))
     rest = "fsdp 1, tensor 1, compute sharing, flash attention"
@@ -167,7 +179,7 @@ def main(_: Sequence[str]) -> None:
     path = Path(_OUTPUT.value).with_suffix(".json")
     results = json.loads(path.read_text()) if path.exists() else {}
     _report(results)
-    for case in cases(results):
+    for case in cases(results, _DEVICES.value):
         if case.key not in results:
             results[case.key] = compile_case(case)
             path.write_text(json.dumps(results, indent=1) + "\n")

@@ -2,9 +2,12 @@
 
 Compiles the training step of a config ahead of time, and prints the memory it takes on each device,
 what devices send each other, its floating-point operations, how long compiling took, and bounds of
-the time of a step. The devices are those of this machine, or TPU slices that need not be attached,
-as v5e:4x4, v6e:8x8 or v5p:2x2x2 (this needs libtpu: pip install 'dmf-jax[tpu]'). Neither data nor
-checkpoints are read. Exits with 1 if the step does not fit.
+the time of a step. The devices are those of this machine, or others that need not be attached: TPU
+slices as v5e:4x4, v6e:8x8 or v5p:2x2x2 (this needs libtpu: pip install 'dmf-jax[tpu]'), or NVIDIA
+GPUs as h100:8, or h100:4x8 for 4 nodes of 8, of a100, a100-40gb, h100 and h200 (this needs JAX for
+CUDA, but neither GPU nor driver: pip install 'dmf-jax[cuda]'). A program may take 75% of the memory
+of a GPU, or what XLA_CLIENT_MEM_FRACTION says. Neither data nor checkpoints are read. Exits with 1
+if the step does not fit.
 """
 
 import math
@@ -20,10 +23,10 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     """Compiles the training step of a config for devices that need not be attached."""
     values = absl_flags.FlagValues()
     text, fraction = absl_flags.DEFINE_string, absl_flags.DEFINE_float
-    text("topology", "", "a TPU slice; this machine by default", flag_values=values)
-    absl_flags.DEFINE_integer("slices", 1, "number of such slices", flag_values=values)
+    text("topology", "", "a TPU slice or GPUs; this machine by default", flag_values=values)
+    absl_flags.DEFINE_integer("slices", 1, "number of such TPU slices", flag_values=values)
     fraction("mfu", 0.4, "assumed model FLOPs utilisation", flag_values=values)
-    fraction("slice-bandwidth", 3.0, "assumed GB/s that a device sends to another slice",
+    fraction("slice-bandwidth", 3.0, "assumed GB/s that a device sends to another slice or node",
              flag_values=values)
     text("output", "", "a .json file for the numbers", flag_values=values)
     config = config_flag.parse_with_config(verb, arguments, values, __doc__)
@@ -35,6 +38,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     from dmf.training import compile, compile_report
 
     topology, bandwidth = values.topology, values["slice-bandwidth"].value * 1e9
+    if topology:  # Accelerators of this machine are left to other processes.
+        jax.config.update("jax_platforms", "cpu")
     devices = compile.topology_devices(topology, values.slices) if topology else jax.devices()
     compiled = compile.compile_step(config, devices)
     print(compile_report.report(compiled, values.mfu, bandwidth))

@@ -108,7 +108,13 @@ def count_slices(devices: Sequence[jax.Device]) -> int:
 
 
 def _slice_of(device: jax.Device) -> int:
-    """The number of the TPU slice, or GPU node, of a device; 0 if its platform reports none."""
+    """The number of the TPU slice, or GPU node, of a device; 0 if its platform reports none.
+
+    Attached GPUs report their node as their slice, but those of a topology do not: there each node
+    has one process.
+    """
+    if device.platform == "gpu" and device.client.runtime_type == "compile_only_runtime":
+        return device.process_index
     return getattr(device, "slice_index", None) or 0
 
 

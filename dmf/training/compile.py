@@ -1,7 +1,8 @@
 """Compiles the training step of a config ahead of time, also for devices that are not attached.
 
-XLA's compiler for TPUs (libtpu) compiles for a whole pod on any machine and reports the memory that
-the program takes on each chip. Only the config is read: neither data nor checkpoints need to exist.
+XLA's compilers for TPUs (libtpu) and for NVIDIA GPUs (JAX's CUDA plugin) compile for a whole pod on
+any machine and report the memory that the program takes on each chip. Only the config is read:
+neither data nor checkpoints need to exist.
 """
 
 import dataclasses
@@ -21,7 +22,9 @@ from dmf.models.build import network
 from dmf.models.dit import DiT
 from dmf.models.encoders.dinov2 import DINOV2_SIZES, DinoV2
 from dmf.objectives.build import objective
-from dmf.runtime.device_specs import DEVICE_SPECS
+from dmf.runtime.device_specs import program_memory
+from dmf.runtime.gpu_topologies import gpu_devices
+from dmf.runtime.gpu_topologies import parse as parse_gpus
 from dmf.runtime.sharding import count_slices, make_mesh
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
@@ -46,7 +49,7 @@ class CompiledStep(NamedTuple):
     Attributes:
       device: kind of device, as JAX names it.
       devices: number of devices.
-      slices: number of slices that the devices report; the mesh may divide them further.
+      slices: number of slices, or GPU nodes, of the devices; the mesh may divide them further.
       mesh: sizes of the mesh axes by name.
       batch_size: global batch size.
       parameters: bytes of the parameters.
@@ -57,8 +60,8 @@ class CompiledStep(NamedTuple):
       temporaries: bytes of temporary buffers; if the compiler refuses the program, the least that
         it could reduce them to.
       donated: bytes of outputs that are written in place of inputs: the train state.
-      total: peak memory in bytes, including the program itself.
-      memory: bytes that a program may take; None if unknown.
+      total: peak memory in bytes; on TPUs with the program itself.
+      memory: bytes that a program may take (`program_memory`); None if unknown.
       step_flops: floating-point operations of a step on all devices, without recomputation, and
         without the alignment encoder.
       collectives: communication of a step; [] if the program does not fit.
@@ -92,17 +95,29 @@ class CompiledStep(NamedTuple):
 
 
 def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
-    """The devices of TPU slices, which need not be attached.
+    """The devices of TPU slices or of GPU nodes, which need not be attached.
 
     Args:
-      name: topology of a slice, for example "v5e:4x4" or "v5p:2x2x2".
-      slices: number of slices.
+      name: topology of a TPU slice, for example "v5e:4x4" or "v5p:2x2x2", or GPUs: "h100:8", or
+        "h100:4x8" for four nodes of eight.
+      slices: number of TPU slices.
 
     Raises:
-      InputError: there is no such topology, or libtpu is not installed.
+      InputError: there is no such topology, or the compiler for it is not installed.
     """
     if slices < 1:
         raise InputError("slices", slices, "give 1 or more")
+    if not name.startswith(("v", "tpu")):
+        gpus = parse_gpus(name)
+        if slices > 1:
+            nodes = f"{gpus.chip}:{slices * gpus.nodes}x{gpus.gpus}"
+            raise InputError("slices", slices, f"it counts TPU slices; give GPU nodes as {nodes}")
+        return gpu_devices(name)
+    return _tpu_devices(name, slices)
+
+
+def _tpu_devices(name: str, slices: int) -> list[jax.Device]:
+    """The devices of TPU slices."""
     for variable, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
@@ -111,7 +126,7 @@ def topology_devices(name: str, slices: int = 1) -> list[jax.Device]:
     except Exception as error:  # libtpu and PJRT raise no types of their own.
         reason = str(error).partition("\n")[0]
         if "INVALID_ARGUMENT" in reason:
-            remedy = "give one as v5e:4x4, v6e:8x8 or v5p:2x2x2"
+            remedy = "give one as v5e:4x4, v6e:8x8 or v5p:2x2x2, or GPUs as h100:8"
         else:
             remedy = "this needs libtpu, pip install 'dmf-jax[tpu]'"
         raise InputError("topology", name, f"{remedy} ({reason})") from None
@@ -177,7 +192,7 @@ def compile_step(config: ConfigDict, devices: list[jax.Device]) -> CompiledStep:
         temporaries=program.temporaries,
         donated=program.donated,
         total=program.total,
-        memory=DEVICE_SPECS[kind].memory if kind in DEVICE_SPECS else None,
+        memory=program_memory(kind),
         step_flops=recipe.objective.flops(recipe.network) * recipe.batch_size,
         collectives=collectives(program.text, len(devices), slices),
         seconds_to_lower=seconds_to_lower,

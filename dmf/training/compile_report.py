@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from dmf.runtime.device_specs import DEVICE_SPECS, GIB
+from dmf.runtime.device_specs import DEVICE_SPECS, GIB, GPU_SHARE_VARIABLES
 from dmf.training.compile import CompiledStep
 from dmf.training.hlo_collectives import Collective
 
@@ -71,7 +71,7 @@ def report(compiled: CompiledStep, mfu: float = 0.4, slice_bandwidth: float = 3e
     lines += [f"| {name} | {size / GIB:.2f} |" for name, size in rows if size]
     if compiled.memory is not None:
         verdict = "fits" if compiled.fits else "does not fit"
-        lines.append(f"| available | {compiled.memory / GIB:.2f}: the step {verdict} |")
+        lines.append(f"| available | {_available(compiled)}: the step {verdict} |")
     lines += _collectives_table(compiled.collectives)
     tflops = compiled.step_flops / 1e12
     lines += ["", f"{tflops:.4g} TFLOP per step, {tflops / compiled.devices:.4g} per device; "
@@ -79,6 +79,15 @@ def report(compiled: CompiledStep, mfu: float = 0.4, slice_bandwidth: float = 3e
               f"{compiled.seconds_to_lower:.0f} s, compiled in {compiled.seconds_to_compile:.0f} s"]
     times = estimate(compiled, mfu, slice_bandwidth) if compiled.fits else None
     return "\n".join(lines + _estimate_lines(compiled, times, mfu, slice_bandwidth))
+
+
+def _available(compiled: CompiledStep) -> str:
+    """The memory that a program may take, in GiB; of a GPU, as a part of its memory."""
+    available = f"{compiled.memory / GIB:.2f}"
+    if not compiled.device.startswith("NVIDIA"):
+        return available
+    card = DEVICE_SPECS[compiled.device].memory
+    return f"{available} of {card / GIB:.2f} ({GPU_SHARE_VARIABLES[0]})"
 
 
 def _collectives_table(messages: list[Collective]) -> list[str]:

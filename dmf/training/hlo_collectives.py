@@ -194,6 +194,8 @@ def _instructions(text: str) -> Iterator[tuple[str, str, str, _Executions]]:
 
 def _arrays(opcode: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
     """The dtypes and shapes of the arrays that a collective returns."""
+    if result.startswith("(("):
+        result = _after_inputs(result)
     shapes = [
         (dtype, tuple(int(n) for n in dims.split(",") if n))
         for dtype, dims in _SHAPE.findall(result) if dtype in _BYTES
@@ -203,6 +205,17 @@ def _arrays(opcode: str, result: str) -> list[tuple[str, tuple[int, ...]]]:
         arrays = [shape for shape in shapes if shape[1] or len(shapes) <= 2]
         shapes = arrays[len(arrays) // 2 :]
     return shapes[:1] if "token[]" in result else shapes
+
+
+def _after_inputs(result: str) -> str:
+    """The outputs in ((inputs), outputs, u32[] of the runtime), as GPU programs start any kind of
+    collective."""
+    depth = 0
+    for place, sign in enumerate(result[1:], 1):
+        depth += (sign == "(") - (sign == ")")
+        if depth == 0:
+            return result[place + 1 :].replace("u32[]", "")
+    return result
 
 
 def _groups(line: str, devices: int, slices: int) -> np.ndarray:

@@ -19,6 +19,9 @@ from dmf.training import compile, compile_report
 from dmf.training.hlo_collectives import Collective
 
 NOWHERE = {"data.name": "digits", "data.directory": "/nowhere", "init.checkpoint": "/nowhere"}
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="the extra cuda is not installed"
+)
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
@@ -162,8 +165,18 @@ def test_the_size_of_what_is_refused_is_read(monkeypatch, size, expected):
     assert compile._compile(lowered, 2**40).temporaries == 0
 
 
+def test_of_a_gpu_a_part_is_available():
+    card = device_specs.DEVICE_SPECS["NVIDIA H100 80GB HBM3"].memory
+    compiled = compile.CompiledStep(
+        "NVIDIA H100 80GB HBM3", 8, 1, {"slices": 1, "data": 8, "fsdp": 1, "tensor": 1}, 8, 0, 0, 0,
+        0, 0, 0, 0, 2**30, 0.75 * card, 1e12, [], 0.0, 0.0,
+    )  # fmt: skip
+    line = "| available | 59.33 of 79.11 (XLA_CLIENT_MEM_FRACTION): the step fits |"
+    assert line in compile_report.report(compiled)
+
+
 def on_topology(topology: str, *overrides: str) -> subprocess.CompletedProcess:
-    """`dmf compile` for a TPU, in a process of its own."""
+    """`dmf compile` for devices that are not attached, in a process of its own."""
     arguments = [f"--config={tiny.CONFIG}", f"--topology={topology}", *overrides]
     return subprocess.run(tiny.command("compile", *arguments), check=False, capture_output=True,
                           text=True, cwd=tiny.ROOT)  # fmt: skip
@@ -176,6 +189,22 @@ def test_for_a_tpu_that_is_not_there():
     mesh = "mesh slices 1 x data 4 x fsdp 2 x tensor 1"
     assert f"8 x TPU v5 lite; {mesh}; global batch 16" in ended.stdout
     assert "| available | 15.75: the step fits |" in ended.stdout
+
+
+@needs_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "mesh"), [("h100:4", (1, 4)), ("a100:2x2", (2, 2))])
+def test_for_gpus_that_are_not_there(monkeypatch, name, mesh):
+    """With neither a GPU nor a driver, and although JAX may use a GPU."""
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    ended = on_topology(name, "--config.model.dtype=bfloat16", "--config.model.attention=flash")
+    assert ended.returncode == 0, ended.stderr
+    slices, data = mesh
+    assert f"; mesh slices {slices} x data {data} x fsdp 1 x tensor 1; " in ended.stdout
+    assert re.search(r"\| available \| 59\.\d\d of 79\.\d\d \(XLA_CLIENT_MEM_FRACTION\): the step "
+                     r"fits \|", ended.stdout)
+    assert "of state updated in place" in ended.stdout
+    assert ("between slices |" in ended.stdout) == (slices > 1)
 
 
 @needs_libtpu
@@ -245,14 +274,17 @@ TABLE = """
 import json
 from benchmarks import scaling
 
-results = json.load(open("benchmarks/results/scaling.json"))
-cases = list(scaling.cases(results))
-print(json.dumps({
-    "results": sorted(results),
-    "cases": sorted(case.key for case in cases),
-    "rows": [scaling.row(case, results[case.key]) for case in cases],
-    "error": scaling.row(cases[0], {"error": "why"}),
-}))
+tables = {}
+for devices, name in (("tpu", "scaling"), ("gpu", "scaling_gpu")):
+    results = json.load(open(f"benchmarks/results/{name}.json"))
+    cases = list(scaling.cases(results, devices))
+    tables[name] = {
+        "results": sorted(results),
+        "cases": sorted(case.key for case in cases),
+        "rows": [scaling.row(case, results[case.key]) for case in cases],
+        "error": scaling.row(cases[0], {"error": "why"}),
+    }
+print(json.dumps(tables))
 """
 
 
@@ -260,13 +292,13 @@ def test_the_script_makes_the_table_of_what_fits():
     """The results and the documentation have all rows of the stored results, and no others."""
     ended = tiny.process(code=TABLE)
     assert ended.returncode == 0, ended.stderr
-    table = json.loads(ended.stdout.splitlines()[-1])
-    assert table["cases"] == table["results"]
-    rows = "\n".join(table["rows"])
-    for page in ("benchmarks/results/scaling.md", "docs/scaling.md"):
-        assert f"\n|{'---|' * 14}\n{rows}\n\n" in (tiny.ROOT / page).read_text()
-    assert table["error"].endswith("| why | | | | | | | |")
-    assert table["error"].count("|") == rows.partition("\n")[0].count("|")
+    for name, table in json.loads(ended.stdout.splitlines()[-1]).items():
+        assert table["cases"] == table["results"]
+        rows = "\n".join(table["rows"])
+        for page in (f"benchmarks/results/{name}.md", "docs/scaling.md"):
+            assert f"\n|{'---|' * 14}\n{rows}\n\n" in (tiny.ROOT / page).read_text()
+        assert table["error"].endswith("| why | | | | | | | |")
+        assert table["error"].count("|") == rows.partition("\n")[0].count("|")
 
 
 def test_without_libtpu_it_says_what_to_install(monkeypatch):
@@ -276,3 +308,22 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(compile.topologies, "get_topology_desc", absent)
     with pytest.raises(InputError, match=r"pip install 'dmf-jax\[tpu\]' \(Unable to load libtpu\)"):
         compile.topology_devices("v5e:4x4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=b200:8"], "topology=b200:8: give a TPU slice as v5e:4x4"),
+        (["--topology=8"], "topology=8: give a TPU slice as v5e:4x4"),
+        (["--topology=h100:8", "--slices=2"],
+         "slices=2: it counts TPU slices; give GPU nodes as h100:2x8"),
+        (["--topology=h100:4x8", "--slices=2"],
+         "slices=2: it counts TPU slices; give GPU nodes as h100:8x8"),
+        (["--topology=h100:8", "--slices=0"], "slices=0: give 1 or more"),
+    ],
+)  # fmt: skip
+def test_gpus_that_cannot_be_are_refused_in_one_line(capsys, flags, message):
+    assert tiny.dmf("compile", f"--config={tiny.CONFIG}", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"dmf compile: {message}")
+    assert error.count("\n") == 1

@@ -102,6 +102,28 @@ def test_a_program_written_by_hand():
     assert sent["collective-permute"] == 48
 
 
+@pytest.mark.parametrize(
+    ("started", "kind", "size"),
+    [
+        ("((bf16[64]{0}), bf16[64]{0}) all-reduce-start(%a)", "all-reduce", 128),
+        ("f32[64]{0} all-reduce-start(%a)", "all-reduce", 256),
+        ("(f32[64]{0}, f32[2]{0}) all-reduce-start(%a, %b)", "all-reduce", 264),
+        ("((f32[8]{0}), f32[64]{0}, u32[]) all-gather-start(%a)", "all-gather", 256),
+        ("((f32[8]{0}, f32[1]{0}), (f32[64]{0}, /*index=1*/f32[8]{0})) all-gather-start(%a, %b)",
+         "all-gather", 288),
+        ("((f32[64]{0:T(128)}), f32[8]{0:T(128)}) reduce-scatter-start(%a)", "reduce-scatter", 256),
+        ("((f32[8,4]{1,0}), f32[8,4]{1,0}) all-to-all-start(%a)", "all-to-all", 128),
+        ("((f32[4]{0}), f32[4]{0}) collective-permute-start(%a)", "collective-permute", 16),
+    ],
+)  # fmt: skip
+def test_a_started_collective_counts_its_outputs_alone(started, kind, size):
+    """TPUs and GPUs start collectives and wait for them later; their types differ."""
+    done = f"{kind}-done(%s)"
+    text = (f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %s = {started}, "
+            f"replica_groups={{{{0,1,2,3,4,5,6,7}}}}\n  %d = f32[8]{{0}} {done}\n}}")  # fmt: skip
+    assert collectives(text, 8) == [Collective(kind, 8, False, 1, size)]
+
+
 def test_a_sum_in_a_scan_counts_as_often_as_the_scan_runs():
     mesh = make_mesh(8, 1, 1)
 

@@ -79,13 +79,14 @@ def choose_implementation(name: str, q: Queries, k: Keys) -> str:
     """The implementation that a name stands for, with these queries and keys: "xla" or "flash".
 
     "auto" is "flash" from FLASH_MIN_KEYS keys on, on TPUs, and on NVIDIA GPUs where cuDNN takes the
-    arrays, if the mesh in context divides the heads. It is "xla" otherwise, and always where there
-    are several devices but no mesh in context to shard a kernel over. Other names are returned as
-    they are.
+    arrays and JAX has Pallas for Triton, if the mesh in context divides the heads. It is "xla"
+    otherwise, and always where there are several devices but no mesh in context to shard a kernel
+    over. Other names are returned as they are.
     """
     if name != "auto":
         return name
-    fast = {"tpu": True, "gpu": has_cudnn_attention() and flash_backends.cudnn_takes(q)}
+    kernels_for_gpus = has_cudnn_attention() and jvp_kernel.triton_module() is not None
+    fast = {"tpu": True, "gpu": kernels_for_gpus and flash_backends.cudnn_takes(q)}
     fits = k.shape[1] >= FLASH_MIN_KEYS and q.shape[2] % head_shards() == 0
     return "flash" if fast.get(target_platform(), False) and fits and can_shard_kernels() else "xla"
 

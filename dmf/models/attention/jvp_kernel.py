@@ -10,7 +10,10 @@ FlashAttention (arXiv:2205.14135), so that no array of size l x s is ever in mem
 """
 
 import functools
+import importlib
+import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -19,15 +22,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu
 from jaxtyping import Array, Float
 
+from dmf.errors import InputError
 from dmf.models.attention.dot_product import Keys, Queries, dot_product_attention
+from dmf.models.attention.kernel_sharding import HOPPER, compute_capability
 
+# A matrix in parts of its columns.
+Parts = tuple[jax.Array, ...]
 # Queries and keys per block on a TPU: the first that divides their number, padded to a multiple of
 # 128.
 TPU_BLOCKS = (512, 256, 128)
 # Bytes of a TPU core's vector memory for the logits and sums of a block, beside keys and values.
 TPU_BLOCK_BYTES = 16 * 2**20
 TPU_LANES = 128
-GPU_QUERY_BLOCK = 64
+# On a GPU 4 warps compute a block of 64 queries, 16 each, and on Hopper these are a group that uses
+# the tensor cores together; more warps would repeat part of the work. With 2 stages, the next block
+# of keys is loaded meanwhile.
+GPU_QUERY_BLOCK, GPU_WARPS, GPU_STAGES = 64, 4, 2
+# Tensor cores take 16 channels at a time, and a block of Triton has a power of two of them. Wider
+# blocks than 64 spill on Ampere.
+GPU_MIN_PART, GPU_MAX_PART = 16, 64
 
 
 def attention_jvp_reference(
@@ -64,6 +77,9 @@ def attention_jvp(
 
     Returns:
       (o, do), two arrays like q. All sums are in float32.
+
+    Raises:
+      InputError: the platform is "gpu", and the installed JAX has no Pallas for Triton.
     """
     if platform == "gpu":
         return _on_gpu((q, dq), (k, v, dk, dv), interpret)
@@ -120,47 +136,89 @@ def heads_first_attention_jvp(
 def _on_gpu(
     queries: tuple[Queries, ...], keys: tuple[Keys, ...], interpret: bool
 ) -> tuple[Queries, Queries]:
-    """(o, do) in the layout [b, l, n, d].
-
-    Triton's blocks have a power of two as their width; loads are zero beyond the head width.
-    """
-    # Imported here, so that the rest of this module works with a JAX without Triton.
-    from jax.experimental.pallas import triton
-
+    """(o, do) in the layout [b, l, n, d]."""
+    triton = triton_module()
+    if triton is None:
+        raise InputError("model.attention", "flash", "the installed JAX has no Pallas for Triton, "
+                         "which the kernel for GPUs needs; choose auto or xla")  # fmt: skip
     (batch, length, heads, width), count = queries[0].shape, keys[0].shape[1]
-    block_width = max(pl.next_power_of_2(width), 16)
-    block_q, block_k = GPU_QUERY_BLOCK, 32 if block_width > 64 else 64
+    block_q, block_k, parts = GPU_QUERY_BLOCK, gpu_key_block(width), gpu_width_parts(width)
     queries = [_padded(x, block_q) for x in queries]
     keys = [_padded(x, block_k) for x in keys]
 
-    def in_width() -> jax.Array:
-        return jax.lax.broadcasted_iota(jnp.int32, (1, block_width), 1) < width
+    def in_width(part: pl.Slice) -> dict[str, Any]:
+        """Arguments of a load or store that leaves out the channels beyond the head width."""
+        if part.start + part.size <= width:
+            return {}
+        channels = part.start + jax.lax.broadcasted_iota(jnp.int32, (1, part.size), 1)
+        return {"mask": channels < width}
 
-    def load(ref: Any) -> jax.Array:
-        return triton.load(ref, mask=in_width(), other=0.0)
+    def load(ref: Any, rows: Any) -> Parts:
+        return tuple(
+            triton.load(ref.at[rows, part], **mask, **({"other": 0.0} if mask else {}))
+            for part, mask in ((part, in_width(part)) for part in parts)
+        )
 
-    def store(ref: Any, x: jax.Array) -> None:
-        triton.store(ref, x, mask=in_width())
+    def store(ref: Any, values: Parts) -> None:
+        for part, x in zip(parts, values, strict=True):
+            triton.store(ref.at[:, part], x, **in_width(part))
 
-    access = (load, store) if block_width > width else (_load, _store)
+    block_width = parts[-1].start + parts[-1].size
     query_spec = pl.BlockSpec((None, block_q, None, block_width), lambda i, n, b: (b, i, n, 0))
     key_spec = pl.BlockSpec(
         (None, keys[0].shape[1], None, block_width), lambda i, n, b: (b, 0, n, 0)
     )
     o, do = pl.pallas_call(
         functools.partial(
-            _kernel, scale=width**-0.5, count=count, block_k=block_k, load=access[0],
-            store=access[1],
+            # A GPU computes powers of two; exp would be one more multiplication.
+            _kernel, scale=width**-0.5, count=count, block_k=block_k, load=load, store=store,
+            exp=jnp.exp2, exp_scale=math.log2(math.e),
         ),
         grid=(queries[0].shape[1] // block_q, heads, batch),
         in_specs=[query_spec] * 2 + [key_spec] * 4,
         out_specs=[query_spec] * 2,
         out_shape=[jax.ShapeDtypeStruct(queries[0].shape, queries[0].dtype)] * 2,
-        compiler_params=triton.CompilerParams(num_warps=8 if block_width > 64 else 4, num_stages=2),
+        compiler_params=triton.CompilerParams(num_warps=GPU_WARPS, num_stages=GPU_STAGES),
         interpret=interpret,
         name="attention_jvp",
     )(*queries, *keys)  # fmt: skip
     return o[:, :length], do[:, :length]
+
+
+def triton_module() -> ModuleType | None:
+    """Pallas for Triton, or None in a JAX without it: JAX 0.12 says that it will be removed."""
+    try:
+        return importlib.import_module("jax.experimental.pallas.triton")
+    except ImportError:
+        return None
+
+
+def gpu_key_block(width: int) -> int:
+    """Keys per block on the GPU that is traced for: the most that its registers hold without
+    spilling, and its shared memory twice (`python -m benchmarks.gpu_kernels`).
+
+    Args:
+      width: head width.
+    """
+    padded = -(-width // GPU_MIN_PART) * GPU_MIN_PART
+    if compute_capability() == HOPPER:
+        return 64 if padded <= 80 else 32
+    return 32 if padded <= 96 else 16
+
+
+def gpu_width_parts(width: int) -> tuple[pl.Slice, ...]:
+    """The channels of a head in parts that Triton takes: powers of two, with little padding.
+
+    >>> gpu_width_parts(72)
+    (Slice(start=0, size=64, stride=1), Slice(start=64, size=16, stride=1))
+    """
+    parts, start = [], 0
+    while start < width:
+        rest = -(-(width - start) // GPU_MIN_PART) * GPU_MIN_PART
+        size = min(GPU_MAX_PART, 1 << (rest.bit_length() - 1))
+        parts.append(pl.ds(start, size))
+        start += size
+    return tuple(parts)
 
 
 def _tpu_bytes(x: Float[Array, "b n s d"]) -> int:
@@ -176,12 +234,12 @@ def _padded(x: Float[Array, "_ _ _ _"], multiple: int, axis: int = 1) -> jax.Arr
     return jnp.pad(x, pads) if padding else x
 
 
-def _load(ref: Any) -> jax.Array:
-    return ref[...]
+def _load(ref: Any, rows: Any) -> Parts:
+    return (ref[rows, :],)
 
 
-def _store(ref: Any, x: jax.Array) -> None:
-    ref[...] = x
+def _store(ref: Any, values: Parts) -> None:
+    (ref[...],) = values
 
 
 def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
@@ -191,6 +249,11 @@ def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     return jax.lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def _sum_of_dots(a: Parts, b: Parts) -> jax.Array:
+    """a b^T of two matrices in parts of their columns."""
+    return functools.reduce(jnp.add, (_dot(x, y, (1, 1)) for x, y in zip(a, b, strict=True)))
 
 
 def _kernel(
@@ -206,42 +269,50 @@ def _kernel(
     scale: float,
     count: int,
     block_k: int,
-    load: Callable[[Any], jax.Array],
-    store: Callable[[Any, jax.Array], None],
+    load: Callable[[Any, Any], Parts],
+    store: Callable[[Any, Parts], None],
+    exp: Callable[[jax.Array], jax.Array] = jnp.exp,
+    exp_scale: float = 1.0,
 ) -> None:
     """One block of queries of one head against all keys; those from `count` on are padding.
 
-    The running sums are of exp(s - m) times 1, ds, v and so on, with the running maximum m.
+    The running sums are of exp(s - m) times 1, ds, v and so on, with the running maximum m, where s
+    and m are in units in which `exp` is the exponential: exp(s) is e to the power of s / exp_scale.
     """
-    q, dq = load(q_ref), load(dq_ref)
+    q, dq = load(q_ref, slice(None)), load(dq_ref, slice(None))
     blocks = k_ref.shape[0] // block_k
 
-    def step(i: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def step(i: Any, sums: tuple[Any, ...]) -> tuple[Any, ...]:
         m, total, slope, o, do = sums
         rows = pl.ds(i * block_k, block_k)
-        k, v, dk, dv = (load(ref.at[rows, :]) for ref in (k_ref, v_ref, dk_ref, dv_ref))
-        s = _dot(q, k, (1, 1)) * scale
-        ds = (_dot(dq, k, (1, 1)) + _dot(q, dk, (1, 1))) * scale
+        k, v, dk, dv = (load(ref, rows) for ref in (k_ref, v_ref, dk_ref, dv_ref))
+        s = _sum_of_dots(q, k) * (scale * exp_scale)
+        ds = _sum_of_dots(dq + q, k + dk) * scale
         if count < blocks * block_k:
             key_index = i * block_k + jax.lax.broadcasted_iota(jnp.int32, s.shape, 1)
             s = jnp.where(key_index < count, s, -jnp.inf)
         new_m = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
-        decay, p = jnp.exp(m - new_m), jnp.exp(s - new_m)
+        decay, p = exp(m - new_m), exp(s - new_m)
         dp = p * ds
         total = total * decay + jnp.sum(p, axis=1, keepdims=True)
         slope = slope * decay + jnp.sum(dp, axis=1, keepdims=True)
-        p, dp = p.astype(v.dtype), dp.astype(v.dtype)
-        o = o * decay + _dot(p, v, (1, 0))
-        do = do * decay + _dot(dp, v, (1, 0)) + _dot(p, dv, (1, 0))
+        p, dp = p.astype(v[0].dtype), dp.astype(v[0].dtype)
+        o = tuple(a * decay + _dot(p, b, (1, 0)) for a, b in zip(o, v, strict=True))
+        do = tuple(
+            a * decay + _dot(dp, b, (1, 0)) + _dot(p, db, (1, 0))
+            for a, b, db in zip(do, v, dv, strict=True)
+        )
         return new_m, total, slope, o, do
 
-    column = jnp.zeros((q.shape[0], 1), jnp.float32)
-    none = jnp.zeros(q.shape, jnp.float32)
+    column = jnp.zeros((q[0].shape[0], 1), jnp.float32)
+    none = tuple(jnp.zeros(x.shape, jnp.float32) for x in q)
     start = (column - jnp.inf, column, column, none, none)
     # The compiler sees through a single step, but not through a loop around it.
     _, total, slope, o, do = (
         step(0, start) if blocks == 1 else jax.lax.fori_loop(0, blocks, step, start)
     )
-    o = o / total
-    store(o_ref, o.astype(o_ref.dtype))
-    store(do_ref, (do / total - (slope / total) * o).astype(do_ref.dtype))
+    inverse = 1 / total  # A division for each query, and not for each channel too.
+    o = tuple(x * inverse for x in o)
+    do = tuple(dx * inverse - (slope * inverse) * x for x, dx in zip(o, do, strict=True))
+    for ref, values in ((o_ref, o), (do_ref, do)):
+        store(ref, tuple(x.astype(ref.dtype) for x in values))

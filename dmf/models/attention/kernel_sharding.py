@@ -7,6 +7,7 @@ the device is JAX's default device.
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,21 +17,37 @@ from jax.sharding import PartitionSpec
 from dmf.errors import InputError
 from dmf.runtime.sharding import BATCH_AXES
 
+# Compute capabilities of generations of NVIDIA GPUs.
+AMPERE, HOPPER = 8.0, 9.0
+
 
 def target_platform() -> str:
     """The platform that is being traced for: "cpu", "gpu" or "tpu"."""
-    target = jax.sharding.get_abstract_mesh().abstract_device
-    return target.platform if target else _default_device().platform
+    return _target().platform
 
 
 def has_cudnn_attention() -> bool:
-    """Whether the target is an NVIDIA GPU with cuDNN's flash attention (Ampere or newer).
+    """Whether the target is an NVIDIA GPU with cuDNN's flash attention (Ampere or newer)."""
+    return _target().device_kind.startswith("NVIDIA") and compute_capability() >= AMPERE
 
-    The architecture is that of the local GPU; a GPU of a topology counts as new enough.
+
+def compute_capability() -> float:
+    """The compute capability of the target if it is an NVIDIA GPU, for example 8.6; else Ampere's.
+
+    A GPU of a topology that is not the local GPU is known by its name: one of the Hopper generation
+    (H100, H200, GH200) has 9.0, and any other counts as Ampere, 8.0.
     """
-    target = jax.sharding.get_abstract_mesh().abstract_device or _default_device()
-    capability = getattr(_default_device(), "compute_capability", "8.0")
-    return target.device_kind.startswith("NVIDIA") and float(capability) >= 8
+    target, local = _target(), _default_device()
+    if not target.device_kind.startswith("NVIDIA"):
+        return AMPERE
+    if target.device_kind == local.device_kind:
+        return float(local.compute_capability)
+    return HOPPER if re.search(r"\bG?H\d", target.device_kind) else AMPERE
+
+
+def _target() -> Any:
+    """The device that is being traced for: its `platform` and `device_kind`."""
+    return jax.sharding.get_abstract_mesh().abstract_device or _default_device()
 
 
 def _default_device() -> jax.Device:

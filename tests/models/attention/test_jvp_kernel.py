@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dmf.models.attention import jvp_kernel
 from dmf.models.attention.jvp_kernel import attention_jvp, attention_jvp_reference
 
 KERNEL = {
@@ -50,6 +51,33 @@ def test_equals_jvp_of_plain_operations(platform, length, keys, width, dtype):
     for a, b in zip(outputs, expected, strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert distance(a, b) < {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+
+
+@pytest.mark.parametrize("width", [72, pytest.param(112, marks=pytest.mark.slow)])
+def test_equals_it_with_the_blocks_of_a_hopper_gpu(monkeypatch, width):
+    """Larger blocks of keys, some of them padding, and a width in parts, some of it padding."""
+    monkeypatch.setattr(jvp_kernel, "compute_capability", lambda: jvp_kernel.HOPPER)
+    x = draw(40, 70, width)
+    outputs = jax.jit(lambda *x: KERNEL["gpu"](*x))(*x)
+    for a, b in zip(outputs, attention_jvp_reference(*x), strict=True):
+        assert distance(a, b) < 1e-5
+
+
+def test_the_parts_of_a_width_have_powers_of_two_and_little_padding():
+    for width in range(1, 257):
+        parts = jvp_kernel.gpu_width_parts(width)
+        sizes = [part.size for part in parts]
+        assert all(size in (16, 32, 64) for size in sizes)
+        assert [part.start for part in parts] == [sum(sizes[:i]) for i in range(len(sizes))]
+        assert width <= sum(sizes) < width + 16
+    assert [part.size for part in jvp_kernel.gpu_width_parts(72)] == [64, 16]
+
+
+def test_wide_heads_have_smaller_blocks_of_keys(monkeypatch):
+    """What `python -m benchmarks.gpu_kernels` found to spill nothing."""
+    for capability, blocks in ((8.0, [32, 32, 32, 32, 16]), (9.0, [64, 64, 64, 32, 32])):
+        monkeypatch.setattr(jvp_kernel, "compute_capability", lambda value=capability: value)
+        assert [jvp_kernel.gpu_key_block(width) for width in (64, 72, 80, 96, 128)] == blocks
 
 
 @pytest.mark.parametrize("platform", KERNEL)

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import sys
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from dmf.errors import InputError
 from dmf.models import layers
 from dmf.models.abstract_params import abstract_params
 from dmf.models.attention import attention, kernel_sharding
+from dmf.models.attention.jvp_kernel import attention_jvp
 from dmf.models.dit import DiT
 from dmf.objectives.build import interpolant
 from dmf.runtime.sharding import batch_sharding, local_mesh, make_mesh, map_over_devices
@@ -91,6 +94,29 @@ def test_auto_is_xla_on_a_gpu_older_than_ampere(monkeypatch):
     assert chosen(zeros()) == "xla"
     turing.compute_capability = "8.6"
     assert chosen(zeros()) == "flash"
+
+
+def test_a_jax_without_triton_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax.experimental.pallas.triton", None)
+    with target("gpu"):
+        assert chosen(zeros()) == "xla"
+        with pytest.raises(InputError, match=r"^model.attention=flash: .* no Pallas for Triton"):
+            jax.eval_shape(partial(attention_jvp, platform="gpu"), *[zeros()] * 6)
+
+
+def test_the_capability_is_that_of_the_local_gpu_or_of_the_name_of_another(monkeypatch):
+    assert kernel_sharding.compute_capability() == 8.0
+    hoppers = ("NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA GH200 480GB")
+    for kind in (*hoppers, "NVIDIA A100-SXM4-80GB", "AMD Instinct MI300X"):
+        with target("gpu", kind):
+            assert kernel_sharding.compute_capability() == (9.0 if kind in hoppers else 8.0)
+    local = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA L4", compute_capability="8.9")
+    monkeypatch.setattr(kernel_sharding, "_default_device", lambda: local)
+    assert kernel_sharding.compute_capability() == 8.9
+    with target("gpu", "NVIDIA L4"):
+        assert kernel_sharding.compute_capability() == 8.9
+    with target("gpu", "NVIDIA H200"):
+        assert kernel_sharding.compute_capability() == 9.0
 
 
 def test_cudnn_takes_no_float32():
