@@ -91,9 +91,16 @@ FURTHER_CASES = (
     # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
 )
-GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3"}
+GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
+        "a100:8": "NVIDIA A100-SXM4-80GB", "h200:8": "NVIDIA H200"}  # fmt: skip
 GPU_CONFIGS = (("dmf_xl2_256", 256), ("dmf_xl2_512", 256))
-FURTHER_GPU_CASES: tuple[Case, ...] = ()
+FURTHER_GPU_CASES = (
+    # Larger batches on 80 GB, without and with rematerialisation.
+    Case("h100:8", "dmf_xl2_256", 512, LADDER[0]),
+    Case("h100:8", "dmf_xl2_256", 2048, LADDER[1]),
+    Case("h100:8", "dmf_xl2_512", 128, LADDER[0]),
+    Case("h100:8", "dmf_xl2_512", 512, LADDER[1]),
+)
 # Least memory of XL/2 for a sample of 256 tokens with remat "none". A case that needs more than a
 # chip has is not compiled.
 NO_REMAT_BYTES = 0.8 * GIB
