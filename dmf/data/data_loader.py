@@ -124,18 +124,9 @@ class DataLoader:
         indices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
         return {index[0].indices(self.batch_size)[:2] for index in indices}
 
-    def batches(self, start: int, sharding: NamedSharding) -> Iterator[Batch]:
+    def batches(self, start: int, sharding: NamedSharding) -> "Batches":
         """The batches of steps start, start + 1, ..., which a thread reads ahead."""
-        with concurrent.futures.ThreadPoolExecutor(1, "data") as pool:
-            ahead = collections.deque(
-                pool.submit(self.batch, start + i, sharding) for i in range(PREFETCH)
-            )
-            step = start + PREFETCH
-            while True:
-                ready = ahead.popleft().result()
-                ahead.append(pool.submit(self.batch, step, sharding))
-                step += 1
-                yield ready
+        return Batches(self, start, sharding)
 
     def index(self, position: int) -> int:
         """The index in the dataset of the sample at a position of the endless order."""
@@ -146,3 +137,42 @@ class DataLoader:
         rows = self.dataset.read([self.index(first + i) for i in range(start, stop)])
         check_labels(rows["y"], self.dataset)
         return rows
+
+
+class Batches:
+    """An endless iterator over the batches of a data loader.
+
+    A thread reads `PREFETCH` batches ahead, decodes them and sends them to the devices.
+    """
+
+    def __init__(self, loader: DataLoader, start: int, sharding: NamedSharding):
+        """Starts to read.
+
+        Args:
+          loader: the data loader.
+          start: step of the first batch.
+          sharding: sharding of the batch axis over the mesh.
+        """
+        self._read = functools.partial(loader.batch, sharding=sharding)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "data")
+        self._ahead = collections.deque(
+            self._pool.submit(self._read, start + i) for i in range(PREFETCH)
+        )
+        self._step = start + PREFETCH
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether the next batch is read, so that nobody waits for it."""
+        return self._ahead[0].done()
+
+    def __next__(self) -> Batch:
+        ready = self._ahead.popleft().result()
+        self._ahead.append(self._pool.submit(self._read, self._step))
+        self._step += 1
+        return ready
+
+    def close(self) -> None:
+        """Ends the thread; what it has not begun to read is not read."""
+        self._pool.shutdown(cancel_futures=True)

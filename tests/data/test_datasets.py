@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 
 import jax
 import numpy as np
@@ -10,9 +11,9 @@ import sklearn.datasets
 import tiny
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tfds_datasets import Squares
+from tfds_datasets import Photos, Squares
 
-from dmf.data import build
+from dmf.data import build, datasets
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import (
     Dataset,
@@ -169,6 +170,9 @@ def test_replicated_rows_are_read_once():
 def test_reading_ahead_gives_the_batches_of_the_steps():
     loader = DataLoader(dataset=Numbered(50), batch_size=8, seed=4)
     ahead = loader.batches(3, batch_sharding(make_mesh()))
+    until = time.monotonic() + 30
+    while not ahead.is_ready():
+        assert time.monotonic() < until
     taken = [np.asarray(next(ahead).y).tolist() for _ in range(4)]
     ahead.close()
     assert taken == [batch_labels(loader, step) for step in range(3, 7)]
@@ -211,6 +215,17 @@ def test_rows_are_as_they_are_stored(prepared):
     assert x.dtype == np.uint8
     assert set(np.unique(x)) <= set(range(0, 240, 6))
     np.testing.assert_array_equal(x[:, 0, 0, 0] // 6 % 3, y)
+
+
+def test_images_are_decoded_on_all_cores_as_tfds_decodes_them(tmp_path, monkeypatch):
+    builder = Photos(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    photos = open_dataset("photos", directory=str(tmp_path))
+    rows, expected = photos.read(range(40)), list(builder.as_data_source("train"))
+    assert photos.packed  # Not decoded by TFDS, in one thread.
+    np.testing.assert_array_equal(rows["x"], [row["image"] for row in expected])
+    assert rows["y"].tolist() == [row["label"] for row in expected]
 
 
 @pytest.mark.parametrize(
