@@ -5,8 +5,8 @@
 It compares the attention kernels (output, tangent, and gradient of one linearisation) in bfloat16
 with plain JAX in float32, and two training steps of Decoupled MeanFlow of a small transformer, in
 float32 and in bfloat16, with those in float32. Errors are relative, by norm. The exit code is 1 if
-one is not below its bar. On a machine without an accelerator, the CPU is compared with itself: the
-kernels are interpreted, and only bfloat16 and the kernels differ.
+one is not below its bar. On a machine without an accelerator, the kernels are interpreted, and
+training steps in bfloat16 are compared with those in float32.
 """
 
 import functools
@@ -122,7 +122,10 @@ def train(device: jax.Device, dtype: str) -> tuple[Any, list[float]]:
 def check_training() -> Iterator[Check]:
     """Training steps on the accelerator, compared with those on the CPU in float32."""
     gradient, losses = train(jax.devices("cpu")[0], "float32")
+    on_cpu = jax.default_backend() == "cpu"
     for dtype, bars in BARS.items():
+        if on_cpu and dtype == "float32":
+            continue
         computed, computed_losses = train(jax.devices()[0], dtype)
         yield Check(f"training step, gradient, {dtype}", relative_error(computed, gradient),
                     bars["gradient"])

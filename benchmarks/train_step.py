@@ -251,21 +251,28 @@ def _report(
               f"{_ROUNDS.value} rounds in turn; {max(per_sample) / 1e9:.4g} GFLOP per sample; a "
               f"matmul reached {best_matmul / 1e12:.4g} TFLOP/s per device{published}. On "
               f"{machine()}."]
-    if _PROFILE.value:
+    print("\n".join(lines), flush=True)
+    _write(lines, measured)
+    if _PROFILE.value:  # Afterwards, because a device may refuse to be traced.
         fastest = min(measured, key=lambda v: measured[v].median / v.batch)
-        lines += ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|"]
-        lines += [f"| {name} | {share:.1%} |"
-                  for name, share in longest_operations(lambda: measured[fastest].run(states))]
-    text = "\n".join(lines)
-    print(text)
-    if _OUTPUT.value:
-        path = Path(_OUTPUT.value)
-        path.write_text(text + "\n")
-        rows = [v._asdict() | {"seconds": m.seconds, "cpu_seconds": m.cpu_seconds,
-                               "temporaries": m.temporaries,
-                               "compile_seconds": m.compile_seconds, "flops": m.flops}
-                for v, m in measured.items()]
-        path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        longest = longest_operations(lambda: measured[fastest].run(states))
+        table = ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|",
+                 *(f"| {name} | {share:.1%} |" for name, share in longest)]
+        print("\n".join(table))
+        _write([*lines, *table], measured)
+
+
+def _write(lines: Sequence[str], measured: dict[Variant, Measurement]) -> None:
+    """Writes the table, and the measurements beside it."""
+    if not _OUTPUT.value:
+        return
+    path = Path(_OUTPUT.value)
+    path.write_text("\n".join(lines) + "\n")
+    rows = [v._asdict() | {"seconds": m.seconds, "cpu_seconds": m.cpu_seconds,
+                           "temporaries": m.temporaries,
+                           "compile_seconds": m.compile_seconds, "flops": m.flops}
+            for v, m in measured.items()]
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

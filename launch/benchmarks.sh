@@ -11,16 +11,19 @@
 # A part that fails or takes longer than its limit does not stop the others: the last line names it,
 # and the exit code is 1. Meant to take 8 minutes on one H100, which was not measured.
 # SIZE=S SIDE=8 BATCH=2 ROUNDS=1 tries the whole of it on a CPU (SIDE is of the sampled latents):
-# unless SIZE is XL, the digits are trained for 20 steps at width 64, and limits are 10 times as long.
+# unless SIZE is XL, the digits are trained for 20 steps at width 64. PATIENCE=N makes all limits N
+# times as long.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
 folder=${1:-benchmarks/results/$(hostname)}
 size=${SIZE:-XL} side=${SIDE:-32} batches=${BATCH:-128,256} rounds=${ROUNDS:-5}
-total=${SECONDS_IN_ALL:-480} width=512 steps=1000000 patience=1
-[ "$size" = XL ] || width=64 steps=20 patience=10
+total=${SECONDS_IN_ALL:-480} width=512 steps=1000000 patience=${PATIENCE:-1}
+[ "$size" = XL ] || width=64 steps=20
 batch=${batches%%,*} failed=()
 export XLA_PYTHON_CLIENT_MEM_FRACTION=${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}
+# Where the platform is named, the CPU must be, too: it is compared with.
+case ${JAX_PLATFORMS:-cpu} in *cpu*) ;; *) export JAX_PLATFORMS=$JAX_PLATFORMS,cpu ;; esac
 mkdir -p "$folder" && run=$(mktemp -d) || exit
 trap 'rm -rf "$run"' EXIT
 

@@ -9,7 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -96,17 +96,20 @@ class DataLoader:
         Returns:
           A batch whose fields are those that `Dataset.read` returns, [batch_size, ...].
         """
-        parts = {span: self._read(step, *span) for span in self.spans(sharding)}
+        spans = sorted(self.spans(sharding))
+        rows, first, places = self._read(step, spans), 0, {}
+        for start, stop in spans:
+            places[start, stop] = slice(first, first + stop - start)
+            first += stop - start
 
-        def leaf(key: str) -> jax.Array:
-            shape = next(iter(parts.values()))[key].shape[1:]
-
+        def leaf(values: np.ndarray) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
-                return parts[index[0].indices(self.batch_size)[:2]][key]
+                return values[places[index[0].indices(self.batch_size)[:2]]]
 
-            return jax.make_array_from_callback((self.batch_size, *shape), sharding, part)
+            shape = (self.batch_size, *values.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, part)
 
-        return Batch(**{key: leaf(key) for key in next(iter(parts.values()))})
+        return Batch(**{key: leaf(values) for key, values in rows.items()})
 
     def abstract_batch(self, sharding: NamedSharding) -> Batch:
         """The shapes, dtypes and sharding of a global batch, from one sample of the dataset."""
@@ -132,9 +135,10 @@ class DataLoader:
         """The index in the dataset of the sample at a position of the endless order."""
         return int(self._order[position])
 
-    def _read(self, step: int, start: int, stop: int) -> Rows:
+    def _read(self, step: int, spans: Sequence[tuple[int, int]]) -> Rows:
+        """The samples of some spans of a batch, in one read: each read starts threads."""
         first = step * self.batch_size
-        rows = self.dataset.read([self.index(first + i) for i in range(start, stop)])
+        rows = self.dataset.read([self.index(first + i) for span in spans for i in range(*span)])
         check_labels(rows["y"], self.dataset)
         return rows
 

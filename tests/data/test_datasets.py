@@ -34,13 +34,14 @@ class Numbered:
     name, num_classes, shape = "numbered", 10**6, (1, 1, 1)
 
     def __init__(self, count: int):
-        self.count, self.read_indices = count, []
+        self.count, self.read_indices, self.reads = count, [], 0
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, indices):
         self.read_indices.extend(indices)
+        self.reads += 1
         x = np.array(indices, np.uint8).reshape(-1, 1, 1, 1)
         return {"x": x, "y": np.array(indices, np.int32)}
 
@@ -141,7 +142,7 @@ def test_seeds_differ():
     assert batch_labels(one, 0) != batch_labels(other, 0)
 
 
-def test_only_rows_of_addressable_devices_are_read(monkeypatch):
+def test_only_rows_of_addressable_devices_are_read_and_at_once(monkeypatch):
     everything = batch_labels(DataLoader(dataset=Numbered(100), batch_size=16), 2)
     dataset = Numbered(100)
     sharding = batch_sharding(make_mesh())
@@ -158,7 +159,7 @@ def test_only_rows_of_addressable_devices_are_read(monkeypatch):
     expected = [everything[i] for index in local.values() for i in range(*index[0].indices(16))]
     assert sorted(dataset.read_indices) == sorted(expected)
     assert batch.y.tolist() == expected
-    assert len(expected) == 4
+    assert (len(expected), dataset.reads) == (4, 1)
 
 
 def test_replicated_rows_are_read_once():
