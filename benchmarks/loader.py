@@ -45,7 +45,9 @@ _OF = flags.DEFINE_integer("of", 1, "number of processes")
 
 
 class GreyImages:
-    """Raw images without content, of 1,000 classes."""
+    """Raw images without content, of 1,000 classes; see `dmf.data.raw_images.RawImages`."""
+
+    source, left_out = "grey images", {}
 
     def __init__(self, count: int):
         self.names = [str(i) for i in range(count)]
@@ -55,7 +57,11 @@ class GreyImages:
     def __len__(self) -> int:
         return len(self.names)
 
-    def image(self, index: int) -> PIL.Image.Image:
+    def file_size(self, index: int) -> int:
+        """No file is read."""
+        return 0
+
+    def open(self, index: int) -> PIL.Image.Image:
         """An image of the size of its latents."""
         return PIL.Image.new("RGB", (32, 32), (index % 256,) * 3)
 

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import sys
 import time
 
 import jax
@@ -332,6 +333,19 @@ def test_hosts_read_the_parts_of_one_stream(hosts):
         batch = alone.batch(step, batch_sharding(one_device()))
         expected[step] = np.column_stack([batch.y, batch.x.reshape(16, -1)]).tolist()
     assert global_batches(hosts, tiny.free_port()) == expected
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_loader_reads_with_several_processes(tmp_path):
+    """Each of two reads half of the rows of a batch."""
+    command = [sys.executable, "-m", "benchmarks.loader", "--rows=2112", "--seconds=0.3",
+               "--batch=64", "--processes=1,2", f"--output={tmp_path}"]  # fmt: skip
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    done = subprocess.run(command, cwd=tiny.ROOT, env=tiny.environment() | flags, timeout=280)
+    assert done.returncode == 0
+    rows = [line.split(" | ") for line in (tmp_path / "loader.md").read_text().splitlines()]
+    parts = {cells[0]: cells[1] for cells in rows if cells[0] in ("| 1", "| 2")}
+    assert parts == {"| 1": "64", "| 2": "32"}
 
 
 def test_a_subset_and_a_mixture():
