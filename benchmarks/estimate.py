@@ -75,29 +75,64 @@ def seconds_between(sent: float, chips: int) -> float:
     return share * sent / (_BANDWIDTH.value * 1e9)
 
 
+class StepTime(NamedTuple):
+    """The estimated time of a step on a number of chips.
+
+    Attributes:
+      batch: global batch size: 256, or one sample per chip if there are more.
+      matmuls, links, across: seconds of matmuls, and to communicate within and between slices.
+    """
+
+    batch: int
+    matmuls: float
+    links: float
+    across: float
+
+    @property
+    def least(self) -> float:
+        """The lower bound in seconds, where computation and communication overlap."""
+        return max(self[1:])
+
+    @property
+    def most(self) -> float:
+        """The upper bound in seconds, where they do not overlap."""
+        return sum(self[1:])
+
+
+def compiled_costs() -> StepCosts:
+    """The costs of a step of XL/2 at 256, as it was compiled."""
+    between = step_costs(_COMPILED.value, "2 x v5e:4x4").between
+    return step_costs(_COMPILED.value, "v5e:4x4")._replace(between=between)
+
+
+def step_time(costs: StepCosts, chips: int) -> StepTime:
+    """The estimated time of a step on a number of chips."""
+    chip, batch = DEVICE_SPECS[_CHIP.value], max(256, chips)
+    matmuls = batch / chips * costs.flops / (chip.flops * _MFU.value)
+    links = costs.within / chip.link if chips > 1 else 0.0
+    return StepTime(batch, matmuls, links, seconds_between(costs.between, chips))
+
+
 def main(_: Sequence[str]) -> None:
     """Prints a row for each number of chips."""
-    flops, sent, _ = step_costs(_COMPILED.value, "v5e:4x4")
-    between = step_costs(_COMPILED.value, "2 x v5e:4x4").between
+    costs = compiled_costs()
     chip, price = DEVICE_SPECS[_CHIP.value], _PRICE.value
     print("| chips | batch | samples per chip | matmuls ms | links ms | between slices ms | "
           "step ms | days of a run | chip-hours |" + " cost |" * bool(price))
     print("|" + "---|" * (9 + bool(price)))
     for chips in (1, 4, 16, 64, 256, 1024, 4096):
-        batch = max(256, chips)
-        matmuls = batch / chips * flops / (chip.flops * _MFU.value)
-        links = sent / chip.link if chips > 1 else 0.0
-        across = seconds_between(between, chips)
-        least, most = max(matmuls, links, across), matmuls + links + across
+        time = step_time(costs, chips)
+        batch, matmuls, links, across = time
+        least, most = time.least, time.most
         days = [seconds * _STEPS.value / 86400 for seconds in (least, most)]
         hours = [24 * each * chips for each in days]
         cost = f" {price * hours[0]:,.0f} to {price * hours[1]:,.0f} |" if price else ""
         print(f"| {chips:,} | {batch:,} | {batch // chips} | {1e3 * matmuls:.0f} | "
               f"{1e3 * links:.0f} | {1e3 * across:.1f} | {1e3 * least:.0f} to {1e3 * most:.0f} | "
               f"{days[0]:.2g} to {days[1]:.2g} | {hours[0]:,.0f} to {hours[1]:,.0f} |{cost}")
-    print(f"\nDecoupled MeanFlow, XL/2 at 256: {flops / 1e12:.2f} TFLOP per sample, "
-          f"{sent / 2**30:.2f} GiB sent per chip and step, and {between / 2**30:.2f} between two "
-          f"slices of 16, {_STEPS.value:,} steps. "
+    print(f"\nDecoupled MeanFlow, XL/2 at 256: {costs.flops / 1e12:.2f} TFLOP per sample, "
+          f"{costs.within / 2**30:.2f} GiB sent per chip and step, and "
+          f"{costs.between / 2**30:.2f} between two slices of 16, {_STEPS.value:,} steps. "
           f"{_CHIP.value}: {chip.flops / 1e12:.0f} TFLOP/s at {_MFU.value:.0%}, links "
           f"{chip.link / 1e9:.0f} GB/s, {_BANDWIDTH.value:g} GB/s between slices of "
           f"{_SLICE.value}.")

@@ -62,8 +62,8 @@ _DATA = (
     Mutant(
         "loader_prefetch", "the data loader leaves out the batch after those it has read ahead",
         "dmf/data/data_loader.py",
-        "step = start + PREFETCH\n",
-        "step = start + PREFETCH + 1\n",
+        "self._step = start + PREFETCH\n",
+        "self._step = start + PREFETCH + 1\n",
         ("tests/data/test_datasets.py",),
     ),
     Mutant(

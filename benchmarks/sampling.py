@@ -4,9 +4,9 @@
 
 The networks are a diffusion transformer that is a flow map, and the autoencoder of Stable
 Diffusion, both with random parameters. Each way to decode is timed with the first of --steps; the
-last one also as a StableHLO function, and with the other steps. All programs are compiled first and
-then take turns; the table shows medians. It is printed, and written with --output=FILE.md, or as
-rows with --output=FILE.json.
+last one also as a StableHLO function (not with --nostablehlo), and with the other steps. All
+programs are compiled first and then take turns; the table shows medians. It is printed, and written
+with --output=FILE.md, or as rows with --output=FILE.json.
 """
 
 import dataclasses
@@ -45,6 +45,7 @@ _DTYPE = flags.DEFINE_string("dtype", "float32", "dtype of the transformer")
 _STEPS = flags.DEFINE_list("steps", ["1", "4"], "numbers of sampling steps")
 _DECODE_BATCH = flags.DEFINE_list("decode-batch", ["1", "4"], "latents that are decoded at once")
 _DECODE_DTYPE = flags.DEFINE_list("decode-dtype", ["float32", "bfloat16"], "dtype of the decoder")
+_STABLEHLO = flags.DEFINE_boolean("stablehlo", True, "also measure an exported function")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "measurements of each program")
 _OUTPUT = flags.DEFINE_string("output", "", "a .md file for the table, or a .json file")
 
@@ -116,10 +117,11 @@ def _programs(config: ConfigDict, params: dict[str, Params]) -> list[Program]:
         for decoding, latent_space in chosen.items():
             function = generator.image_function(flow_network, settings, latent_space, steps=steps)
             programs.append(_compile(function, steps, decoding, *inputs))
-    weights = flatten_dict(params, sep="/")
-    function = stablehlo.image_function(flow_network, settings, space, steps=first)
-    function = export.deserialize(bytearray(stablehlo.serialize(function, weights))).call
-    programs.append(_compile(function, first, f"{last}, StableHLO", weights, labels, seed))
+    if _STABLEHLO.value:
+        weights = flatten_dict(params, sep="/")
+        function = stablehlo.image_function(flow_network, settings, space, steps=first)
+        function = export.deserialize(bytearray(stablehlo.serialize(function, weights))).call
+        programs.append(_compile(function, first, f"{last}, StableHLO", weights, labels, seed))
     return programs
 
 

@@ -7,9 +7,11 @@
 It measures the whole step of Decoupled MeanFlow with model guidance (or of --objective), including
 the optimizer and the EMA, on all devices of this machine. The variants take turns, --rounds times;
 the table shows medians, and ratios to the plain step (without compute sharing) with the same scan
-and remat. The MFU counts the operations that the objective needs at least (`Objective.flops`),
-relative to the rate of one large matmul in the same process. With --profile the fastest variant is
-traced, and its ten longest operations are printed.
+and remat. The operations that the objective needs at least (`Objective.flops`) are shown relative
+to the published peak of the device, the MFU, and to the rate of one large matmul in the same
+process. With --profile the fastest variant is traced, and its ten longest operations are printed.
+A variant that does not fit into memory is left out, and one that would be compiled later than
+--compile-within seconds after the first.
 """
 
 import collections
@@ -18,6 +20,7 @@ import glob
 import itertools
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,7 +35,7 @@ from ml_collections import ConfigDict
 
 from benchmarks.machine import machine, start
 from benchmarks.variants import HEAD, OBJECTIVES, Variant, config_of
-from dmf.runtime.device_specs import DEVICE_SPECS, GIB
+from dmf.runtime.device_specs import DEVICE_SPECS, GIB, mfu
 from dmf.runtime.sharding import make_mesh
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
@@ -52,6 +55,8 @@ _REMAT = flags.DEFINE_list("remat", ["none", "dots", "full"], "rematerialisation
 _ATTENTION = flags.DEFINE_list("attention", ["auto"], "implementations of attention")
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "measurements of each variant")
 _PROFILE = flags.DEFINE_boolean("profile", False, "also the longest operations of the fastest")
+_COMPILE_WITHIN = flags.DEFINE_float("compile-within", float("inf"), "compile no further variant "
+                                     "after so many seconds")
 _OUTPUT = flags.DEFINE_string("output", "", "a .md file for the table, and a .json beside it")
 
 
@@ -150,6 +155,40 @@ def longest_operations(run: Callable[[], Any], count: int = 10) -> list[tuple[st
     return [(name, nanoseconds / total) for name, nanoseconds in durations.most_common(count)]
 
 
+def _compiled(variants: Sequence[Variant]) -> dict[Variant, Measurement]:
+    """The variants that the compiler accepts, as far as there is time for them."""
+    measured: dict[Variant, Measurement] = {}
+    began = time.perf_counter()
+    for variant in variants:
+        if measured and time.perf_counter() - began > _COMPILE_WITHIN.value:
+            _tell(variant, "left out, because compiling the others took too long")
+            continue
+        try:
+            measured[variant] = compile_variant(variant)
+        except jax.errors.JaxRuntimeError as error:
+            _tell(variant, str(error))
+    return measured
+
+
+def _warm_up(measured: dict[Variant, Measurement], states: list[TrainState]) -> None:
+    """Runs each variant once, and removes those for which the device has too little memory."""
+    for variant in list(measured):
+        began = time.perf_counter()
+        try:
+            measured[variant].run(states)
+        except jax.errors.JaxRuntimeError as error:
+            del measured[variant]
+            states[0] = first_state(variant)  # It may have been donated.
+            _tell(variant, str(error))
+        else:
+            _tell(variant, f"first step {time.perf_counter() - began:.2f} s")
+
+
+def _tell(variant: Variant, text: str) -> None:
+    """Prints a line at once, so that it is there if the measurement is ended early."""
+    print(f"{variant}: {text.partition(chr(10))[0][:120]}", file=sys.stderr, flush=True)
+
+
 def main(_: Sequence[str]) -> None:
     """Measures, prints and writes the table."""
     sharings = ["-"] if _OBJECTIVE.value == "flow_matching" else _SHARING.value
@@ -158,20 +197,17 @@ def main(_: Sequence[str]) -> None:
         for batch, scan, remat, attention, sharing in itertools.product(
             _BATCH.value, _SCAN.value, _REMAT.value, _ATTENTION.value, sharings)
     ]
-    measured: dict[Variant, Measurement] = {}
-    for variant in variants:
-        try:
-            measured[variant] = compile_variant(variant)
-        except jax.errors.JaxRuntimeError as error:
-            print(f"{variant}: {str(error).partition(chr(10))[0][:120]}", flush=True)
+    measured = _compiled(variants)
     best_matmul, states = matmul_flops(), [first_state(variants[0])]
-    for turn in range(_ROUNDS.value + 1):
+    _warm_up(measured, states)
+    if not measured:
+        raise SystemExit("no variant fits into the memory of the device")
+    for _ in range(_ROUNDS.value):
         for measurement in measured.values():
             start, busy = time.perf_counter(), time.process_time()
             measurement.run(states)
-            if turn:  # the first warms up
-                measurement.seconds.append(time.perf_counter() - start)
-                measurement.cpu_seconds.append(time.process_time() - busy)
+            measurement.seconds.append(time.perf_counter() - start)
+            measurement.cpu_seconds.append(time.process_time() - busy)
     _report(measured, best_matmul, states)
 
 
@@ -185,10 +221,10 @@ def _speedup(by_clock: float, by_cpu_time: float) -> str:
 def _report(
     measured: dict[Variant, Measurement], best_matmul: float, states: list[TrainState]
 ) -> None:
-    devices = jax.device_count()
+    devices, kind = jax.device_count(), jax.devices()[0].device_kind
     lines = [f"{HEAD} seconds | times as fast as plain | temporaries GiB | to plain | "
-             "compiled in s | images/s | MFU |",
-             "|" + "---|" * 12]
+             "compiled in s | images/s | of a matmul | MFU |",
+             "|" + "---|" * 13]
     for variant, measurement in measured.items():
         plain = measured.get(variant.plain)
         ratios = ["-", "-"]
@@ -200,35 +236,43 @@ def _report(
             ]
             ratios = [_speedup(*speedups),
                       f"{measurement.temporaries / plain.temporaries:.2f}"]
-        mfu = measurement.flops / measurement.median / (best_matmul * devices)
+        rate = measurement.flops / measurement.median
+        of_peak = mfu(rate, kind, devices)
         lines.append(
             f"{variant.cells} {measurement.median:.3f} | {ratios[0]} | "
             f"{measurement.temporaries / GIB:.2f} | {ratios[1]} | "
             f"{measurement.compile_seconds:.0f} | {variant.batch / measurement.median:.1f} | "
-            f"{mfu:.1%} |")
+            f"{rate / (best_matmul * devices):.1%} | "
+            f"{'-' if of_peak is None else format(of_peak, '.1%')} |")
     per_sample = {m.flops / variant.batch for variant, m in measured.items()}
-    kind = jax.devices()[0].device_kind
     specs = DEVICE_SPECS.get(kind)
     published = f", published {specs.flops / 1e12:.0f}" if specs else ""
     lines += ["", f"{_OBJECTIVE.value}, {_SIZE.value}/2 at 32 x 32 x 4, {_DTYPE.value}, medians of "
               f"{_ROUNDS.value} rounds in turn; {max(per_sample) / 1e9:.4g} GFLOP per sample; a "
               f"matmul reached {best_matmul / 1e12:.4g} TFLOP/s per device{published}. On "
               f"{machine()}."]
-    if _PROFILE.value:
+    print("\n".join(lines), flush=True)
+    _write(lines, measured)
+    if _PROFILE.value:  # Afterwards, because a device may refuse to be traced.
         fastest = min(measured, key=lambda v: measured[v].median / v.batch)
-        lines += ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|"]
-        lines += [f"| {name} | {share:.1%} |"
-                  for name, share in longest_operations(lambda: measured[fastest].run(states))]
-    text = "\n".join(lines)
-    print(text)
-    if _OUTPUT.value:
-        path = Path(_OUTPUT.value)
-        path.write_text(text + "\n")
-        rows = [v._asdict() | {"seconds": m.seconds, "cpu_seconds": m.cpu_seconds,
-                               "temporaries": m.temporaries,
-                               "compile_seconds": m.compile_seconds, "flops": m.flops}
-                for v, m in measured.items()]
-        path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        longest = longest_operations(lambda: measured[fastest].run(states))
+        table = ["", f"Longest operations of {fastest}:", "", "| operation | share |", "|---|---|",
+                 *(f"| {name} | {share:.1%} |" for name, share in longest)]
+        print("\n".join(table))
+        _write([*lines, *table], measured)
+
+
+def _write(lines: Sequence[str], measured: dict[Variant, Measurement]) -> None:
+    """Writes the table, and the measurements beside it."""
+    if not _OUTPUT.value:
+        return
+    path = Path(_OUTPUT.value)
+    path.write_text("\n".join(lines) + "\n")
+    rows = [v._asdict() | {"seconds": m.seconds, "cpu_seconds": m.cpu_seconds,
+                           "temporaries": m.temporaries,
+                           "compile_seconds": m.compile_seconds, "flops": m.flops}
+            for v, m in measured.items()]
+    path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

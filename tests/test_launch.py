@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -9,6 +10,8 @@ import sys
 import time
 
 import pytest
+
+from benchmarks import missing_packages
 
 LAUNCH = pathlib.Path(__file__).resolve().parent.parent / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -28,6 +31,15 @@ until [ "$how" = wait ] || [ -e "$TOLD/${AFTER:-.}" ]; do sleep 0.05; done
 [ "$how" = wait ] || exit "$how"
 trap 'touch "$TOLD/ended.$i"; exit 75' TERM; touch "$TOLD/waits.$i"
 for ((n = 0; n < 1200; n++)); do sleep 0.05; done
+"""
+# An interpreter whose module FAILS fails, and which trains until it is told to stop.
+PYTHON = """#!/usr/bin/env bash
+echo "$2" >> "$TOLD/modules"
+[ "$2" != "$FAILS" ] || exit 3
+[ "$2" = dmf ] || exit 0
+for flag; do case $flag in --workdir=*) folder=${flag#*=} ;; esac; done
+mkdir -p "$folder" && echo '{"step": 10}' > "$folder/metrics.jsonl"
+exit 75
 """
 STUBS = ("dmf", "srun", "scontrol", "gcloud", "kubectl", "nvidia-smi")
 
@@ -227,3 +239,29 @@ def test_gke_logs_and_deletes(tmp_path):
     assert line == "kubectl delete job/run service/run"
     done = launch(tmp_path, "gke.sh", "apply", "--", "--a", NAME="run")
     assert done.returncode and "IMAGE: the image" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fails", "told_last"),
+    [("", ""), ("benchmarks.attention", "failed: attention; "),
+     ("dmf", "failed: digits digits.jsonl; ")],
+)  # fmt: skip
+def test_a_part_of_the_benchmarks_that_fails_stops_no_other(tmp_path, fails, told_last):
+    (tmp_path / "python").write_text(PYTHON)
+    (tmp_path / "python").chmod(0o755)
+    out = tmp_path / "out"
+    done = launch(tmp_path, "benchmarks.sh", str(out), PYTHON=str(tmp_path / "python"), FAILS=fails)
+    assert done.returncode == bool(fails), done.stderr
+    *_, last = done.stdout.splitlines()
+    assert re.fullmatch(f"{re.escape(str(out))}: {told_last}\\d+ s in all", last)
+    parts = ["correctness", "train_step", "attention", "sampling"]
+    modules = [f"benchmarks.{name}" for name in ("missing_packages", *parts)]
+    assert told(tmp_path, "modules") == [*modules, "dmf"]
+    assert {path.stem for path in out.glob("*.log")} == {*parts, "digits"}
+    assert (out / "digits.jsonl").exists() == (fails != "dmf")
+
+
+def test_packages_that_are_missing_are_named():
+    required = missing_packages.required()
+    assert {"jax>=0.10", "tensorflow-datasets>=4.9.9", "scikit-learn>=1.5"} <= set(required)
+    assert missing_packages.missing(["none-such>=1", *required]) == ["none-such>=1"]

@@ -9,7 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
 import jax
@@ -96,17 +96,20 @@ class DataLoader:
         Returns:
           A batch whose fields are those that `Dataset.read` returns, [batch_size, ...].
         """
-        parts = {span: self._read(step, *span) for span in self.spans(sharding)}
+        spans = sorted(self.spans(sharding))
+        rows, first, places = self._read(step, spans), 0, {}
+        for start, stop in spans:
+            places[start, stop] = slice(first, first + stop - start)
+            first += stop - start
 
-        def leaf(key: str) -> jax.Array:
-            shape = next(iter(parts.values()))[key].shape[1:]
-
+        def leaf(values: np.ndarray) -> jax.Array:
             def part(index: tuple[slice, ...]) -> np.ndarray:
-                return parts[index[0].indices(self.batch_size)[:2]][key]
+                return values[places[index[0].indices(self.batch_size)[:2]]]
 
-            return jax.make_array_from_callback((self.batch_size, *shape), sharding, part)
+            shape = (self.batch_size, *values.shape[1:])
+            return jax.make_array_from_callback(shape, sharding, part)
 
-        return Batch(**{key: leaf(key) for key in next(iter(parts.values()))})
+        return Batch(**{key: leaf(values) for key, values in rows.items()})
 
     def abstract_batch(self, sharding: NamedSharding) -> Batch:
         """The shapes, dtypes and sharding of a global batch, from one sample of the dataset."""
@@ -124,25 +127,56 @@ class DataLoader:
         indices = sharding.addressable_devices_indices_map((self.batch_size,)).values()
         return {index[0].indices(self.batch_size)[:2] for index in indices}
 
-    def batches(self, start: int, sharding: NamedSharding) -> Iterator[Batch]:
+    def batches(self, start: int, sharding: NamedSharding) -> "Batches":
         """The batches of steps start, start + 1, ..., which a thread reads ahead."""
-        with concurrent.futures.ThreadPoolExecutor(1, "data") as pool:
-            ahead = collections.deque(
-                pool.submit(self.batch, start + i, sharding) for i in range(PREFETCH)
-            )
-            step = start + PREFETCH
-            while True:
-                ready = ahead.popleft().result()
-                ahead.append(pool.submit(self.batch, step, sharding))
-                step += 1
-                yield ready
+        return Batches(self, start, sharding)
 
     def index(self, position: int) -> int:
         """The index in the dataset of the sample at a position of the endless order."""
         return int(self._order[position])
 
-    def _read(self, step: int, start: int, stop: int) -> Rows:
+    def _read(self, step: int, spans: Sequence[tuple[int, int]]) -> Rows:
+        """The samples of some spans of a batch, in one read: each read starts threads."""
         first = step * self.batch_size
-        rows = self.dataset.read([self.index(first + i) for i in range(start, stop)])
+        rows = self.dataset.read([self.index(first + i) for span in spans for i in range(*span)])
         check_labels(rows["y"], self.dataset)
         return rows
+
+
+class Batches:
+    """An endless iterator over the batches of a data loader.
+
+    A thread reads `PREFETCH` batches ahead, decodes them and sends them to the devices.
+    """
+
+    def __init__(self, loader: DataLoader, start: int, sharding: NamedSharding):
+        """Starts to read.
+
+        Args:
+          loader: the data loader.
+          start: step of the first batch.
+          sharding: sharding of the batch axis over the mesh.
+        """
+        self._read = functools.partial(loader.batch, sharding=sharding)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "data")
+        self._ahead = collections.deque(
+            self._pool.submit(self._read, start + i) for i in range(PREFETCH)
+        )
+        self._step = start + PREFETCH
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def is_ready(self) -> bool:
+        """Whether the next batch is read, so that nobody waits for it."""
+        return self._ahead[0].done()
+
+    def __next__(self) -> Batch:
+        ready = self._ahead.popleft().result()
+        self._ahead.append(self._pool.submit(self._read, self._step))
+        self._step += 1
+        return ready
+
+    def close(self) -> None:
+        """Ends the thread; what it has not begun to read is not read."""
+        self._pool.shutdown(cancel_futures=True)

@@ -330,9 +330,9 @@ def _open_tfds(
 ) -> TfdsDataset:
     """A split of a TFDS dataset, and the TFDS feature of each field that `read` returns."""
     features = builder.info.features
-    packed = is_packed(features[chosen["x"]]) and all(
+    packed = all(
         is_packed(features[feature]) or is_encoded(features[feature])
-        for key, feature in chosen.items() if key != "x"
+        for feature in chosen.values()
     )
     methods = tfds.decode.DeserializeMethod
     method = methods.RAW_BYTES if packed else methods.DESERIALIZE_AND_DECODE

@@ -16,6 +16,7 @@ There may be a million files: opening a cache lists them and reads the headers o
 error about any other file is raised when that file is read. Nothing is ever unpickled.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -41,6 +42,8 @@ SUFFIXES = (".npy", ".npz")
 # Number of files whose headers are compared when a cache is opened.
 CHECKED_FILES = 8
 MAX_CLASSES = 2**31
+# Threads that read the files of a batch, because a file on a network disk takes milliseconds.
+READ_THREADS = 16
 _EDM2_NAME = re.compile(r"(?:.*/)?(\d{5})/img-mean-std-\1\d{3}\.npy")
 _MOMENTS, _MEAN_STD = ("moments", "moments_flip"), ("mean", "std", "mean_flip", "std_flip")
 # The sets of arrays that a file may hold, apart from a label.
@@ -137,10 +140,17 @@ class LatentCache:
         """
         moments = np.empty((len(indices), *self.shape), self.layout.dtype.newbyteorder("="))
         y = np.zeros(len(indices), np.int32)
+
+        def fill(span: range) -> None:
+            for i in span:
+                with _errors_of_file(self.names[indices[i]]):
+                    y[i] = self._read_into(moments[i], indices[i])
+
+        size = max(1, -(-len(indices) // READ_THREADS))
+        spans = [range(i, min(i + size, len(y))) for i in range(0, len(y), size)]
         with _errors_of_directory(self.directory):
-            for i, index in enumerate(indices):
-                with _errors_of_file(self.names[index]):
-                    y[i] = self._read_into(moments[i], index)
+            with concurrent.futures.ThreadPoolExecutor(READ_THREADS, "read") as pool:
+                list(pool.map(fill, spans))
             self._check_values(moments, indices)
         return {"x": moments, "y": y}
 

@@ -2,7 +2,7 @@
 
     built = training(config)                          everything is checked here, before any file
     state = restored checkpoint, or initial state
-    for step, batch in data loader:
+    for step, batch in data loader:          read ahead by a thread; training/data_wait.py
         state, metrics = train_step(state, batch)
         log metrics -> save a checkpoint -> stop after a signal -> sample grid -> evaluation
 """
@@ -37,6 +37,7 @@ from dmf.training.callbacks import (
     Profiler,
     is_due,
 )
+from dmf.training.data_wait import DataWait
 from dmf.training.metric_accumulator import MetricAccumulator, Report
 from dmf.training.metrics_writer import MetricsWriter, NoMetrics
 from dmf.training.prepared_run import prepare
@@ -53,6 +54,8 @@ CHANGEABLE = (
     "objective.compute_sharing", "objective.time_bins", "model.scan", "model.remat",
     "model.attention",
 )  # fmt: skip
+# Every process logs a line of its own if its devices wait for data for more than this fraction.
+LOGGED_WAIT = 0.1
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
@@ -182,18 +185,21 @@ class Loop:
         start, total = int(state.step), self.training.run.steps
         writer = MetricsWriter(self.workdir, start) if processes.is_first_process() else NoMetrics()
         self.evaluate.writer = writer
-        log = StepLog(self.training, self.checkpoints, writer, start)
         loader, sharding = self.training.data_loader, batch_sharding(self.training.recipe.mesh)
         batches = loader.batches(start, sharding)
+        data_wait = DataWait(batches)
+        log = StepLog(self.training, self.checkpoints, writer, data_wait, start)
         try:
             if start and self.evaluate.due(start) and not self.evaluate.is_done(start):
                 self.evaluate(start, state)
-            for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
+            for step in range(start + 1, total + 1):
+                batch = data_wait.next_batch()
                 if step == start + 1:
                     self._compile(state, batch)
                     log.start_clock(start)
                 self.profiler.before_step(step)
                 state, metrics = self.train_step(state, batch)
+                data_wait.dispatched(metrics)
                 self.profiler.after_step(step, metrics)
                 if step == start + 1:
                     jax.block_until_ready(metrics)
@@ -242,6 +248,7 @@ class StepLog:
         training: build.Training,
         checkpoints: CheckpointManager,
         writer: MetricsWriter | NoMetrics,
+        data_wait: DataWait,
         start: int,
     ):
         """Starts at a step.
@@ -250,9 +257,10 @@ class StepLog:
           training: recipe, data loader and settings of the run.
           checkpoints: the checkpoint manager, whose newest step error messages name.
           writer: the metrics writer.
+          data_wait: measures how long the devices wait for data.
           start: the step that the run starts or resumes at.
         """
-        self._training, self._writer = training, writer
+        self._training, self._writer, self._data_wait = training, writer, data_wait
         self._total = training.run.steps
         self._clock = Clock(start, self._total)
         self._accumulator = MetricAccumulator(
@@ -262,6 +270,7 @@ class StepLog:
     def start_clock(self, start: int) -> None:
         """Measures the speed from now on, without the compilation."""
         self._clock = Clock(start, self._total)
+        self._data_wait.restart()
 
     def _due(self, step: int) -> bool:
         return is_due(step, self._training.run.log_every, self._total)
@@ -283,7 +292,8 @@ class StepLog:
                 self._log(report)
 
     def _log(self, report: Report) -> None:
-        """Writes and prints the mean metrics since the last report, and the speed.
+        """Writes and prints the mean metrics since the last report, the speed, and the fraction of
+        the time for which the devices waited for data.
 
         The MFU counts the operations of `Objective.flops`, without recomputation.
         """
@@ -292,7 +302,9 @@ class StepLog:
         means["epoch"] = step * loader.batch_size / len(loader.dataset)
         steps_per_second = self._clock.rate(step)
         images_per_second = steps_per_second * recipe.batch_size
-        speed = {"steps_per_second": steps_per_second, "images_per_second": images_per_second}
+        waited = self._data_wait.fraction()
+        speed = {"steps_per_second": steps_per_second, "images_per_second": images_per_second,
+                 "data_wait_fraction": waited}
         flops, devices = recipe.objective.flops(recipe.network), recipe.mesh.devices
         utilisation = mfu(images_per_second * flops, devices.flat[0].device_kind, devices.size)
         if utilisation is not None:
@@ -309,6 +321,9 @@ class StepLog:
             f"time left {self._clock.time_left(step)}",
         ]
         processes.log("  ".join(parts))
+        if waited > LOGGED_WAIT:
+            processes.log(f"host {platform.node()}: its devices waited for data {waited:.0%} of "
+                          "the time; docs/data.md says what a host can read", each=True)
 
 
 def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:

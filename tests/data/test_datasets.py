@@ -2,6 +2,8 @@
 
 import json
 import subprocess
+import sys
+import time
 
 import jax
 import numpy as np
@@ -10,9 +12,9 @@ import sklearn.datasets
 import tiny
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from tfds_datasets import Squares
+from tfds_datasets import Photos, Squares
 
-from dmf.data import build
+from dmf.data import build, datasets
 from dmf.data.data_loader import DataLoader
 from dmf.data.datasets import (
     Dataset,
@@ -33,13 +35,14 @@ class Numbered:
     name, num_classes, shape = "numbered", 10**6, (1, 1, 1)
 
     def __init__(self, count: int):
-        self.count, self.read_indices = count, []
+        self.count, self.read_indices, self.reads = count, [], 0
 
     def __len__(self) -> int:
         return self.count
 
     def read(self, indices):
         self.read_indices.extend(indices)
+        self.reads += 1
         x = np.array(indices, np.uint8).reshape(-1, 1, 1, 1)
         return {"x": x, "y": np.array(indices, np.int32)}
 
@@ -140,7 +143,7 @@ def test_seeds_differ():
     assert batch_labels(one, 0) != batch_labels(other, 0)
 
 
-def test_only_rows_of_addressable_devices_are_read(monkeypatch):
+def test_only_rows_of_addressable_devices_are_read_and_at_once(monkeypatch):
     everything = batch_labels(DataLoader(dataset=Numbered(100), batch_size=16), 2)
     dataset = Numbered(100)
     sharding = batch_sharding(make_mesh())
@@ -157,7 +160,7 @@ def test_only_rows_of_addressable_devices_are_read(monkeypatch):
     expected = [everything[i] for index in local.values() for i in range(*index[0].indices(16))]
     assert sorted(dataset.read_indices) == sorted(expected)
     assert batch.y.tolist() == expected
-    assert len(expected) == 4
+    assert (len(expected), dataset.reads) == (4, 1)
 
 
 def test_replicated_rows_are_read_once():
@@ -169,6 +172,9 @@ def test_replicated_rows_are_read_once():
 def test_reading_ahead_gives_the_batches_of_the_steps():
     loader = DataLoader(dataset=Numbered(50), batch_size=8, seed=4)
     ahead = loader.batches(3, batch_sharding(make_mesh()))
+    until = time.monotonic() + 30
+    while not ahead.is_ready():
+        assert time.monotonic() < until
     taken = [np.asarray(next(ahead).y).tolist() for _ in range(4)]
     ahead.close()
     assert taken == [batch_labels(loader, step) for step in range(3, 7)]
@@ -211,6 +217,17 @@ def test_rows_are_as_they_are_stored(prepared):
     assert x.dtype == np.uint8
     assert set(np.unique(x)) <= set(range(0, 240, 6))
     np.testing.assert_array_equal(x[:, 0, 0, 0] // 6 % 3, y)
+
+
+def test_images_are_decoded_on_all_cores_as_tfds_decodes_them(tmp_path, monkeypatch):
+    builder = Photos(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
+    photos = open_dataset("photos", directory=str(tmp_path))
+    rows, expected = photos.read(range(40)), list(builder.as_data_source("train"))
+    assert photos.packed  # Not decoded by TFDS, in one thread.
+    np.testing.assert_array_equal(rows["x"], [row["image"] for row in expected])
+    assert rows["y"].tolist() == [row["label"] for row in expected]
 
 
 @pytest.mark.parametrize(
@@ -316,6 +333,19 @@ def test_hosts_read_the_parts_of_one_stream(hosts):
         batch = alone.batch(step, batch_sharding(one_device()))
         expected[step] = np.column_stack([batch.y, batch.x.reshape(16, -1)]).tolist()
     assert global_batches(hosts, tiny.free_port()) == expected
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_loader_reads_with_several_processes(tmp_path):
+    """Each of two reads half of the rows of a batch."""
+    command = [sys.executable, "-m", "benchmarks.loader", "--rows=2112", "--seconds=0.3",
+               "--batch=64", "--processes=1,2", f"--output={tmp_path}"]  # fmt: skip
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    done = subprocess.run(command, cwd=tiny.ROOT, env=tiny.environment() | flags, timeout=280)
+    assert done.returncode == 0
+    rows = [line.split(" | ") for line in (tmp_path / "loader.md").read_text().splitlines()]
+    parts = {cells[0]: cells[1] for cells in rows if cells[0] in ("| 1", "| 2")}
+    assert parts == {"| 1": "64", "| 2": "32"}
 
 
 def test_a_subset_and_a_mixture():

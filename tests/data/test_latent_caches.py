@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import json
 import os
+import threading
 import zipfile
 
 import numpy as np
@@ -127,6 +128,21 @@ def refused(action, *named: str) -> str:
 
 
 # Layouts.
+
+
+def test_files_are_read_at_once(tmp_path, monkeypatch):
+    """Each waits until as many as there are threads are being read."""
+    count = latent_caches.READ_THREADS
+    rows = random_moments(count)
+    cache = open_cache(write_edm2(tmp_path, rows, np.arange(count)))
+    together, read = threading.Barrier(count, timeout=20), archives.Folder.read
+
+    def wait_and_read(*arguments):
+        together.wait()
+        return read(*arguments)
+
+    monkeypatch.setattr(archives.Folder, "read", wait_and_read)
+    np.testing.assert_array_equal(cache.read(range(count))["x"][:, 0], rows[:, 0])
 
 
 @pytest.mark.parametrize("packed", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])

@@ -1,6 +1,7 @@
 """Small datasets of TFDS, under names that dmf has never heard of."""
 
 import numpy as np
+import PIL.Image
 import tensorflow_datasets as tfds
 
 
@@ -33,3 +34,19 @@ class Sounds(Squares):
 
     def _generate_examples(self):
         yield 0, {"sound": np.zeros(4, np.float32)}
+
+
+class Photos(Squares):
+    """Squares stored as image files, as TFDS stores most of its datasets of images."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 3), encoding_format="png"),
+            "label": tfds.features.ClassLabel(num_classes=3),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self):
+        pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+        for i, image in enumerate(map(PIL.Image.fromarray, pixels)):
+            yield i, {"image": image, "label": i % 3}

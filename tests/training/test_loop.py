@@ -147,27 +147,31 @@ def test_a_run_writes_what_it_says():
     assert PIL.Image.open(workdir / "samples/00000008.png").size == (6 * 91, 6 * 37)
 
 
-def test_the_mfu_is_reported_where_the_peak_is_known(tmp_path, monkeypatch, capsys):
+def test_the_mfu_and_waits_are_reported(tmp_path, monkeypatch, capsys):
+    """The MFU where the peak is known, and waits for data where they are long."""
     specs = device_specs.DeviceSpec(1e9, 1e9, 1e9)
     monkeypatch.setitem(device_specs.DEVICE_SPECS, jax.devices()[0].device_kind, specs)
+    monkeypatch.setattr(loop, "LOGGED_WAIT", -1.0)
     loop.train(tiny.config({"run.steps": 2}), tmp_path)
     (row,) = metrics(tmp_path)
     network = build.training(tiny.config()).recipe.network
     flops = row["images_per_second"] * 3 * network.flops.forward
     assert row["mfu"] == pytest.approx(flops / (8 * 1e9), rel=1e-4)
-    assert f"MFU {row['mfu']:.1%}  time left 0:00" in capsys.readouterr().err
+    lines = capsys.readouterr().err
+    assert f"MFU {row['mfu']:.1%}  time left 0:00" in lines
+    assert f"waited for data {row['data_wait_fraction']:.0%} of the time" in lines
 
 
 def test_metrics_hold_every_reported_step():
     rows = metrics(tiny.flow_run())
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     expected = {"step", "loss", "flow_matching_error", "gradient_norm", "learning_rate",
-                "images_per_second", "steps_per_second", "epoch"}
+                "images_per_second", "steps_per_second", "data_wait_fraction", "epoch"}
     for row in rows:
         assert set(row) == expected
         assert row["learning_rate"] == pytest.approx(1e-3)
         assert row["images_per_second"] == pytest.approx(16 * row["steps_per_second"], rel=1e-5)
-        assert row["gradient_norm"] > 0
+        assert row["gradient_norm"] > 0 and 0 <= row["data_wait_fraction"] <= 1
         assert row["epoch"] == pytest.approx(row["step"] * 16 / 1797, rel=1e-5)
         assert row["loss"] == pytest.approx(row["flow_matching_error"], rel=1e-5)
 
