@@ -73,6 +73,13 @@ _RUNTIME = (
         ("tests/runtime/test_sharding.py",),
     ),
     Mutant(
+        "part_of_an_axis", "an axis that does not divide a dimension does not split it",
+        "dmf/runtime/sharding.py",
+        "math.gcd(sizes[axis], length) for i",
+        "1 if length % sizes[axis] else sizes[axis] for i",
+        ("tests/runtime/test_sharding.py",),
+    ),
+    Mutant(
         "checksum_order", "the checksum does not depend on the order of the values",
         "dmf/runtime/checksums.py",
         "h = words + index * jnp.uint32(0x9E3779B9)",
