@@ -9,9 +9,9 @@ The mesh has four axes:
 - "tensor" splits the dimensions of parameters that `TENSOR_RULES` names.
 
 "data" and "fsdp" need not divide the dimension of an array that they split: the greatest common
-divisor of the two is the number of parts, and the other devices of the axis hold copies of them. The
-sharding of such an array is on a mesh of its own, with the same devices in the same order, in which
-the axis is two: "data" and "data_copies".
+divisor of the two is the number of parts, and the other devices of the axis hold copies of them.
+The sharding of such an array is on a mesh of its own, with the same devices in the same order, in
+which the axis is two: "data" and "data_copies".
 """
 
 import math
