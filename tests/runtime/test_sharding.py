@@ -79,7 +79,8 @@ def test_state_is_spread_over_data_too(path, expected):
 
 def partition_of(name: str, shape: tuple, axes: tuple[str, ...], **sizes: int) -> PartitionSpec:
     """The partition of a parameter of which each axis splits a dimension completely."""
-    spec, parts = partition(name, shape, {"data": 1, "fsdp": 1, "tensor": 1} | sizes, axes)
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    spec, parts = partition(name, shape, sizes, axes, copies=False)
     assert parts == {axis: sizes[axis] for axis in parts}
     return spec
 
@@ -131,20 +132,26 @@ def test_a_dimension_that_no_axis_divides_stays_whole():
         # The dimension that can be split most, the largest of several, and not the largest of all.
         ((1000, 64), {"data": 16}, (None, "data"), {"data": 16}),
         ((1000, 96), {"data": 24}, (None, "data"), {"data": 24}),
-        ((1000, 40), {"data": 16}, ("data", None), {"data": 8}),
-        ((1152, 1152), {"data": 256}, ("data", None), {"data": 128}),
+        ((1004, 42), {"data": 16}, ("data", None), {"data": 4}),
+        # Parts that leave copies are whole tiles of eight rows, if the dimension has these.
+        ((1152, 1152), {"data": 128}, ("data", None), {"data": 128}),
+        ((1152, 1152), {"data": 256}, ("data", None), {"data": 16}),
+        ((1152, 36), {"data": 5 * 256}, ("data", None), {"data": 16}),
         ((1152, 4608), {"data": 256}, (None, "data"), {"data": 256}),
         ((1152, 72), {"data": 12}, ("data", None), {"data": 12}),
         # An axis splits what the axis before it has left.
         ((1152, 32), {"fsdp": 64, "data": 4}, (("fsdp",), "data"), {"fsdp": 64, "data": 4}),
         ((1152, 1152), {"fsdp": 8, "data": 12}, (("fsdp", "data"), None), {"fsdp": 8, "data": 12}),
-        ((1152, 5), {"fsdp": 8, "data": 64}, (("fsdp", "data"), None), {"fsdp": 8, "data": 16}),
+        ((1152, 5), {"fsdp": 8, "data": 64}, (("fsdp", "data"), None), {"fsdp": 8, "data": 2}),
         ((1152, 1152), {"fsdp": 5, "data": 7}, (None, None), {}),
     ],
 )
-def test_an_axis_splits_a_dimension_by_their_greatest_common_divisor(shape, sizes, spec, parts):
+def test_an_axis_splits_a_dimension_by_a_divisor(shape, sizes, spec, parts):
     sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
-    assert partition("x", shape, sizes, ("fsdp", "data")) == (PartitionSpec(*spec), parts)
+    axes = ("fsdp", "data")
+    assert partition("x", shape, sizes, axes, copies=True) == (PartitionSpec(*spec), parts)
+    whole = {axis: count for axis, count in parts.items() if count == sizes[axis]}
+    assert partition("x", shape, sizes, axes, copies=False)[1] == whole
 
 
 # The parameters of XL/2 that hold more than 99 % of the values.
@@ -160,11 +167,11 @@ XL_KERNELS = {
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 @pytest.mark.parametrize("size", [*range(1, 33), 48, 56, 96, 100, 256, 384, 1000, 2048, 4096])
 def test_a_mesh_of_any_size_splits_the_state_of_xl(axis, size):
-    """By all of its factors 2, up to 128, and two factors 3: those of the width."""
+    """By all devices if they divide the width of 1,152, and else by a divisor of its 144 tiles."""
     sizes = {"data": 1, "fsdp": 1, "tensor": 1, axis: size}
     for name, shape in XL_KERNELS.items():
-        _, parts = partition(name, shape, sizes, ("fsdp", "data"))
-        assert parts.get(axis, 1) == math.gcd(size, 1152), name
+        _, parts = partition(name, shape, sizes, ("fsdp", "data"), copies=True)
+        assert parts.get(axis, 1) == (size if 1152 % size == 0 else math.gcd(size, 144)), name
 
 
 @pytest.mark.parametrize(

@@ -225,19 +225,23 @@ def axes(groups: np.ndarray, mesh: Mesh) -> set[str]:
 
 def unexpected_gathers(text: str, params: Any, mesh: Mesh) -> list[GatheredArray]:
     """What a program gathers, as large as a parameter that is split, against the design: all but
-    each leaf once along "data", as it was updated in parts, and along "fsdp" what it splits of a
-    leaf outside of the blocks, or of one block. Sizes are compared, and not shapes."""
-    updated, whole = collections.Counter(), set()
+    each leaf once along "data", or along "fsdp" where that does not split it, as it was updated in
+    parts, and along "fsdp" what it splits of a leaf outside of the blocks, or of one block. Sizes
+    are compared, and not shapes."""
+    updated, whole, unsplit = collections.Counter(), set(), set()
     for path, leaf in jax.tree.leaves_with_path(params):
         part = math.prod(leaf.sharding.shard_shape(leaf.shape))
         updated[part] += 1
         if any("fsdp" in np.atleast_1d(named) for named in leaf.sharding.spec if named):
             blocks = leaf.shape[0] if "blocks" in jax.tree_util.keystr(path) else 1
-            whole.add(part * leaf.sharding.mesh.shape["fsdp"] // blocks)
+            whole.add(part * mesh.shape["fsdp"] // blocks)
+        else:
+            unsplit.add(part)
     found = []
     for result in gathered_arrays(text, 8):
         size, along = math.prod(result.shape), axes(result.groups, mesh)
-        if along == {"data"} and updated[size]:
+        once = along == {"data"} or (along == {"fsdp"} and size in unsplit)
+        if once and updated[size]:
             updated[size] -= 1
         elif size >= SMALLEST_SPLIT and not (
             "fsdp" in along and "tensor" not in along and size in whole
@@ -279,7 +283,7 @@ UNEVEN = {"time_embedding": {"in": {"kernel": (36, 130)}}}
         (SINGLE, (8, 1, 1), state_shardings, lambda x: (x, jnp.sort(x, axis=1)), 1),
         (UNEVEN, (8, 1, 1), state_shardings, lambda x: x, 0),
         (UNEVEN, (8, 1, 1), state_shardings, lambda x: (x, jnp.sort(x, axis=1)), 1),
-        (UNEVEN, (1, 8, 1), parameter_shardings, lambda x: x, 0),
+        (UNEVEN, (1, 8, 1), state_shardings, lambda x: x, 0),
     ],
 )
 def test_what_is_gathered_against_the_design_is_seen(shapes, sizes, kind, use, count):
