@@ -165,13 +165,13 @@ XL_KERNELS = {
 
 
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
-@pytest.mark.parametrize("size", [*range(1, 33), 48, 56, 96, 100, 256, 384, 1000, 2048, 4096])
-def test_a_mesh_of_any_size_splits_the_state_of_xl(axis, size):
+@pytest.mark.parametrize("name", XL_KERNELS)
+def test_a_mesh_of_any_size_splits_the_state_of_xl(axis, name):
     """By all devices if they divide the width of 1,152, and else by a divisor of its 144 tiles."""
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1, axis: size}
-    for name, shape in XL_KERNELS.items():
-        _, parts = partition(name, shape, sizes, ("fsdp", "data"), copies=True)
-        assert parts.get(axis, 1) == (size if 1152 % size == 0 else math.gcd(size, 144)), name
+    for size in (*range(1, 33), 48, 56, 96, 100, 256, 384, 1000, 2048, 4096):
+        sizes = {"data": 1, "fsdp": 1, "tensor": 1, axis: size}
+        _, parts = partition(name, XL_KERNELS[name], sizes, ("fsdp", "data"), copies=True)
+        assert parts.get(axis, 1) == (size if 1152 % size == 0 else math.gcd(size, 144)), size
 
 
 @pytest.mark.parametrize(
