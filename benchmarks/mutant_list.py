@@ -61,8 +61,8 @@ _RUNTIME = (
     Mutant(
         "parameter_axis", "parameters are split over the axis data and not fsdp",
         "dmf/runtime/sharding.py",
-        'return _shardings(mesh, params, ("fsdp",))',
-        'return _shardings(mesh, params, ("data",))',
+        'return _shardings(mesh, params, ("fsdp",), copies=False)',
+        'return _shardings(mesh, params, ("data",), copies=False)',
         ("tests/runtime/test_sharding.py",),
     ),
     Mutant(
@@ -70,6 +70,13 @@ _RUNTIME = (
         "dmf/runtime/sharding.py",
         'BATCH_AXES = ("slices", "data", "fsdp")',
         'BATCH_AXES = ("slices", "data")',
+        ("tests/runtime/test_sharding.py",),
+    ),
+    Mutant(
+        "part_of_an_axis", "an axis that does not divide a dimension does not split it",
+        "dmf/runtime/sharding.py",
+        "return math.gcd(devices, length if length % TILE_ROWS else length // TILE_ROWS)",
+        "return 1",
         ("tests/runtime/test_sharding.py",),
     ),
     Mutant(

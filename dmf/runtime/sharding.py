@@ -7,6 +7,12 @@ The mesh has four axes:
   are used once per step are not replicated.
 - "fsdp" splits the batch, parameters, optimizer state and EMA parameters.
 - "tensor" splits the dimensions of parameters that `TENSOR_RULES` names.
+
+An axis need not divide a dimension of the optimizer state or the EMA parameters: a divisor of the
+axis is then the number of parts, and the other devices of the axis hold copies of them. The
+sharding of such an array is on a mesh of its own, with the same devices in the same order, in which
+the axis is two: "data" and "data_copies". Parameters are split by whole axes only; the compiler
+would gather activations to use copies of their parts.
 """
 
 import math
@@ -41,6 +47,8 @@ TENSOR_RULES = (
 STACKED = re.compile(r"(^|/)blocks/")
 # Number of values from which an array is split; smaller ones cost more communication than memory.
 SMALLEST_SPLIT = 4096
+# TPUs store arrays in tiles of 8 x 128 values, and pad parts of fewer rows when these are gathered.
+TILE_ROWS = 8
 
 
 def make_mesh(
@@ -198,54 +206,82 @@ def replicate_on_host(tree: Any, mesh: Mesh) -> Any:
 
 def parameter_shardings(mesh: Mesh, params: Any) -> Any:
     """The sharding of each leaf of a tree of parameters, arrays or shapes."""
-    return _shardings(mesh, params, ("fsdp",))
+    return _shardings(mesh, params, ("fsdp",), copies=False)
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
     """The sharding of each leaf of the optimizer state or the EMA parameters, arrays or shapes."""
-    return _shardings(mesh, tree, STATE_AXES)
+    return _shardings(mesh, tree, STATE_AXES, copies=True)
 
 
-def _shardings(mesh: Mesh, tree: Any, axes: tuple[str, ...]) -> Any:
+def _shardings(mesh: Mesh, tree: Any, axes: tuple[str, ...], copies: bool) -> Any:
     def leaf_sharding(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, partition(name, leaf.shape, dict(mesh.shape), axes))
+        spec, parts = partition(name, leaf.shape, dict(mesh.shape), axes, copies)
+        return NamedSharding(_mesh_of_parts(mesh, parts), spec)
 
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
+def _mesh_of_parts(mesh: Mesh, parts: dict[str, int]) -> Mesh:
+    """The mesh in which an axis of more devices than parts is two: the parts and their copies."""
+    shape = {}
+    for axis, size in mesh.shape.items():
+        shape[axis] = parts.get(axis, size)
+        if shape[axis] < size:
+            shape[f"{axis}_copies"] = size // shape[axis]
+    if len(shape) == len(mesh.shape):
+        return mesh
+    devices = mesh.devices.reshape(tuple(shape.values()))
+    return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+
+
 def partition(
-    name: str, shape: tuple[int, ...], sizes: dict[str, int], axes: tuple[str, ...]
-) -> PartitionSpec:
+    name: str, shape: tuple[int, ...], sizes: dict[str, int], axes: tuple[str, ...], copies: bool
+) -> tuple[PartitionSpec, dict[str, int]]:
     """The partition of one parameter.
 
-    >>> sizes = {"data": 1, "fsdp": 4, "tensor": 2}
-    >>> spec = partition("blocks/mlp/in/kernel", (12, 384, 1536), sizes, axes=("fsdp",))
-    >>> spec == PartitionSpec(None, ("fsdp",), "tensor")
-    True
+    >>> sizes, name = {"data": 256, "fsdp": 4, "tensor": 2}, "blocks/mlp/in/kernel"
+    >>> spec, parts = partition(name, (12, 384, 1536), sizes, ("fsdp", "data"), copies=True)
+    >>> spec == PartitionSpec(None, ("fsdp", "data"), "tensor"), parts
+    (True, {'fsdp': 4, 'data': 32})
 
     Args:
       name: path of the parameter.
       shape: shape of the parameter.
       sizes: sizes of the mesh axes by name.
-      axes: mesh axes that split one more dimension than "tensor" does: the largest dimension that
-        all of them together divide, or else the largest that the first of them divides.
+      axes: mesh axes, each of which splits one dimension that "tensor" does not: the one that it
+        can split into the most parts, or the largest of several.
+      copies: whether an axis may split a dimension into fewer parts than it has devices.
+
+    Returns:
+      The partition; and for each of `axes` in it the number of parts, a divisor of its size.
     """
-    if np.prod(shape, dtype=int) < SMALLEST_SPLIT:
-        return PartitionSpec()
     spec: list[Any] = [None] * len(shape)
+    parts: dict[str, int] = {}
+    if math.prod(shape) < SMALLEST_SPLIT:
+        return PartitionSpec(), parts
     for pattern, dimension in TENSOR_RULES:
         if re.search(pattern, name) and shape[dimension] % sizes["tensor"] == 0:
             spec[dimension] = "tensor"
     first = 1 if STACKED.search(name) else 0
-    free = [i for i in range(first, len(shape)) if spec[i] is None]
-    for group in (axes, axes[:1]):
-        shards = math.prod(sizes[axis] for axis in group)
-        divisible = [i for i in free if shape[i] % shards == 0]
-        if divisible and shards > 1:
-            spec[max(divisible, key=lambda i: shape[i])] = group
-            break
-    return PartitionSpec(*spec)
+    lengths = {i: shape[i] for i in range(first, len(shape)) if spec[i] is None}
+    for axis in axes:
+        counts = {i: _count_parts(length, sizes[axis]) for i, length in lengths.items()}
+        split = max(counts, key=lambda i: (counts[i], shape[i]), default=None)
+        if split is not None and counts[split] > 1 and (copies or counts[split] == sizes[axis]):
+            spec[split] = (*(spec[split] or ()), axis)
+            parts[axis] = counts[split]
+            lengths[split] //= counts[split]
+    return PartitionSpec(*spec), parts
+
+
+def _count_parts(length: int, devices: int) -> int:
+    """Into how many equal parts a mesh axis splits a dimension: as many as devices if they divide
+    it; else their greatest divisor that leaves whole tiles, if the dimension consists of these."""
+    if length % devices == 0:
+        return devices
+    return math.gcd(devices, length if length % TILE_ROWS else length // TILE_ROWS)
 
 
 def shardings_of(tree: Any) -> Any:

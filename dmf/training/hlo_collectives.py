@@ -27,7 +27,11 @@ _SHAPE = re.compile(r"([a-z]+\d+|pred)\[([\d,]*)\]")
 # Three notations of replica groups: lists, an iota that is reshaped and transposed, mesh axes.
 _GROUP_LISTS = re.compile(r"replica_groups=\{(\{[\d,{}]*\})\}")
 _GROUP_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_GROUP_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}")
+_GROUP_MESH = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((\S+)\))? ?\{([^}]*)\}"
+)
+_DEVICE_IOTA = re.compile(r"\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_SUB_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[\d,{}]*\})\}")
 # Between TPU slices the hosts carry the messages, and the replica groups are those of one slice.
 _BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
@@ -236,21 +240,35 @@ def _groups(line: str, devices: int, slices: int) -> np.ndarray:
 
 def _iota_groups(groups: str, members: str, sizes: str, axes: str | None) -> np.ndarray:
     """The groups of, for example, [4,2]<=[2,4]T(1,0)."""
+    return _iota(sizes, axes).reshape(int(groups), int(members))
+
+
+def _iota(sizes: str, axes: str | None) -> np.ndarray:
+    """The numbers from 0 in a shape, transposed if axes are given."""
     shape = _integers(sizes)
     numbers = np.arange(math.prod(shape)).reshape(shape)
-    if axes:
-        numbers = numbers.transpose(_integers(axes))
-    return numbers.reshape(int(groups), int(members))
+    return numbers.transpose(_integers(axes)) if axes else numbers
 
 
-def _mesh_groups(mesh: str, axes: str) -> np.ndarray:
-    """The groups of, for example, mesh['a'=2,'b'=4] {'a'}: all devices along the named axes."""
+def _mesh_groups(mesh: str, device_ids: str | None, axes: str) -> np.ndarray:
+    """The groups of, for example, mesh['a'=2,'b'=4] {'a','b':(2)2}: all devices along the named
+    axes; of "b" along the inner 2 only, which an outer 2 precedes."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    along = [list(sizes).index(name) for name in re.findall(r"'([^']+)'", axes)]
-    numbers = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
-    last = range(numbers.ndim - len(along), numbers.ndim)
-    members = math.prod(numbers.shape[axis] for axis in along)
-    return np.moveaxis(numbers, along, last).reshape(-1, members)
+    places = np.arange(math.prod(sizes.values()))
+    first = places.copy()
+    for name, outer, part in _SUB_AXIS.findall(axes):
+        after = math.prod(list(sizes.values())[list(sizes).index(name) + 1 :])
+        outer, part = int(outer or 1), int(part or sizes[name])
+        stride = after * sizes[name] // (outer * part)
+        first -= places // stride % part * stride
+    groups = np.argsort(first, kind="stable").reshape(len(np.unique(first)), -1)
+    return _device_numbers(device_ids)[groups] if device_ids else groups
+
+
+def _device_numbers(device_ids: str) -> np.ndarray:
+    """The devices of a mesh in order: a list, or for example [4,2]T(1,0)."""
+    iota = _DEVICE_IOTA.match(device_ids)
+    return _iota(*iota.groups()).reshape(-1) if iota else np.array(_integers(device_ids))
 
 
 def _integers(text: str) -> list[int]:

@@ -20,6 +20,7 @@ from dmf.errors import InputError, RunError
 from dmf.runtime import checksums
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.files import new_directory
+from dmf.runtime.sharding import make_mesh, state_shardings, with_shardings
 from dmf.training.train_state import TrainState
 
 PARAMS = {"a": {"kernel": jnp.arange(6.0).reshape(2, 3)}, "b": jnp.ones(4)}
@@ -58,6 +59,20 @@ def test_a_state_comes_back_as_it_was(saved):
     assert step == 5
     same(trees, state(5).trees)
     same(state().with_trees(jnp.int32(step), trees), state(5))
+
+
+@pytest.mark.parametrize("before, after", [(8, 6), (5, 8), (8, 1)])
+def test_a_state_is_restored_into_other_parts(tmp_path, before, after):
+    """Eight devices hold four parts of the moment, each twice; six hold six, five hold five."""
+    tree = {"moment": jnp.arange(36.0 * 130).reshape(36, 130)}
+    old, new = (state_shardings(make_mesh(devices=jax.devices()[:n]), tree)
+                for n in (before, after))  # fmt: skip
+    with CheckpointManager(tmp_path) as checkpoints:
+        checkpoints.save(1, {"opt_state": jax.device_put(tree, old)}, {})
+        checkpoints.finish()
+        _, trees = checkpoints.restore({"opt_state": with_shardings(tree, new)})
+    same(trees["opt_state"], tree)
+    assert trees["opt_state"]["moment"].sharding == new["moment"]
 
 
 def test_every_item_restores_with_orbax_alone(saved):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -119,8 +120,8 @@ def test_a_command_that_cannot_be(arguments, named, tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
-def test_the_workdir_of_another_run_is_left_alone(capsys):
-    run = tiny.flow_run()
+def test_the_workdir_of_another_run_is_left_alone(tmp_path, capsys):
+    run = shutil.copytree(tiny.flow_run(), tmp_path / "run")
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     capsys.readouterr()
     arguments = [f"--config={tiny.CONFIG}", f"--workdir={run}", "--config.model.depth=3"]

@@ -77,9 +77,16 @@ def test_state_is_spread_over_data_too(path, expected):
     assert specs(2, 2, 2, state_shardings)[path][0] == PartitionSpec(*expected)
 
 
+def partition_of(name: str, shape: tuple, axes: tuple[str, ...], **sizes: int) -> PartitionSpec:
+    """The partition of a parameter of which each axis splits a dimension completely."""
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    spec, parts = partition(name, shape, sizes, axes, copies=False)
+    assert parts == {axis: sizes[axis] for axis in parts}
+    return spec
+
+
 def test_tensor_splits_biases_of_the_split_products():
-    sizes = {"data": 1, "fsdp": 1, "tensor": 4}
-    split = functools.partial(partition, sizes=sizes, axes=("fsdp",))
+    split = functools.partial(partition_of, axes=("fsdp",), tensor=4)
     assert split("blocks/attention/qkv/bias", (12, 3, 8, 64)) == PartitionSpec(
         None, None, "tensor", None
     )
@@ -100,8 +107,7 @@ def test_depth_is_never_split_and_every_part_fits(kind, sizes):
 
 
 def test_depth_is_not_split_even_where_it_is_the_largest():
-    sizes = {"data": 2, "fsdp": 4, "tensor": 1}
-    split = functools.partial(partition, shape=(64, 32, 16), sizes=sizes, axes=("fsdp",))
+    split = functools.partial(partition_of, shape=(64, 32, 16), axes=("fsdp",), data=2, fsdp=4)
     assert split("blocks/attention/norm") == PartitionSpec(None, "fsdp", None)
     assert split("final/linear/kernel") == PartitionSpec("fsdp", None, None)
 
@@ -112,17 +118,76 @@ def test_small_leaves_are_whole():
 
 
 def test_a_dimension_that_no_axis_divides_stays_whole():
-    sizes = {"data": 2, "fsdp": 4, "tensor": 4}
-    assert partition("blocks/attention/qkv/kernel", (12, 384, 3, 6, 64), sizes, ("fsdp",)) == (
+    split = functools.partial(partition_of, axes=("fsdp",), data=2, fsdp=4, tensor=4)
+    assert split("blocks/attention/qkv/kernel", (12, 384, 3, 6, 64)) == (
         PartitionSpec(None, "fsdp", None, None, None)
     )
-    assert partition("head/kernel", (4097, 3), sizes, ("fsdp",)) == PartitionSpec(None, None)
+    assert split("head/kernel", (4097, 3)) == PartitionSpec(None, None)
 
 
-def test_state_falls_back_to_the_first_axis():
-    sizes = {"data": 3, "fsdp": 2, "tensor": 1}
-    spec = partition("head/kernel", (64, 128), sizes, ("fsdp", "data"))
-    assert spec == PartitionSpec(None, "fsdp")
+@pytest.mark.parametrize(
+    ("shape", "sizes", "spec", "parts"),
+    [
+        ((64, 128), {"fsdp": 2, "data": 3}, (None, "fsdp"), {"fsdp": 2}),
+        # The dimension that can be split most, the largest of several, and not the largest of all.
+        ((1000, 64), {"data": 16}, (None, "data"), {"data": 16}),
+        ((1000, 96), {"data": 24}, (None, "data"), {"data": 24}),
+        ((1004, 42), {"data": 16}, ("data", None), {"data": 4}),
+        # Parts that leave copies are whole tiles of eight rows, if the dimension has these.
+        ((1152, 1152), {"data": 128}, ("data", None), {"data": 128}),
+        ((1152, 1152), {"data": 256}, ("data", None), {"data": 16}),
+        ((1152, 36), {"data": 5 * 256}, ("data", None), {"data": 16}),
+        ((1152, 4608), {"data": 256}, (None, "data"), {"data": 256}),
+        ((1152, 72), {"data": 12}, ("data", None), {"data": 12}),
+        # An axis splits what the axis before it has left.
+        ((1152, 32), {"fsdp": 64, "data": 4}, (("fsdp",), "data"), {"fsdp": 64, "data": 4}),
+        ((1152, 1152), {"fsdp": 8, "data": 12}, (("fsdp", "data"), None), {"fsdp": 8, "data": 12}),
+        ((1152, 5), {"fsdp": 8, "data": 64}, (("fsdp", "data"), None), {"fsdp": 8, "data": 2}),
+        ((1152, 1152), {"fsdp": 5, "data": 7}, (None, None), {}),
+    ],
+)
+def test_an_axis_splits_a_dimension_by_a_divisor(shape, sizes, spec, parts):
+    sizes = {"data": 1, "fsdp": 1, "tensor": 1} | sizes
+    axes = ("fsdp", "data")
+    assert partition("x", shape, sizes, axes, copies=True) == (PartitionSpec(*spec), parts)
+    whole = {axis: count for axis, count in parts.items() if count == sizes[axis]}
+    assert partition("x", shape, sizes, axes, copies=False)[1] == whole
+
+
+# The parameters of XL/2 that hold more than 99 % of the values.
+XL_KERNELS = {
+    "blocks/attention/qkv/kernel": (28, 1152, 3, 16, 72),
+    "blocks/attention/out/kernel": (28, 16, 72, 1152),
+    "blocks/mlp/in/kernel": (28, 1152, 4608),
+    "blocks/mlp/out/kernel": (28, 4608, 1152),
+    "blocks/modulation/linear/kernel": (28, 1152, 6, 1152),
+}
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp"])
+@pytest.mark.parametrize("name", XL_KERNELS)
+def test_a_mesh_of_any_size_splits_the_state_of_xl(axis, name):
+    """By all devices if they divide the width of 1,152, and else by a divisor of its 144 tiles."""
+    for size in (*range(1, 33), 48, 56, 96, 100, 256, 384, 1000, 2048, 4096):
+        sizes = {"data": 1, "fsdp": 1, "tensor": 1, axis: size}
+        _, parts = partition(name, XL_KERNELS[name], sizes, ("fsdp", "data"), copies=True)
+        assert parts.get(axis, 1) == (size if 1152 % size == 0 else math.gcd(size, 144)), size
+
+
+@pytest.mark.parametrize(
+    ("sizes", "part"),
+    [((8, 1, 1), (9, 130)), ((1, 8, 1), (9, 130)), ((6, 1, 1), (6, 130)), ((5, 1, 1), (36, 26)),
+     ((7, 1, 1), (36, 130)), ((3, 2, 1), (12, 65)), ((2, 1, 3), (36, 65))],
+)  # fmt: skip
+def test_a_program_takes_parts_and_their_copies_beside_a_batch(sizes, part):
+    devices = jax.devices()[: math.prod(sizes)]
+    mesh, x = make_mesh(*sizes, devices=devices), np.arange(36.0 * 130, dtype="f4").reshape(36, 130)
+    split, rows = state_shardings(mesh, x), np.linspace(0, 1, 840 * 36, dtype="f4").reshape(840, 36)
+    update = jax.jit(lambda x, rows: x - rows.T @ (rows @ x), out_shardings=split)
+    updated = update(jax.device_put(x, split), jax.device_put(rows, batch_sharding(mesh)))
+    assert {shard.data.shape for shard in updated.addressable_shards} == {part}
+    assert list(updated.sharding.mesh.devices.flat) == list(mesh.devices.flat)
+    np.testing.assert_allclose(updated, x - rows.T @ (rows @ x), rtol=1e-4)
 
 
 def bytes_on_device(device: jax.Device, tree) -> int:

@@ -124,6 +124,26 @@ def test_a_started_collective_counts_its_outputs_alone(started, kind, size):
     assert collectives(text, 8) == [Collective(kind, 8, False, 1, size)]
 
 
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("mesh['a'=2,'b'=4] {'a'}", [[0, 4], [1, 5], [2, 6], [3, 7]]),
+        ("mesh['a'=2,'b'=4] {'b'}", [[0, 1, 2, 3], [4, 5, 6, 7]]),
+        # A part of an axis: 2 of the 4, after the outer 1 or the outer 2.
+        ("mesh['a'=2,'b'=4] {'b':(1)2}", [[0, 2], [1, 3], [4, 6], [5, 7]]),
+        ("mesh['a'=2,'b'=4] {'b':(2)2}", [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        ("mesh['a'=2,'b'=4] {'a','b':(2)2}", [[0, 1, 4, 5], [2, 3, 6, 7]]),
+        # Devices in another order.
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", [[0, 2, 4, 6], [1, 3, 5, 7]]),
+        ("mesh['a'=2,'b'=2], device_ids=(3,1,2,0) {'b'}", [[3, 1], [2, 0]]),
+    ],
+)
+def test_groups_are_read_from_the_axes_of_a_mesh(groups, expected):
+    line = f"  %a = f32[8]{{0}} all-gather(%x), replica_groups={groups}"
+    (gathered,) = gathered_arrays(f"ENTRY %main () -> f32[] {{\n{line}\n}}", 8)
+    np.testing.assert_array_equal(gathered.groups, expected)
+
+
 def test_a_sum_in_a_scan_counts_as_often_as_the_scan_runs():
     mesh = make_mesh(8, 1, 1)
 
@@ -194,9 +214,11 @@ class Compiled(NamedTuple):
     stderr: str
 
 
-MESHES = [(2, 2, 2, 1), *(
+# Sizes of data, fsdp, tensor and slices, and the width: 8 devices split a width of 36 into 4 parts.
+MESHES = [(2, 2, 2, 1, 64), *(
     pytest.param(mesh, marks=pytest.mark.slow)
-    for mesh in ((2, 2, 1, 2), (8, 1, 1, 1), (1, 8, 1, 1), (1, 4, 2, 1))
+    for mesh in ((2, 2, 1, 2, 64), (8, 1, 1, 1, 64), (1, 8, 1, 1, 64), (1, 4, 2, 1, 64),
+                 (8, 1, 1, 1, 36), (1, 8, 1, 1, 36))
 )]  # fmt: skip
 
 
@@ -204,9 +226,9 @@ MESHES = [(2, 2, 2, 1), *(
 def compiled(request):
     """A step of Decoupled MeanFlow with a network large enough to be split, on eight devices. No
     other size has the factors of 11 blocks, or of the 10 after the split."""
-    data, fsdp, tensor, slices = request.param
+    data, fsdp, tensor, slices, width = request.param
     fields = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "mesh.slices": slices,
-              "model.width": 64, "model.heads": 4, "model.depth": 11}  # fmt: skip
+              "model.width": width, "model.heads": 4, "model.depth": 11}  # fmt: skip
     recipe, inputs, lowered = compile.lowered_step(tiny.flow_map(fields), jax.devices())
     return Compiled(recipe, inputs[0], *compile_with_stderr(lowered))
 
@@ -225,19 +247,23 @@ def axes(groups: np.ndarray, mesh: Mesh) -> set[str]:
 
 def unexpected_gathers(text: str, params: Any, mesh: Mesh) -> list[GatheredArray]:
     """What a program gathers, as large as a parameter that is split, against the design: all but
-    each leaf once along "data", as it was updated in parts, and along "fsdp" what it splits of a
-    leaf outside of the blocks, or of one block. Sizes are compared, and not shapes."""
-    updated, whole = collections.Counter(), set()
+    each leaf once along "data", or along "fsdp" where that does not split it, as it was updated in
+    parts, and along "fsdp" what it splits of a leaf outside of the blocks, or of one block. Sizes
+    are compared, and not shapes."""
+    updated, whole, unsplit = collections.Counter(), set(), set()
     for path, leaf in jax.tree.leaves_with_path(params):
         part = math.prod(leaf.sharding.shard_shape(leaf.shape))
         updated[part] += 1
         if any("fsdp" in np.atleast_1d(named) for named in leaf.sharding.spec if named):
             blocks = leaf.shape[0] if "blocks" in jax.tree_util.keystr(path) else 1
             whole.add(part * mesh.shape["fsdp"] // blocks)
+        else:
+            unsplit.add(part)
     found = []
     for result in gathered_arrays(text, 8):
         size, along = math.prod(result.shape), axes(result.groups, mesh)
-        if along == {"data"} and updated[size]:
+        once = along == {"data"} or (along == {"fsdp"} and size in unsplit)
+        if once and updated[size]:
             updated[size] -= 1
         elif size >= SMALLEST_SPLIT and not (
             "fsdp" in along and "tensor" not in along and size in whole
@@ -261,6 +287,8 @@ def test_parameters_are_gathered_only_where_the_design_says_so(compiled):
 
 STACK = {"blocks": {"mlp": {"in": {"kernel": (11, 64, 256)}}}}
 SINGLE = {"time_embedding": {"in": {"kernel": (256, 64)}}}
+# Eight devices split it into four parts.
+UNEVEN = {"time_embedding": {"in": {"kernel": (36, 130)}}}
 
 
 @pytest.mark.parametrize(
@@ -275,6 +303,9 @@ SINGLE = {"time_embedding": {"in": {"kernel": (256, 64)}}}
         (SINGLE, (1, 8, 1), parameter_shardings, lambda x: x, 0),
         (SINGLE, (8, 1, 1), state_shardings, lambda x: x, 0),
         (SINGLE, (8, 1, 1), state_shardings, lambda x: (x, jnp.sort(x, axis=1)), 1),
+        (UNEVEN, (8, 1, 1), state_shardings, lambda x: x, 0),
+        (UNEVEN, (8, 1, 1), state_shardings, lambda x: (x, jnp.sort(x, axis=1)), 1),
+        (UNEVEN, (1, 8, 1), state_shardings, lambda x: x, 0),
     ],
 )
 def test_what_is_gathered_against_the_design_is_seen(shapes, sizes, kind, use, count):

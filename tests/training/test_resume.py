@@ -132,11 +132,12 @@ def test_metrics_written_after_the_last_checkpoint_are_dropped(tmp_path):
         ({"emas.main.decay": 0.1}, "emas.main.decay is 0.5 and not 0.1"),
     ],
 )
-def test_fields_of_what_is_trained_may_not_change(fields, message):
-    before = (tiny.flow_run() / "config.json").read_bytes()
+def test_fields_of_what_is_trained_may_not_change(fields, message, tmp_path):
+    run = shutil.copytree(tiny.flow_run(), tmp_path / "run")
+    before = (run / "config.json").read_bytes()
     with pytest.raises(InputError, match=f"holds another run, whose {message}"):
-        train(tiny.config(fields), tiny.flow_run())
-    assert (tiny.flow_run() / "config.json").read_bytes() == before
+        train(tiny.config(fields), run)
+    assert (run / "config.json").read_bytes() == before
 
 
 def test_fields_of_how_it_is_computed_may_change(tmp_path):
