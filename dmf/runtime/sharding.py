@@ -47,7 +47,7 @@ TENSOR_RULES = (
 STACKED = re.compile(r"(^|/)blocks/")
 # Number of values from which an array is split; smaller ones cost more communication than memory.
 SMALLEST_SPLIT = 4096
-# TPUs store arrays in tiles of 8 x 128 values, and pad parts of fewer rows when these are gathered.
+# TPUs store arrays in tiles of 8 x 128 values, and pad what is gathered from parts of other rows.
 TILE_ROWS = 8
 
 
