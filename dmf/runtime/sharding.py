@@ -238,7 +238,7 @@ def partition(
     >>> sizes, name = {"data": 256, "fsdp": 4, "tensor": 2}, "blocks/mlp/in/kernel"
     >>> spec, parts = partition(name, (12, 384, 1536), sizes, ("fsdp", "data"), copies=True)
     >>> spec == PartitionSpec(None, ("fsdp", "data"), "tensor"), parts
-    (True, {'fsdp': 4, 'data': 32})
+    (True, {'fsdp': 4, 'data': 4})
 
     Args:
       name: path of the parameter.
