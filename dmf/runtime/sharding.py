@@ -47,7 +47,7 @@ TENSOR_RULES = (
 STACKED = re.compile(r"(^|/)blocks/")
 # Number of values from which an array is split; smaller ones cost more communication than memory.
 SMALLEST_SPLIT = 4096
-# TPUs store arrays in tiles of 8 x 128 values, and pad parts of fewer rows when these are gathered.
+# TPUs store arrays in tiles of 8 x 128 values, and pad what is gathered from parts of other rows.
 TILE_ROWS = 8
 
 
@@ -244,7 +244,7 @@ def partition(
     >>> sizes, name = {"data": 256, "fsdp": 4, "tensor": 2}, "blocks/mlp/in/kernel"
     >>> spec, parts = partition(name, (12, 384, 1536), sizes, ("fsdp", "data"), copies=True)
     >>> spec == PartitionSpec(None, ("fsdp", "data"), "tensor"), parts
-    (True, {'fsdp': 4, 'data': 32})
+    (True, {'fsdp': 4, 'data': 4})
 
     Args:
       name: path of the parameter.
