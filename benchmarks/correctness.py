@@ -35,7 +35,7 @@ STEPS, BATCH, DEPTH = 2, 2, 2
 # of the parameters, of which Adam makes a whole step each.
 BARS = {
     "float32": {"gradient": 1e-3, "loss": 1e-3},
-    "bfloat16": {"attention": 2e-2, "gradient": 5e-2, "loss": 2e-2},
+    "bfloat16": {"attention": 2e-2, "gradient": 2e-2, "loss": 5e-3},
 }
 
 _LENGTHS = flags.DEFINE_list("lengths", ["256", "1024"], "numbers of tokens of the attention")
