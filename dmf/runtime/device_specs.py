@@ -43,9 +43,9 @@ DEVICE_SPECS = {
     "TPU v5 lite": DeviceSpec(197e12, 15.75 * GIB, 100e9),
     "TPU v5": DeviceSpec(459e12, 95.74 * GIB, 300e9),
     "TPU v6 lite": DeviceSpec(918e12, 31.25 * GIB, 224e9),
-    "NVIDIA A100-SXM4-40GB": DeviceSpec(312e12, 42_331_013_120, 300e9),
-    "NVIDIA A100-SXM4-80GB": DeviceSpec(312e12, 85_100_068_864, 300e9),
-    "NVIDIA H100 80GB HBM3": DeviceSpec(989e12, 84_942_979_072, 450e9),
+    "NVIDIA A100-SXM4-40GB": DeviceSpec(312e12, 42_331_013_120.0, 300e9),
+    "NVIDIA A100-SXM4-80GB": DeviceSpec(312e12, 85_100_068_864.0, 300e9),
+    "NVIDIA H100 80GB HBM3": DeviceSpec(989e12, 84_942_979_072.0, 450e9),
     "NVIDIA H200": DeviceSpec(989e12, 139.8 * GIB, 450e9),
 }
 
@@ -74,9 +74,10 @@ def program_memory(device_kind: str) -> float | None:
       InputError: XLA_CLIENT_MEM_FRACTION is not a positive number.
     """
     specs = DEVICE_SPECS.get(device_kind)
-    if specs is None or not device_kind.startswith("NVIDIA"):
-        return None if specs is None else specs.memory
-    return gpu_share() * specs.memory
+    if specs is None:
+        return None
+    share = gpu_share() if device_kind.startswith("NVIDIA") else 1.0
+    return share * specs.memory
 
 
 def gpu_share() -> float:

@@ -175,9 +175,9 @@ def test_of_a_gpu_a_part_is_available():
     assert line in compile_report.report(compiled)
 
 
-def on_topology(topology: str, *overrides: str) -> subprocess.CompletedProcess:
+def on_topology(topology: str, *overrides: str, config=tiny.CONFIG) -> subprocess.CompletedProcess:
     """`dmf compile` for devices that are not attached, in a process of its own."""
-    arguments = [f"--config={tiny.CONFIG}", f"--topology={topology}", *overrides]
+    arguments = [f"--config={config}", f"--topology={topology}", *overrides]
     return subprocess.run(tiny.command("compile", *arguments), check=False, capture_output=True,
                           text=True, cwd=tiny.ROOT)  # fmt: skip
 
@@ -193,18 +193,31 @@ def test_for_a_tpu_that_is_not_there():
 
 @needs_cuda
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "mesh"), [("h100:4", (1, 4)), ("a100:2x2", (2, 2))])
-def test_for_gpus_that_are_not_there(monkeypatch, name, mesh):
+def test_for_gpus_that_are_not_there(monkeypatch):
     """With neither a GPU nor a driver, and although JAX may use a GPU."""
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    ended = on_topology(name, "--config.model.dtype=bfloat16", "--config.model.attention=flash")
+    ended = on_topology(
+        "a100:2x2", "--config.model.dtype=bfloat16", "--config.model.attention=flash"
+    )
     assert ended.returncode == 0, ended.stderr
-    slices, data = mesh
-    assert f"; mesh slices {slices} x data {data} x fsdp 1 x tensor 1; " in ended.stdout
-    assert re.search(r"\| available \| 59\.\d\d of 79\.\d\d \(XLA_CLIENT_MEM_FRACTION\): the step "
-                     r"fits \|", ended.stdout)
-    assert "of state updated in place" in ended.stdout
-    assert ("between slices |" in ended.stdout) == (slices > 1)
+    assert "4 x NVIDIA A100-SXM4-80GB; mesh slices 2 x data 2 x fsdp 1 x tensor 1;" in ended.stdout
+    assert "59.44 of 79.26 (XLA_CLIENT_MEM_FRACTION): the step fits |" in ended.stdout
+    assert "| all-reduce | 2 between slices |" in ended.stdout
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_a_full_size_config_for_a_node_of_gpus():
+    ended = on_topology("h100:8", config="configs/dmf_xl2_256.py")
+    assert ended.returncode == 0, ended.stderr
+    assert "8 x NVIDIA H100 80GB HBM3; mesh slices 1 x data 8 x fsdp 1 x " in ended.stdout
+    # All of the state is updated in place, and activations of 32 samples are in the temporaries.
+    size = dict(re.findall(r"\| (\w+) \| ([\d.]+)", ended.stdout))
+    assert size["parameters"] == "2.51"
+    state = sum(float(size[name]) for name in ("parameters", "opt_state", "ema_params"))
+    updated = re.search(r"([\d.]+) GiB of state updated in place", ended.stdout)
+    assert float(updated[1]) == pytest.approx(state, abs=0.02)  # rounded numbers
+    assert 5 < float(size["temporaries"]) < 12
 
 
 @needs_libtpu
