@@ -79,7 +79,7 @@ def _missing_devices() -> str:
         reason = f" ({' '.join(str(error).split())[:200]})" if str(error) else ""
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return (f"JAX_PLATFORMS={platforms}: JAX finds no such devices here{reason}; install JAX "
-                "for them, as jax[cuda12] or jax[tpu], or unset JAX_PLATFORMS")
+                "for them, as jax[cuda13] or jax[tpu], or unset JAX_PLATFORMS")
     return ""
 
 
