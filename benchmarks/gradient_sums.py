@@ -31,9 +31,9 @@ from dmf.training.train_step import accumulated_gradient, initial_state
 from dmf.types import Batch, Params
 
 _SHARDS = flags.DEFINE_integer("shards", 256, "number of shards, of a sample each; a square")
-_WARMUP = flags.DEFINE_integer("warmup", 300, "training steps before the gradients are taken")
-_STEPS = flags.DEFINE_integer("steps", 20, "training steps whose gradients are summed")
-_WIDTH = flags.DEFINE_integer("width", 64, "width of the transformer")
+_WARMUP = flags.DEFINE_integer("warmup", 200, "training steps before the gradients are taken")
+_STEPS = flags.DEFINE_integer("steps", 5, "training steps whose gradients are summed")
+_WIDTH = flags.DEFINE_integer("width", 32, "width of the transformer")
 _OUTPUT = flags.DEFINE_string("output", "", "a .md file for the table")
 
 Gradients = np.ndarray  # [shards, parameters] of the blocks' kernels
