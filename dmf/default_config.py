@@ -42,6 +42,9 @@ class Config:
         r.
       optimizer: the update of the parameters.
       gradient_accumulation: number of microbatches that a batch is cut into, to save memory.
+      sum_gradients: when gradients are summed over the mesh axes slices and data: "per_term" (after
+        each term of the loss in each microbatch, for the least memory) or "once" (after the last
+        one, for the least communication).
       emas: exponential moving averages of the parameters, by a name of your choice.
       mesh: devices along each axis.
       run: length and cadence.
@@ -63,6 +66,7 @@ class Config:
     freeze: tuple[str, ...] = ()
     optimizer: AdamW = component_field("optimizer", AdamW())
     gradient_accumulation: int = 1
+    sum_gradients: str = "per_term"
     emas: Mapping[str, Ema] = component_field("ema", {"main": ConstantEma()}, by_name=True)
     mesh: MeshShape = MeshShape()
     run: Run = Run()

@@ -212,6 +212,10 @@ class Network(Protocol):
         """Random parameters, float32."""
         ...
 
+    def cast(self, params: Params) -> Params:
+        """Parameters, or a gradient by them, in the dtypes that gradients are collected in."""
+        ...
+
     def condition(self, y: Any) -> Condition:
         """The condition of what a dataset says of samples; a condition is returned as it is."""
         ...

@@ -292,6 +292,11 @@ class DiT:
         y = jnp.zeros((1,), jnp.int32)
         return Transformer(self).init(key, x, t, t, y, method="everything")["params"]
 
+    def cast(self, params: Params) -> Params:
+        """Parameters, or a gradient by them, with the kernels of the blocks in the dtype that their
+        gradients are collected in."""
+        return {**params, "blocks": Transformer(self).cast_blocks(params["blocks"])}
+
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Any) -> Images:
         """The average velocity u(x_t, t, r, y).
 

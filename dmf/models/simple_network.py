@@ -41,6 +41,10 @@ class SimpleNetwork:
     encoder_depth = 0
     full_remat = False
 
+    def cast(self, params: Params) -> Params:
+        """The parameters, unchanged."""
+        return params
+
     def condition(self, y: Any) -> Condition:
         """Class labels [b] as a condition; a condition is returned as it is."""
         return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)

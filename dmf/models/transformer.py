@@ -160,20 +160,20 @@ class Transformer(nn.Module):
             jax.random.split(key, self.config.depth)
         )
 
-    def _cast_blocks(self) -> Params:
+    def cast_blocks(self, blocks: Params) -> Params:
         """The parameters of all blocks; for gradients in bfloat16 the kernels of matmuls are cast.
 
         They are cast before the stack is divided into blocks, so that the gradients of the blocks
         are collected in that dtype too: in half the memory of float32.
         """
         if self.config.gradient_dtype == "float32":
-            return self.blocks
+            return blocks
 
         def cast(path: Any, leaf: jax.Array) -> jax.Array:
             is_kernel = path[-1].key == "kernel"
             return leaf.astype(self._dtype(path[0].key)) if is_kernel else leaf
 
-        return jax.tree_util.tree_map_with_path(cast, self.blocks)
+        return jax.tree_util.tree_map_with_path(cast, blocks)
 
     def _run(
         self, tokens: Tokens, conditions: dict[str, Vectors], start: int, stop: int
@@ -182,6 +182,6 @@ class Transformer(nn.Module):
         config, block = self.config, self._block()
         return run_blocks(
             lambda params, *inputs: block.apply({"params": params}, *inputs),
-            self._cast_blocks(), tokens, conditions, config.resolved_block_times, start, stop,
-            scan=config.scan, remat=config.remat,
+            self.cast_blocks(self.blocks), tokens, conditions, config.resolved_block_times, start,
+            stop, scan=config.scan, remat=config.remat,
         )  # fmt: skip

@@ -28,6 +28,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from dmf.errors import InputError
 
 BATCH_AXES = ("slices", "data", "fsdp")
+# Along these axes of a batch the parameters are not split.
+REPLICA_AXES = ("slices", "data")
 STATE_AXES = ("fsdp", "data")
 
 # The dimension of a parameter that "tensor" splits: heads of the attention, features of the MLP.
@@ -157,9 +159,13 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
       The array; unchanged if no mesh with these axes is in context, or the axis cannot be split.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(BATCH_AXES) <= set(mesh.axis_names) or x.shape[axis] % batch_shards(mesh):
+    if not set(BATCH_AXES) <= set(mesh.axis_names):
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, BATCH_AXES))
+    # Within `jax.shard_map` the rows are split along its axes already.
+    axes = tuple(name for name in BATCH_AXES if name not in mesh.manual_axes)
+    if not axes or x.shape[axis] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, axes))
 
 
 def map_over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ from dmf.checkpoints.load import (
 from dmf.data.batch_transform import BatchTransform
 from dmf.data.build import Data, data, data_loader, dataset
 from dmf.data.data_loader import DataLoader
-from dmf.errors import InputError, check_at_least
+from dmf.errors import InputError, check_at_least, check_choice
 from dmf.models.build import latents, network
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.patch_features import (
@@ -38,6 +38,9 @@ from dmf.training.optimizer import AdamW
 from dmf.training.settings import Alignment, InitialCheckpoint, MeshShape, Run, TeacherCheckpoint
 from dmf.types import Network, Params
 
+# When gradients are summed over the mesh axes "slices" and "data".
+SUM_GRADIENTS = ("per_term", "once")
+
 
 class Recipe(NamedTuple):
     """What a training step computes: all of a config that needs neither data nor checkpoints.
@@ -55,6 +58,7 @@ class Recipe(NamedTuple):
       batch_size: global batch size.
       gradient_accumulation: number of microbatches that a batch is cut into.
       freeze_mask: parameters of the network that are not trained.
+      sum_gradients: when gradients are summed over devices, one of `SUM_GRADIENTS`.
     """
 
     network: Network
@@ -67,6 +71,7 @@ class Recipe(NamedTuple):
     batch_size: int
     gradient_accumulation: int
     freeze_mask: FreezeMask
+    sum_gradients: str = "per_term"
 
 
 class Training(NamedTuple):
@@ -176,6 +181,7 @@ def recipe(
         batch_size=data(config.data).batch_size,
         gradient_accumulation=config.gradient_accumulation,
         freeze_mask=freeze_mask(config.freeze, student),
+        sum_gradients=config.sum_gradients,
     )
     check(config, built)
     if teacher is not None:
@@ -325,6 +331,7 @@ def _check_batch_size(built: Recipe) -> None:
         built.batch_size, built.gradient_accumulation, batch_shards(built.mesh)
     )
     check_at_least(built, 1, "gradient_accumulation")
+    check_choice(built, "sum_gradients", SUM_GRADIENTS)
     if size % (shards * microbatches):
         raise InputError(
             "data.batch_size", size,

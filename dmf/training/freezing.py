@@ -131,6 +131,9 @@ class FrozenEncoder:
     def init(self, key: PRNGKey) -> Params:
         return self.network.init(key)
 
+    def cast(self, params: Params) -> Params:
+        return self.network.cast(params)
+
     def condition(self, y: Any) -> Condition:
         return self.network.condition(y)
 

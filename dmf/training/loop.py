@@ -50,7 +50,7 @@ from dmf.types import Batch, Metrics, Params
 # rate, its outputs, and how it is computed.
 CHANGEABLE = (
     "run", "mesh", "profile_steps", "sampling", "evaluation", "gradient_accumulation",
-    "optimizer.decay_steps",
+    "sum_gradients", "optimizer.decay_steps",
     "objective.compute_sharing", "objective.time_bins", "model.scan", "model.remat",
     "model.attention",
 )  # fmt: skip

@@ -27,6 +27,7 @@ from dmf.runtime.sharding import (
 from dmf.training.apply_if_finite import select_finite, skip_metrics
 from dmf.training.build import Recipe
 from dmf.training.ema import update_ema
+from dmf.training.gradient_sum import mean_over_shards
 from dmf.training.train_state import TrainState, initial_train_state, train_state_shardings
 from dmf.types import Batch, Metrics, Params, PRNGKey
 
@@ -131,7 +132,13 @@ def train_step(
     step_key = jax.random.fold_in(key, state.step)
     batch = recipe.batch_transform.batch(jax.random.fold_in(step_key, _TRANSFORM_KEY), rows)
     draws = recipe.objective.draw(step_key, batch, state.step)
-    gradient, metrics = accumulated_gradient(recipe, state.params, batch, draws, frozen_params)
+    if recipe.sum_gradients == "once":
+        gradient_of = functools.partial(accumulated_gradient, recipe, cast=recipe.network.cast)
+        gradient, metrics = mean_over_shards(
+            recipe.mesh, gradient_of, state.params, (batch, draws), frozen_params
+        )
+    else:
+        gradient, metrics = accumulated_gradient(recipe, state.params, batch, draws, frozen_params)
 
     gradient_norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(gradient_norm)
@@ -157,9 +164,17 @@ def train_step(
 
 
 def accumulated_gradient(
-    recipe: Recipe, params: Params, batch: Batch, draws: Any, frozen_params: FrozenParams
+    recipe: Recipe,
+    params: Params,
+    batch: Batch,
+    draws: Any,
+    frozen_params: FrozenParams,
+    cast: Callable[[Params], Params] = lambda gradient: gradient,
 ) -> tuple[Params, Metrics]:
-    """The mean gradient and the mean metrics of a batch, computed by microbatches in turn."""
+    """The mean gradient and the mean metrics of a batch, computed by microbatches in turn.
+
+    The gradients of terms and microbatches are added in the dtypes that `cast` gives them.
+    """
     microbatches = recipe.gradient_accumulation
     network = recipe.freeze_mask.stop_encoder_gradient(recipe.network)
 
@@ -167,7 +182,7 @@ def accumulated_gradient(
         if recipe.patch_features is not None:
             batch = recipe.patch_features.replace_images(frozen_params["alignment"], batch)
         terms = terms_of(recipe.objective, network, params, batch, draws, frozen_params)
-        return mean_gradient(terms, params, recipe.freeze_mask.stop_gradient)
+        return mean_gradient(terms, params, recipe.freeze_mask.stop_gradient, cast)
 
     if microbatches == 1:
         return gradient(params, batch, draws)
@@ -189,6 +204,7 @@ def mean_gradient(
     terms: Sequence[Term],
     params: Params,
     stop_gradient: Callable[[Params], Params] = lambda params: params,
+    cast: Callable[[Params], Params] = lambda gradient: gradient,
 ) -> tuple[Params, Metrics]:
     """The gradient of the mean loss over samples, and the mean metrics with `loss` among them.
 
@@ -199,6 +215,7 @@ def mean_gradient(
       terms: the terms of the loss.
       params: parameters to differentiate by.
       stop_gradient: returns the parameters, without gradient where they are frozen.
+      cast: from the gradient of a term to one in the dtypes that the terms are added in.
 
     Returns:
       The gradient, a tree like the parameters; and float32 means over the batch by name.
@@ -213,9 +230,10 @@ def mean_gradient(
     gradient_of = jax.grad(mean_loss, has_aux=True)
     first, *others = terms
     gradient, metrics = gradient_of(params, first, first.inputs)
+    gradient = cast(gradient)
     for term in others:
         term_gradient, term_metrics = gradient_of(params, term, after(gradient, term.inputs))
-        gradient = jax.tree.map(jnp.add, gradient, term_gradient)
+        gradient = jax.tree.map(jnp.add, gradient, cast(term_gradient))
         metrics |= term_metrics | {"loss": metrics["loss"] + term_metrics["loss"]}
     return gradient, metrics
 

@@ -62,6 +62,9 @@ class LinearNetwork:
     def init(self, key):
         return PARAMS
 
+    def cast(self, params):
+        return params
+
     def condition(self, y):
         return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)
 

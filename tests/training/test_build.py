@@ -108,6 +108,8 @@ def test_a_stochastic_sampler_follows_the_path_of_training():
         (lambda c: c.data.update(batch_size=12), "data.batch_size=12: it must be a multiple of 8"),
         (lambda c: c.update(gradient_accumulation=0),
          "gradient_accumulation=0: give a whole number >= 1"),
+        (lambda c: c.update(sum_gradients="twice"),
+         "sum_gradients=twice: choose one of per_term, once"),
         (lambda c: (c.alignment.update(dtype="int8"),
                     c.objective.update(alignment_coefficient=0.5)),
          "alignment.dtype=int8: choose one of float32, bfloat16"),

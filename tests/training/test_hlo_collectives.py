@@ -218,7 +218,8 @@ class Compiled(NamedTuple):
 MESHES = [(2, 2, 2, 1, 64), *(
     pytest.param(mesh, marks=pytest.mark.slow)
     for mesh in ((2, 2, 1, 2, 64), (8, 1, 1, 1, 64), (1, 8, 1, 1, 64), (1, 4, 2, 1, 64),
-                 (8, 1, 1, 1, 36), (1, 8, 1, 1, 36))
+                 (8, 1, 1, 1, 36), (1, 8, 1, 1, 36), (2, 2, 2, 1, 64, "once"),
+                 (8, 1, 1, 1, 64, "once"), (8, 1, 1, 1, 36, "once"))
 )]  # fmt: skip
 
 
@@ -226,9 +227,10 @@ MESHES = [(2, 2, 2, 1, 64), *(
 def compiled(request):
     """A step of Decoupled MeanFlow with a network large enough to be split, on eight devices. No
     other size has the factors of 11 blocks, or of the 10 after the split."""
-    data, fsdp, tensor, slices, width = request.param
+    data, fsdp, tensor, slices, width, *sum_gradients = request.param
     fields = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor, "mesh.slices": slices,
-              "model.width": width, "model.heads": 4, "model.depth": 11}  # fmt: skip
+              "model.width": width, "model.heads": 4, "model.depth": 11,
+              "sum_gradients": (*sum_gradients, "per_term")[0]}  # fmt: skip
     recipe, inputs, lowered = compile.lowered_step(tiny.flow_map(fields), jax.devices())
     return Compiled(recipe, inputs[0], *compile_with_stderr(lowered))
 
@@ -321,6 +323,14 @@ def test_what_is_gathered_against_the_design_is_seen(shapes, sizes, kind, use, c
                    out_shardings=NamedSharding(mesh, PartitionSpec()))  # fmt: skip
     text = used.lower(placed(kind)).compile().as_text()
     assert len(unexpected_gathers(text, placed(parameter_shardings), mesh)) == count
+
+
+def test_gradients_are_summed_once_where_it_is_asked_for(compiled):
+    recipe, state, program, _ = compiled
+    if recipe.sum_gradients == "once":
+        scattered = sum(c.size for c in collectives(program.as_text(), 8)
+                        if c.kind == "reduce-scatter")  # fmt: skip
+        assert 0.9 * bytes_per_device(state.params) < scattered <= bytes_per_device(state.params)
 
 
 def test_the_state_is_updated_in_place(compiled):

@@ -63,8 +63,13 @@ def can_shard_kernels() -> bool:
 
 def head_shards() -> int:
     """Number of parts that the heads of a kernel are split into."""
+    return _automatic_axes().get("tensor", 1)
+
+
+def _automatic_axes() -> dict[str, int]:
+    """The sizes of the axes of the mesh in context that no `jax.shard_map` around has split."""
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.manual_axes else mesh.shape.get("tensor", 1)
+    return {name: size for name, size in mesh.shape.items() if name not in mesh.manual_axes}
 
 
 def shard_kernel(
@@ -74,8 +79,8 @@ def shard_kernel(
 
     The compiler can partition a large program over devices, but not a kernel in it. Samples are
     sharded over the mesh axes "data" and "fsdp" if these divide the batch, and replicated if not;
-    heads are sharded over "tensor". Without a mesh in context, and within another `jax.shard_map`,
-    the kernel is returned as it is.
+    heads are sharded over "tensor". Axes of a `jax.shard_map` around are left out; where there is
+    no other axis, and without a mesh in context, the kernel is returned as it is.
 
     Args:
       kernel: a function of arrays with the batch on axis 0.
@@ -86,18 +91,20 @@ def shard_kernel(
     Raises:
       InputError: the mesh axis "tensor" does not divide the heads.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+    axes = _automatic_axes()
+    if not axes or jax.sharding.get_abstract_mesh().size == 1:
         return kernel
     if heads % head_shards():
         raise InputError(
             "mesh.tensor", head_shards(),
             f"it must divide model.heads={heads}, or choose model.attention=xla",
         )
-    batch_axes = tuple(axis for axis in BATCH_AXES if axis in mesh.shape)
-    if batch % math.prod(mesh.shape[axis] for axis in batch_axes):
+    batch_axes = tuple(axis for axis in BATCH_AXES if axis in axes)
+    if batch % math.prod(axes[axis] for axis in batch_axes):
         batch_axes = ()
-    head_axes = ("tensor",) if "tensor" in mesh.shape else ()
+    head_axes = ("tensor",) if "tensor" in axes else ()
     spec = PartitionSpec(batch_axes or None, *[None] * (head_axis - 1), *head_axes)
     # Kernels do not declare how their outputs vary over the mesh, which check_vma would require.
-    return jax.shard_map(kernel, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.shard_map(
+        kernel, axis_names=set(axes), in_specs=spec, out_specs=spec, check_vma=False
+    )
