@@ -20,8 +20,8 @@ _HOSTS = flags.DEFINE_list("hosts", ["1", "4", "16", "64"], "numbers of hosts")
 _CHIPS = flags.DEFINE_integer("chips-per-host", 4, "chips of a host", lower_bound=1)
 _TFLOP = flags.DEFINE_float("tflop", 0.0, "TFLOP per sample; 0: Decoupled MeanFlow as compiled")
 _ROW = flags.DEFINE_float("row-kib", 32.0, "KiB of a row: 32 at 256 x 256, 128 at 512 x 512")
-_RATE = flags.DEFINE_float("rate", 8000.0, "rows per second that one core reads", lower_bound=1.0)
-_DECODED = flags.DEFINE_float("decoded", 200.0, "images per second that one core decodes, where "
+_RATE = flags.DEFINE_float("rate", 9400.0, "rows per second that one core reads", lower_bound=1.0)
+_DECODED = flags.DEFINE_float("decoded", 540.0, "images per second that one core decodes, where "
                               "the dataset stores images", lower_bound=1.0)  # fmt: skip
 
 

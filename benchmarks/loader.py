@@ -178,7 +178,7 @@ def several(folder: Path, count: int) -> list[Throughput]:
     printed = [process.communicate()[0] for process in started]
     if any(process.returncode for process in started):
         raise SystemExit("a process failed, see above")
-    return [Throughput(*json.loads(text)) for text in printed]
+    return [Throughput(*json.loads(text.splitlines()[-1])) for text in printed]  # Gloo prints, too
 
 
 def decoding_rate() -> tuple[float, float]:
