@@ -64,6 +64,7 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         "k8s": ["jax[k8s]>=0.10"],
         "hub": hub,
+        "pytorch": ["torch>=2.7"],  # benchmarks/pytorch_step.py
         "tfds": ["tensorflow>=2.18"],
         "digits": digits,
         "report": report,

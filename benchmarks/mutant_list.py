@@ -333,8 +333,8 @@ _MODELS = (
     Mutant(
         "gelu", "the MLP has the exact GELU and not its tanh approximation",
         "dmf/models/layers.py",
-        "nn.gelu(x, approximate=True)",
-        "nn.gelu(x, approximate=False)",
+        "(gelu(x))",
+        "(nn.gelu(x, approximate=False))",
         ("tests/sampling/test_golden_samplers.py",),
     ),
     Mutant(
@@ -347,8 +347,8 @@ _MODELS = (
     Mutant(
         "attention_scale", "logits of attention are divided by the width of a head, not its root",
         "dmf/models/attention/dot_product.py",
-        "logits * q.shape[-1] ** -0.5",
-        "logits / q.shape[-1]",
+        "* q.shape[-1] ** -0.5)",
+        "/ q.shape[-1])",
         ("tests/models/attention/test_kernel_sharding.py",
          "tests/sampling/test_golden_samplers.py"),
     ),

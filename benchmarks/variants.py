@@ -20,7 +20,7 @@ class Variant(NamedTuple):
       remat: `model.remat`, what the backward pass recomputes.
       attention: `model.attention`, the implementation of attention.
       sharing: "plain" or "shared" for `objective.compute_sharing`, followed by a number for
-        `unconditional_microbatches`; "-" for an objective without it.
+        `unconditional_microbatches` or by none for its default; "-" for an objective without it.
     """
 
     batch: int
@@ -72,9 +72,9 @@ def config_of(
                  attention=variant.attention)
     if "compute_sharing" in config.objective:
         enabled = variant.sharing.startswith("shared")
-        count = variant.sharing.removeprefix("shared" if enabled else "plain") or "0"
+        count = variant.sharing.removeprefix("shared" if enabled else "plain")
         config.objective.compute_sharing.update(
-            enabled=enabled, unconditional_microbatches=int(count)
+            enabled=enabled, unconditional_microbatches=int(count) if count else None
         )
     config.data.batch_size = variant.batch
     return config

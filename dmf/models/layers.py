@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dmf.models.activations import gelu, layer_norm
 from dmf.models.attention.attention import attention
 from dmf.models.linear import Linear, Tokens, Vectors, scale_tokens, spread
 
@@ -27,11 +28,6 @@ FLOAT32_PARTS = ("time_embedding", "modulation", "residual", "final_layer")
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
 zeros = nn.initializers.zeros
-# The variance is the mean of squared differences: E[x^2] - E[x]^2 would cancel where the mean is
-# much larger than the standard deviation.
-LayerNorm = functools.partial(
-    nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False
-)
 
 
 def sinusoidal_features(t: Float[Array, "b"], count: int) -> Float[Array, "b count"]:
@@ -183,7 +179,7 @@ class MLP(nn.Module):
             Linear, kernel_init=xavier, dtype=self.dtype, gradient_dtype=self.gradient_dtype
         )
         x = linear((hidden,), name="in")(x)
-        return linear((width,), name="out")(nn.gelu(x, approximate=True))
+        return linear((width,), name="out")(gelu(x))
 
 
 class Block(nn.Module):
@@ -205,17 +201,16 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Tokens:
         dtype, gradient_dtype = self.modulation_dtype or self.dtype, self.gradient_dtype
-        norm = LayerNorm(dtype=dtype)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, dtype, gradient_dtype, name="modulation"
         )(c)
         attend = SelfAttention(
             self.heads, self.qk_norm, self.dtype, self.attention, gradient_dtype, name="attention"
         )
-        step = scale_tokens(attend(modulate(norm(x), shift_1, scale_1)), gate_1, dtype)
+        step = scale_tokens(attend(modulate(layer_norm(x, dtype), shift_1, scale_1)), gate_1, dtype)
         x = (x + step).astype(x.dtype)
         mlp = MLP(self.mlp_ratio, self.dtype, gradient_dtype, name="mlp")
-        step = scale_tokens(mlp(modulate(norm(x), shift_2, scale_2)), gate_2, dtype)
+        step = scale_tokens(mlp(modulate(layer_norm(x, dtype), shift_2, scale_2)), gate_2, dtype)
         return (x + step).astype(x.dtype)
 
 
@@ -227,10 +222,9 @@ class FinalLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, c: Vectors) -> Float[Array, "b l p"]:
-        norm = LayerNorm(dtype=self.dtype)
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
         linear = Linear((self.patch_values,), zeros, self.dtype, name="linear")
-        return linear(modulate(norm(x), shift, scale))
+        return linear(modulate(layer_norm(x, self.dtype), shift, scale))
 
 
 class LogVariance(nn.Module):

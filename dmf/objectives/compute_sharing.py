@@ -10,6 +10,7 @@ the MeanFlow loss one pass of the encoder serves the conditional velocity, u and
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,11 @@ from dmf.errors import InputError
 from dmf.objectives.guidance import GuidedVelocity, guided_velocity, unconditional_needed
 from dmf.objectives.path_sample import PathSample
 from dmf.objectives.tangent import Tangent
-from dmf.runtime.sharding import constrain_batch
+from dmf.runtime.sharding import constrain_batch, targets_one_cpu
 from dmf.types import FlowMap, Images, Network, Params, Times
+
+# Enough to skip most of what can be skipped, and few enough to leave each core its share.
+_CPU_MICROBATCHES = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,18 +38,28 @@ class ComputeSharing:
       unconditional_microbatches: 0 makes an unconditional pass for each loss of Decoupled MeanFlow;
         1 makes one for both. n > 1 cuts that one into n microbatches; samples that need the
         unconditional velocity come first, and microbatches in which no sample needs it (their
-        labels are dropped, or t lies outside the guidance interval) are skipped.
+        labels are dropped, or t lies outside the guidance interval) are skipped. None takes 8, or
+        the largest divisor of 8 that divides the samples, on one CPU, and 0 elsewhere.
     """
 
     enabled: bool = True
-    unconditional_microbatches: int = 0
+    unconditional_microbatches: int | None = None
 
     def __post_init__(self):
-        if self.unconditional_microbatches < 0:
+        if (self.unconditional_microbatches or 0) < 0:
             raise InputError(
                 "unconditional_microbatches", self.unconditional_microbatches,
                 "give 0, for a pass in each loss, or the number of microbatches",
             )
+
+    def microbatches(self, count: int) -> int:
+        """The number of unconditional microbatches of `count` samples, or 0.
+
+        Small microbatches are as efficient as large ones on a CPU, but not on accelerators.
+        """
+        if self.unconditional_microbatches is not None:
+            return self.unconditional_microbatches
+        return math.gcd(_CPU_MICROBATCHES, count) if self.enabled and targets_one_cpu() else 0
 
     def shares_encoder(self, network: Network, tangent: Tangent) -> bool:
         """Whether the MeanFlow loss runs the encoder once.
@@ -100,7 +114,7 @@ def _unconditional(
     objective: Any, velocity: FlowMap, samples: Sequence[PathSample]
 ) -> Sequence[Images | None]:
     """u(x_t, t, t, null) for each path sample, where the guidance gives it a coefficient."""
-    microbatches = objective.compute_sharing.unconditional_microbatches
+    microbatches = objective.compute_sharing.microbatches(sum(len(s.t) for s in samples))
     if not objective.guidance.needs_unconditional:
         return [None] * len(samples)
 

@@ -168,6 +168,15 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, axes))
 
 
+def targets_one_cpu() -> bool:
+    """Whether the program that is traced is for one CPU device, by the mesh in context; without a
+    mesh, whether JAX's default device is a CPU."""
+    mesh = jax.sharding.get_abstract_mesh()
+    target = mesh.abstract_device
+    platform = target.platform if target else jax.default_backend()
+    return platform == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def map_over_devices(function: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     """Compiles a function so that each device applies it to its shard of the rows.
 

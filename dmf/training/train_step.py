@@ -129,9 +129,7 @@ def train_step(
       objective, `gradient_norm` (before clipping), `learning_rate`, and the counts of skipped steps
       where steps may be skipped.
     """
-    step_key = jax.random.fold_in(key, state.step)
-    batch = recipe.batch_transform.batch(jax.random.fold_in(step_key, _TRANSFORM_KEY), rows)
-    draws = recipe.objective.draw(step_key, batch, state.step)
+    batch, draws = drawn(recipe, rows, key, state.step)
     if recipe.sum_gradients == "once":
         gradient_of = functools.partial(accumulated_gradient, recipe, cast=recipe.network.cast)
         gradient, metrics = mean_over_shards(
@@ -161,6 +159,18 @@ def train_step(
     metrics["gradient_norm"] = gradient_norm
     metrics["learning_rate"] = jnp.asarray(recipe.optimizer.rate(state.step), jnp.float32)
     return TrainState(state.step + 1, params, opt_state, ema_params), metrics
+
+
+def drawn(recipe: Recipe, rows: Batch, key: PRNGKey, step: Any) -> tuple[Batch, Any]:
+    """The batch of a training step, and the draws of its objective.
+
+    Args:
+      recipe, rows, key: as for `train_step`.
+      step: int scalar, number of steps taken before this one.
+    """
+    step_key = jax.random.fold_in(key, step)
+    batch = recipe.batch_transform.batch(jax.random.fold_in(step_key, _TRANSFORM_KEY), rows)
+    return batch, recipe.objective.draw(step_key, batch, step)
 
 
 def accumulated_gradient(

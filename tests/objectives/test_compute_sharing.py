@@ -25,12 +25,14 @@ from dmf.objectives.compute_sharing import ComputeSharing, only_where_needed
 from dmf.objectives.guidance import GuidedVelocity
 from dmf.objectives.mean_flow import average_velocity
 from dmf.objectives.path_sample import DecoupledDraws, PathSample
-from dmf.runtime.sharding import batch_sharding, make_mesh, parameter_shardings
+from dmf.runtime.sharding import batch_sharding, local_mesh, make_mesh, parameter_shardings
 from dmf.types import Batch, ClassLabels, GuidedCondition
 
 PLAIN = ComputeSharing(enabled=False, unconditional_microbatches=0)
+EACH_LOSS = ComputeSharing(unconditional_microbatches=0)
 SHARINGS = {
-    "shared": ComputeSharing(),
+    "shared": EACH_LOSS,
+    "shared-default": ComputeSharing(),
     "shared-one_pass": ComputeSharing(unconditional_microbatches=1),
     "shared-microbatches": ComputeSharing(unconditional_microbatches=4),
     "plain-microbatches": ComputeSharing(enabled=False, unconditional_microbatches=8),
@@ -214,6 +216,18 @@ def test_microbatches_divide_the_rows():
         ComputeSharing(unconditional_microbatches=-1)
 
 
+def test_the_unconditional_pass_is_cut_on_one_cpu_alone(monkeypatch):
+    sharing = ComputeSharing()
+    assert [sharing.microbatches(count) for count in (512, 16, 12, 7)] == [8, 8, 4, 1]
+    assert EACH_LOSS.microbatches(16) == ComputeSharing(enabled=False).microbatches(16) == 0
+    with jax.sharding.use_abstract_mesh(local_mesh(1).abstract_mesh):
+        assert sharing.microbatches(16) == 8
+    with jax.sharding.use_abstract_mesh(make_mesh(2, 2, 2).abstract_mesh):
+        assert sharing.microbatches(16) == 0
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert sharing.microbatches(16) == 0
+
+
 @pytest.mark.parametrize("kappa", [
     pytest.param(None, id="unguided", marks=pytest.mark.slow), pytest.param(0.5, id="guided")
 ])
@@ -264,8 +278,9 @@ def forward_passes(objective, model) -> float:
     ("objective", "conditioning", "least", "most"),
     [
         (FlowMatching(), "flow", 2.9, 3.1),
-        pytest.param(MeanFlow(guidance=SELF), "meanflow", 5.9, 6.2, marks=pytest.mark.slow),
-        (DecoupledMeanFlow(guidance=SELF), "decoupled", 9.2, 9.7),
+        pytest.param(MeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "meanflow", 5.9, 6.2,
+                     marks=pytest.mark.slow),
+        (DecoupledMeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "decoupled", 9.2, 9.7),
         pytest.param(DecoupledMeanFlow(guidance=SELF, compute_sharing=PLAIN), "decoupled", 10.9,
                      11.4, marks=pytest.mark.slow),
     ],
@@ -310,7 +325,7 @@ def test_forward_passes_of_a_step_under_remat(remat, plain, shared):
     params = abstract_params(model)
     batch = jax.eval_shape(lambda: batch_of(model.sample_shape))
     passes = []
-    for sharing in (PLAIN, ComputeSharing()):
+    for sharing in (PLAIN, EACH_LOSS):
         objective = DecoupledMeanFlow(guidance=SELF, compute_sharing=sharing)
         draws = jax.eval_shape(objective.draw, jax.random.key(0), batch)
 
