@@ -89,9 +89,16 @@ _TRAINING = (
         ("tests/training/test_gradients.py", "tests/training/test_optimizer.py"),
     ),
     Mutant(
+        "shard_mean", "gradients that are summed once are not divided by the number of shards",
+        "dmf/training/gradient_sum.py",
+        ".astype(param.dtype) / shards",
+        ".astype(param.dtype)",
+        ("tests/training/test_gradient_sum.py",),
+    ),
+    Mutant(
         "step_key", "every step draws the same noise and times",
         "dmf/training/train_step.py",
-        "step_key = jax.random.fold_in(key, state.step)",
+        "step_key = jax.random.fold_in(key, step)",
         "step_key = key",
         ("tests/training/test_loop.py",),
     ),
