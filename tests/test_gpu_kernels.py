@@ -6,9 +6,9 @@ import pytest
 
 from benchmarks.gpu_kernels import executable, machine_code
 from benchmarks.gpu_kernels import floors as gpu_floors
-from benchmarks.gpu_kernels.__main__ import read, row
 from benchmarks.gpu_kernels.executable import ELF, RIEGELI_BLOCK, RIEGELI_SIGNATURE, Kernel
 from benchmarks.gpu_kernels.machine_code import MachineCode, Resources, Work
+from benchmarks.gpu_kernels.readings import read, row
 from dmf.errors import RunError
 from dmf.runtime.gpu_topologies import GPU_CHIPS
 
