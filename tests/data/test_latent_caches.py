@@ -261,7 +261,7 @@ def test_a_number_of_classes_may_be_given(tmp_path):
 def test_several_threads_read_at_once(tmp_path, as_zip):
     folder = write_edm2(tmp_path / "data")
     cache = open_cache(zipped(folder, tmp_path / "data.zip") if as_zip else folder)
-    wanted = [RANDOM.integers(0, COUNT, 9).tolist() for _ in range(300)]
+    wanted = [RANDOM.integers(0, COUNT, 9).tolist() for _ in range(60)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         for indices, rows in zip(wanted, pool.map(cache.read, wanted), strict=True):
             np.testing.assert_array_equal(rows["x"], ROWS[indices, :1])

@@ -106,6 +106,7 @@ def test_jax_is_told_all_devices_of_the_node(tmp_path, monkeypatch):
     assert (tmp_path / "one/train.log").read_text() == "0,1,2,3\n"
 
 
+@pytest.mark.slow
 def test_a_job_has_the_process_that_slurm_made_for_it(tmp_path, monkeypatch):
     step = {"SLURM_JOB_ID": "9", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "1",
             "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}  # fmt: skip

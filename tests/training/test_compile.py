@@ -183,6 +183,7 @@ def on_topology(topology: str, *overrides: str, config=tiny.CONFIG) -> subproces
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_for_a_tpu_that_is_not_there():
     ended = on_topology("v5e:2x4", "--config.mesh.fsdp=2", "--config.model.dtype=bfloat16")
     assert ended.returncode == 0, ended.stderr

@@ -131,6 +131,7 @@ def trained(tmp_path_factory):
     return Trained(start, state, freeze_mask, config, workdir, log.getvalue())
 
 
+@pytest.mark.slow
 def test_not_a_bit_of_what_is_frozen_changes(trained):
     state = trained.state
     trees = (state.params, state.ema_params["main"], state.opt_state[1][0].mu)
@@ -155,7 +156,12 @@ def test_the_norm_and_its_clipping_see_only_what_is_trained(tmp_path):
     with small_network.registered():
         fields = {"init.checkpoint": str(small_network.run()), "freeze": ("(?!out).*",),
                   "run.steps": 1, "optimizer.clip_norm": 0.01}
+        start = load.load_network(small_network.run(), "main")[2]
         state = loop.train(small_network.config(fields), tmp_path)
+    for name in ("in", "log_variance"):
+        for tree in (state.params, state.ema_params["main"]):
+            np.testing.assert_array_equal(tree[name], start[name])
+    assert (np.asarray(state.params["out"]) != start["out"]).any()
     (row,) = metrics_writer.read_metrics(tmp_path)
     # Brought here first: the sum of each leaf would be a program of its own over all devices.
     mu, nu = jax.device_get((state.opt_state[1][0].mu, state.opt_state[1][0].nu))
@@ -166,6 +172,7 @@ def test_the_norm_and_its_clipping_see_only_what_is_trained(tmp_path):
     assert float(optax.tree.sum(nu)) == pytest.approx(0.05 * 0.01**2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_frozen_belongs_to_a_run_and_is_told(trained):
     config = copy.deepcopy(trained.config)
     config.freeze = ("encoder",)
