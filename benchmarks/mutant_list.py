@@ -347,8 +347,8 @@ _MODELS = (
     Mutant(
         "attention_scale", "logits of attention are divided by the width of a head, not its root",
         "dmf/models/attention/dot_product.py",
-        "scale = q.shape[-1] ** -0.5",
-        "scale = 1 / q.shape[-1]",
+        "* q.shape[-1] ** -0.5)",
+        "/ q.shape[-1])",
         ("tests/models/attention/test_kernel_sharding.py",
          "tests/sampling/test_golden_samplers.py"),
     ),

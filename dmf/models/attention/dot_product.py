@@ -20,13 +20,10 @@ def dot_product_attention(q: Queries, k: Keys, v: Keys) -> Queries:
     """
     # The matrices of a head lie together, and the sum of the weights divides the output: on a CPU
     # this takes half the time of weights that are normalised and contracted as they lie.
-    scale = q.shape[-1] ** -0.5
-    if q.dtype == jnp.float32:  # Fewer numbers than the logits; in bfloat16 it would round them.
-        q, scale = q * scale, 1.0
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     logits = jnp.matmul(q, k.swapaxes(2, 3), preferred_element_type=jnp.float32)
     largest = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    weights = jnp.exp((logits - largest) * scale)
+    weights = jnp.exp((logits - largest) * q.shape[-1] ** -0.5)
     total = weights.sum(axis=-1, keepdims=True)
     summed = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     return (summed / total).astype(v.dtype).swapaxes(1, 2)
