@@ -73,9 +73,14 @@ def reduced(config: ConfigDict) -> ConfigDict:
     return config
 
 
+@functools.cache
+def reduced_program(key: str) -> tuple:
+    return program(reduced(config_of(key)))
+
+
 def kinds(keys: Iterable[str]) -> list[str]:
     """The first row of each program, but for the size of its network."""
-    return list({program(reduced(config_of(key))): key for key in reversed(list(keys))}.values())
+    return list({reduced_program(key): key for key in reversed(list(keys))}.values())
 
 
 def quick(keys: Iterable[str]) -> str:
@@ -93,7 +98,7 @@ def quick(keys: Iterable[str]) -> str:
 STEPPED = kinds(key for key in BUILT if not ROWS[key][2].commands)
 QUICK = quick(STEPPED)
 # The last row of each objective and conditioning.
-TRACED = {(config_of(key).objective.name, config_of(key).model.get("conditioning")): key
+TRACED = {(_made(key).objective.name, _made(key).model.get("conditioning")): key
           for key in kinds(BUILT)}.values()
 
 
