@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import tiny
@@ -122,6 +123,9 @@ def test_an_owner_on_another_host_is_dead_after_some_time_without_a_beat(lock, m
 
 def test_an_owner_on_another_host_that_beats_is_alive(lock, monkeypatch):
     monkeypatch.setattr(ownership, "BEAT_SECONDS", 0.05)
+    pauses, sleep = iter(range(20)), time.sleep
+    # A wait without end would end here.
+    monkeypatch.setattr(ownership.time, "sleep", lambda seconds: (next(pauses), sleep(seconds)))
     here = ownership._Owner.of_this_process()
     with own(lock):
         monkeypatch.setattr(ownership._Owner, "of_this_process", classmethod(
