@@ -51,11 +51,11 @@ DEVICE_SPECS = {
 
 
 def device_memory(device: jax.Device) -> float | None:
-    """Bytes of memory of a device: for a CPU, those of the machine; None if they are unknown."""
+    """Bytes of memory that a program may take on a device: on a CPU, all of the machine; None if
+    they are unknown."""
     if device.platform == "cpu":
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    specs = DEVICE_SPECS.get(device.device_kind)
-    return None if specs is None else specs.memory
+    return program_memory(device.device_kind)
 
 
 def program_memory(device_kind: str) -> float | None:

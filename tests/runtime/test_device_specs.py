@@ -1,9 +1,12 @@
 """The memory that a program may take on a device."""
 
+from unittest import mock
+
+import jax
 import pytest
 
 from dmf.errors import InputError
-from dmf.runtime.device_specs import DEVICE_SPECS, program_memory
+from dmf.runtime.device_specs import DEVICE_SPECS, device_memory, program_memory
 
 H100 = "NVIDIA H100 80GB HBM3"
 
@@ -18,6 +21,11 @@ def test_jax_leaves_a_program_three_quarters_of_a_gpu():
     assert program_memory(H100) == 0.75 * DEVICE_SPECS[H100].memory
     assert program_memory("TPU v4") == DEVICE_SPECS["TPU v4"].memory
     assert program_memory("cpu") is None
+
+
+def test_a_run_is_compared_with_what_a_program_may_take():
+    gpu = mock.NonCallableMock(spec=jax.Device, platform="gpu", device_kind=H100)
+    assert device_memory(gpu) == program_memory(H100)
 
 
 @pytest.mark.parametrize("variable", ["XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"])
