@@ -161,7 +161,7 @@ _CHECKPOINTS = (
         "dmf/checkpoints/manager.py",
         "check_checksums(checksums(tree), saved[name])",
         "checksums(tree)",
-        ("tests/test_faults.py",),
+        ("tests/runtime/test_checksums.py",),
     ),
     Mutant(
         "params_checksum", "parameters are loaded without a look at their checksums",

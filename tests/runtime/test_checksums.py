@@ -99,6 +99,19 @@ def test_a_run_takes_the_checkpoint_before_a_damaged_one(run, tmp_path, how, cap
     assert [p.name for p in (tmp_path / "run/damaged").iterdir()] == ["8"]
 
 
+def test_an_array_that_is_not_the_saved_one_is_damage(run, tmp_path, capsys):
+    """Its files are whole, so that only the checksum tells."""
+    workdir, params = run
+    shutil.copytree(workdir, tmp_path / "run")
+    file = tmp_path / "run/checkpoints/8/checksums/metadata"
+    saved = json.loads(file.read_text())
+    saved["opt_state"][min(saved["opt_state"])] ^= 1
+    file.write_text(json.dumps(saved))
+    state = train(small_network.config(STEPS), tmp_path / "run")
+    assert "the checkpoint of step 8 is damaged" in capsys.readouterr().err
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), params)
+
+
 @pytest.mark.parametrize(("missing", "ema"), [
     ("ema_params_main", "main"), ("params", ""), ("ema_params_main/_METADATA", "main"),
 ])  # fmt: skip
