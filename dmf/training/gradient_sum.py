@@ -75,7 +75,8 @@ def mean_over_shards(
       frozen_params: other parameters that `gradient_of` needs.
 
     Returns:
-      The gradient, in the dtypes of the parameters and split as the optimizer state; the metrics.
+      The gradient, in the dtypes of the parameters; the metrics. Along slices and data a leaf is
+      split as the optimizer state, or whole where that has fewer parts than devices.
     """
     axes = tuple(axis for axis in REPLICA_AXES if mesh.shape[axis] > 1)
     shards = math.prod(mesh.shape[axis] for axis in axes)
