@@ -1,5 +1,5 @@
-"""How tests run: on eight CPU devices, with no silent broadcasting, and with the annotated shapes
-and types of `dmf` checked at every call."""
+"""How tests run: on eight CPU devices, with no silent broadcasting, and with the annotated types of
+`dmf`, and the shapes of its arrays, checked at every call."""
 
 import collections
 import gc
@@ -43,6 +43,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Where the longest tests are.
 LONGEST = ("tests/runtime/test_processes", "tests/experiments/test_sweep", "tests/training/")
 
+import beartype
+import beartype.claw
 import jax
 import jaxtyping
 import pytest
@@ -52,7 +54,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Programs live as long as a test session. Looking through them for garbage takes a twentieth of it.
 gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jaxtyping.install_import_hook("dmf", "beartype.beartype")
+# Whether the dimensions of all arrays of a call agree takes longer to check than many a function
+# takes: it is checked in the rooms whose functions have arrays with dimensions.
+SHAPED = ("data", "evaluation", "models", "objectives", "sampling", "types")
+TYPED = ("checkpoints", "cli", "default_config", "errors", "experiments", "registry", "runtime",
+         "training")  # fmt: skip
+jaxtyping.install_import_hook([f"dmf.{module}" for module in SHAPED], "beartype.beartype")
+beartype.claw.beartype_packages(
+    [f"dmf.{module}" for module in TYPED], conf=beartype.BeartypeConf(claw_is_pep526=False)
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
