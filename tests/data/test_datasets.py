@@ -324,7 +324,8 @@ def global_batches(hosts: int, port: int) -> dict[int, list[list[int]]]:
     return {step: [row[i] for i in range(16)] for step, row in rows.items()}
 
 
-@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_read_the_parts_of_one_stream(hosts):
     """Order and content of a global batch are those of one host."""
     alone = DataLoader(dataset=open_dataset("digits"), batch_size=16, seed=2)

@@ -257,7 +257,7 @@ def test_a_number_of_classes_may_be_given(tmp_path):
 # Reading.
 
 
-@pytest.mark.parametrize("as_zip", [False, True])
+@pytest.mark.parametrize("as_zip", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_several_threads_read_at_once(tmp_path, as_zip):
     folder = write_edm2(tmp_path / "data")
     cache = open_cache(zipped(folder, tmp_path / "data.zip") if as_zip else folder)

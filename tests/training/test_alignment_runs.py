@@ -156,6 +156,7 @@ def test_a_run_aligns_its_tokens_and_resumes_bit_for_bit(tmp_path, one_device):
     assert metric(tmp_path, "alignment_distance") == distance
 
 
+@pytest.mark.slow
 def test_interrupted_and_started_again(tmp_path, monkeypatch):
     """The shards that are finished are kept; the bytes are those of an undisturbed run."""
     flags, write = (f"--features={dinov2()}", *FEATURES), shard_writer.ShardWriter.write
