@@ -42,6 +42,8 @@ from dmf.types import (
 CONDITIONINGS = ("meanflow", "decoupled")
 POSITIONS = ("rotary", "rotary_2d")
 PREDICTIONS = ("velocity", "data")
+# The least `min_time`: float32 has no number as small as some that Python has.
+SMALLEST_TIME = 1e-6
 # The names of the heads in the parameters: of u and of v.
 HEADS = ("u_head", "v_head")
 # Improved MeanFlow at patch size 2, head_depth 8 (arXiv:2512.02012).
@@ -104,7 +106,7 @@ class InContextDiT(SimpleNetwork):
         positions of the row and the column of each patch, and a learned position table).
       prediction: what the heads predict: "velocity", or "data", of which the network makes
         velocities: u = (x_t - prediction) / max(t, `min_time`).
-      min_time: the least number that prediction="data" divides by, in (0, 1].
+      min_time: the least number that prediction="data" divides by, from 1e-6 to 1.
       velocity_head: whether there is a second head, for v; sampling needs none.
       conditioning: "meanflow" (all blocks depend on h = t - r) or "decoupled" (the first
         `split_depth` do not).
@@ -177,7 +179,8 @@ class InContextDiT(SimpleNetwork):
     def _check_conditioning(self) -> None:
         check, decoupled = self._check, self.conditioning == "decoupled"
         check_choice(self, "prediction", PREDICTIONS)
-        check(0 < self.min_time <= 1, "min_time", "give a time in (0, 1]; published: 0.05")
+        check(SMALLEST_TIME <= self.min_time <= 1, "min_time",
+              f"give a time from {SMALLEST_TIME} to 1; published: 0.05")
         check(self.prediction == "data" or self.min_time == InContextDiT.min_time, "min_time",
               "model.prediction=velocity divides by no time; set it to data, or leave this at "
               f"{InContextDiT.min_time}")
