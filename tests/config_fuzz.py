@@ -42,6 +42,8 @@ VALUES = (
 # Fields that a component cannot be built without.
 REQUIRED = {
     "dit": {"input_size": 8, "channels": 1, "depth": 2, "width": 8, "heads": 1, "num_classes": 10},
+    "in_context_dit": {"input_size": 8, "channels": 1, "depth": 2, "head_depth": 1, "width": 8,
+                       "heads": 1, "num_classes": 10},
     "ordered_pair": {"first": {"name": "uniform"}, "second": {"name": "uniform"}},
 }
 

@@ -15,6 +15,8 @@ from dmf.objectives.interpolants import COSINE
 REQUIRED = {
     "dinov2": {"width": 384, "depth": 12, "heads": 6},
     "dit": {"input_size": 8, "channels": 1, "depth": 2, "width": 32, "heads": 2, "num_classes": 10},
+    "in_context_dit": {"input_size": 8, "channels": 1, "depth": 2, "head_depth": 1, "width": 32,
+                       "heads": 2, "num_classes": 10},
     "ordered_pair": {"first": {"name": "uniform"}, "second": {"name": "logit_normal"}},
 }
 # Other tests register components too.

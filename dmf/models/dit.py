@@ -24,11 +24,10 @@ from dmf.errors import InputError, check_between, check_choice
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
-from dmf.models.transformer import TIME_EMBEDDINGS, Transformer
+from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
+from dmf.models.transformer import TIME_EMBEDDINGS, Transformer, cast_blocks
 from dmf.types import (
     COMPUTE_DTYPES,
-    ClassLabels,
-    Condition,
     Features,
     Flops,
     Images,
@@ -40,7 +39,7 @@ from dmf.types import (
 
 CONDITIONINGS = ("flow", "meanflow", "decoupled")
 # Beyond these, a number is a slip: not even shapes could be computed.
-_LARGEST_DEPTH, _LARGEST_SIZE, _LARGEST_CLASSES = 1024, 2**18, 2**24
+LARGEST_DEPTH, LARGEST_SIZE, LARGEST_CLASSES = 1024, 2**18, 2**24
 # The time that a block is conditioned on, by letter: t, r, or both (r and t - r).
 TIME_LETTERS = "trb"
 BLOCK_TIME_PATTERNS = ("split", "interleaved", "both")
@@ -79,7 +78,7 @@ class Hidden(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiT:
+class DiT(SimpleNetwork):
     """A diffusion transformer over square images or latents; a `dmf.types.Network`.
 
     >>> model = DiT(input_size=4, channels=4, depth=2, width=16, heads=2, num_classes=10,
@@ -114,6 +113,10 @@ class DiT:
       embedded_times: the times that a network with conditioning="meanflow" embeds: one or more of
         "t", "r" and "t-r", each once.
       guidance_input: whether the network takes the guidance scale and interval as an input.
+      velocity_head: whether there is a second head, which predicts the velocity v (improved
+        MeanFlow, arXiv:2512.02012), with conditioning="meanflow"; sampling needs none.
+      head_depth: number of blocks of the velocity head, 1 to `depth`: it has blocks of its own in
+        place of the last of the network; published for in-context conditioning: 8.
       qk_norm: whether queries and keys pass an RMSNorm.
       learned_variance: whether the network has a log-variance head, which the weighting "cauchy"
         needs.
@@ -152,6 +155,8 @@ class DiT:
     block_times: str = "split"
     embedded_times: tuple[str, ...] = ("t", "t-r")
     guidance_input: bool = False
+    velocity_head: bool = False
+    head_depth: int = 8
     qk_norm: bool = False
     learned_variance: bool = False
     alignment_depth: int = 0
@@ -172,16 +177,16 @@ class DiT:
 
     def _check_sizes(self) -> None:
         check = self._check
-        check_between(self, 1, _LARGEST_DEPTH, "depth")
-        check_between(self, 1, _LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
+        check_between(self, 1, LARGEST_DEPTH, "depth")
+        check_between(self, 1, LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
                       "heads", "alignment_width", "alignment_hidden")
-        check_between(self, 0, _LARGEST_CLASSES, "num_classes")
+        check_between(self, 0, LARGEST_CLASSES, "num_classes")
         check(self.input_size % self.patch_size == 0, "patch_size",
               f"it must divide model.input_size={self.input_size}")
         check(self.width % self.heads == 0, "heads", f"it must divide model.width={self.width}")
         check(self.width % 4 == 0, "width", "the position table needs a multiple of 4")
-        check(1 <= self.mlp_ratio * self.width <= _LARGEST_SIZE, "mlp_ratio",
-              f"this ratio times model.width={self.width} must lie from 1 to {_LARGEST_SIZE}")
+        check(1 <= self.mlp_ratio * self.width <= LARGEST_SIZE, "mlp_ratio",
+              f"this ratio times model.width={self.width} must lie from 1 to {LARGEST_SIZE}")
         check(0 <= self.alignment_depth <= self.depth, "alignment_depth",
               f"give a whole number from 0 (none) to model.depth={self.depth}")
 
@@ -189,6 +194,13 @@ class DiT:
         check, block_times = self._check, self.block_times
         check(self.conditioning in CONDITIONINGS, "conditioning",
               f"choose one of {', '.join(CONDITIONINGS)}")
+        check(not self.velocity_head or self.conditioning == "meanflow", "velocity_head",
+              f"model.conditioning={self.conditioning} takes none; set it to meanflow")
+        check(self.velocity_head or self.head_depth == DiT.head_depth, "head_depth",
+              f"it is that of the velocity head; set model.velocity_head=True, or leave this at "
+              f"{DiT.head_depth}")
+        check(not self.velocity_head or 1 <= self.head_depth <= self.depth, "head_depth",
+              f"give a whole number from 1 to model.depth={self.depth}")
         splits = self.conditioning == "decoupled" and block_times in ("split", "both")
         check(splits or self.split_depth is None, "split_depth",
               f"model.conditioning={self.conditioning} with model.block_times={block_times} takes "
@@ -277,14 +289,12 @@ class DiT:
         block = linears + 4 * width * length**2 + modulation
         patches = 2 * width * length * self.patch_size**2 * self.channels
         early, time_embedding = self.encoder_depth, 2 * (256 + width) * width
+        final = patches + 2 * 2 * width**2
         return Flops(
             encode=patches + early * block + (time_embedding if early else 0),
-            decode=patches + (self.depth - early) * block + time_embedding + 2 * 2 * width**2,
+            decode=(self.depth - early) * block + time_embedding + final,
+            velocity_head=self.head_depth * block + final if self.velocity_head else 0.0,
         )
-
-    def condition(self, y: Any) -> Condition:
-        """Class labels [b] as a condition; a condition is returned as it is."""
-        return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: a nested dictionary, block parameters stacked by depth."""
@@ -295,7 +305,11 @@ class DiT:
     def cast(self, params: Params) -> Params:
         """Parameters, or a gradient by them, with the kernels of the blocks in the dtype that their
         gradients are collected in."""
-        return {**params, "blocks": Transformer(self).cast_blocks(params["blocks"])}
+        cast = {"blocks": cast_blocks(self, params["blocks"])}
+        if self.velocity_head:
+            head = params["v_head"]
+            cast["v_head"] = {**head, "blocks": cast_blocks(self, head["blocks"])}
+        return {**params, **cast}
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Any) -> Images:
         """The average velocity u(x_t, t, r, y).
@@ -314,12 +328,12 @@ class DiT:
         Raises:
           InputError: x_t is of another shape.
         """
-        self._check_input(x_t)
+        check_input(self, x_t)
         return Transformer(self).apply({"params": params}, x_t, t, r, y).astype(x_t.dtype)
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Any) -> Hidden:
         """The part of the network that does not depend on r; arguments as of `apply`."""
-        self._check_input(x_t)
+        check_input(self, x_t)
         tokens = Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
         return Hidden(tokens, t)
 
@@ -327,12 +341,24 @@ class DiT:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
         return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
 
+    def decode_heads(
+        self, params: Params, hidden: Hidden, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v) of one pass, each as `decode` returns u.
+
+        Raises:
+          InputError: the network has no velocity head.
+        """
+        if not self.velocity_head:
+            raise no_velocity_head(self)
+        return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode_heads")
+
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Features]:
         """u as `apply` returns it, and the projected tokens [b, l, alignment_width] after block
         `alignment_depth`, float32."""
-        self._check_input(x_t)
+        check_input(self, x_t)
         transformer, variables = Transformer(self), {"params": params}
         u, projected = transformer.apply(variables, x_t, t, r, y, method="with_features")
         return u.astype(x_t.dtype), projected.astype(jnp.float32)
@@ -340,10 +366,3 @@ class DiT:
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
         """The learned log of the expected squared error at (t, r): [b] float32."""
         return Transformer(self).apply({"params": params}, t, r, method="variance")
-
-    def _check_input(self, x_t: Images) -> None:
-        if x_t.shape[1:] != self.sample_shape:
-            raise InputError(
-                f"x_t has shape {x_t.shape}",
-                remedy=f"this network takes [b, {', '.join(map(str, self.sample_shape))}]",
-            )

@@ -12,6 +12,21 @@ from dmf.types import ClassLabels, Condition, Flops, Images, Params, Times
 Inputs = tuple[jax.Array, jax.Array]
 
 
+def no_velocity_head(network: Any) -> InputError:
+    """The error of a network that is asked for the output of a head that it lacks."""
+    return InputError("model.velocity_head", False, f"this {type(network).__name__} predicts u "
+                      "alone; choose a network with a velocity head and set it to True")
+
+
+def check_input(network: Any, x_t: Images) -> None:
+    """Raises InputError where x_t has not the shape that a network takes."""
+    if x_t.shape[1:] != network.sample_shape:
+        raise InputError(
+            f"x_t has shape {x_t.shape}",
+            remedy=f"this network takes [b, {', '.join(map(str, network.sample_shape))}]",
+        )
+
+
 class SimpleNetwork:
     """A base class for networks, with all of `dmf.types.Network` but `num_classes`, `sample_shape`,
     `init` and `apply`.
@@ -38,6 +53,9 @@ class SimpleNetwork:
     """
 
     guidance_input = False
+    velocity_head = False
+    prediction = "velocity"
+    min_time = 0.05
     encoder_depth = 0
     full_remat = False
 
@@ -58,6 +76,31 @@ class SimpleNetwork:
         """The average velocity u(x_t, t, r, y) [b, h, w, c] from hidden = (x_t, t)."""
         x_t, t = hidden
         return self.apply(params, x_t, t, r, y)
+
+    def apply_heads(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v) of one pass, each as `apply` returns u.
+
+        Raises:
+          InputError: the network has no velocity head.
+        """
+        u, v = self.decode_heads(params, self.encode(params, x_t, t, y), r, y)
+        return u.astype(x_t.dtype), v.astype(x_t.dtype)
+
+    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
+        """The velocity v of the second head at r = t; without one u(x_t, t, t, y)."""
+        if self.velocity_head:
+            return self.apply_heads(params, x_t, t, t, y)[1]
+        return self.apply(params, x_t, t, t, y)
+
+    def decode_heads(self, *inputs: object) -> None:
+        """Not available; a network with a velocity head overrides it.
+
+        Raises:
+          InputError: always, as there is no velocity head.
+        """
+        raise no_velocity_head(self)
 
     @functools.cached_property
     def flops(self) -> Flops:

@@ -1,8 +1,9 @@
 """Freezing: parameters of the trained network that do not change, chosen by their paths.
 
 The path of a leaf is, for example, "patch_embedding/kernel". The leaves of the blocks are stacked
-by depth; each block has a path of its own, whose second part is the number of the block, for
-example "blocks/17/mlp/in/kernel". A pattern is a regular expression that must match a whole path.
+by depth; each block has a path of its own, with the number of the block after "blocks", for example
+"blocks/17/mlp/in/kernel" or "v_head/blocks/0/mlp/in/kernel". A pattern is a regular expression that
+must match a whole path.
 The pattern "encoder" stands for all parameters that `Network.encode` depends on; freezing them is
 the decoder-only training of Decoupled MeanFlow (arXiv:2510.24474).
 """
@@ -20,10 +21,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.errors import InputError
 from dmf.models.abstract_params import abstract_params
+from dmf.runtime.sharding import STACKED
 from dmf.types import Condition, Flops, Images, Network, Params, PerSample, PRNGKey, Times
 
 ENCODER = "encoder"
-_EMBEDDINGS = r"(patch|time|label|guidance)_embedding/.*"
+# Of a network with in-context conditioning `encode` embeds the interval 0.
+_EMBEDDINGS = (r"((patch|time|label|guidance|interval)_embedding|patch_reduction|prefix)/.*"
+               "|position_embedding")
 # Number of similar paths that an error message suggests.
 _SUGGESTIONS = 4
 
@@ -120,6 +124,22 @@ class FrozenEncoder:
     def decode(self, params: Params, hidden: Any, r: Times, y: Any) -> Images:
         return self.network.decode(params, hidden, r, y)
 
+    def apply_heads(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        u, v = self.decode_heads(params, self.encode(params, x_t, t, y), r, y)
+        return u.astype(x_t.dtype), v.astype(x_t.dtype)
+
+    def decode_heads(
+        self, params: Params, hidden: Any, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        return self.network.decode_heads(params, hidden, r, y)
+
+    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
+        if self.velocity_head:
+            return self.apply_heads(params, x_t, t, t, y)[1]
+        return self.apply(params, x_t, t, t, y)
+
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Any]:
@@ -148,6 +168,18 @@ class FrozenEncoder:
     @property
     def guidance_input(self) -> bool:
         return self.network.guidance_input
+
+    @property
+    def velocity_head(self) -> bool:
+        return self.network.velocity_head
+
+    @property
+    def prediction(self) -> str:
+        return self.network.prediction
+
+    @property
+    def min_time(self) -> float:
+        return self.network.min_time
 
     @property
     def encoder_depth(self) -> int:
@@ -192,10 +224,11 @@ def freeze_mask(patterns: Sequence[Any], network: Network) -> FreezeMask:
 
 def _paths(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The path of a leaf, an array []; the path in each block [depth] for a stacked leaf."""
-    top, _, rest = name.partition("/")
-    if top != "blocks":
+    stacked = STACKED.search(name)
+    if stacked is None:
         return np.array(name)
-    return np.array([f"{top}/{block}/{rest}" for block in range(shape[0])])
+    stack, rest = name[: stacked.end()], name[stacked.end() :]
+    return np.array([f"{stack}{block}/{rest}" for block in range(shape[0])])
 
 
 def _matches(pattern: Any, paths: Sequence[str], network: Network) -> list[str]:
