@@ -1,4 +1,5 @@
-"""The mutants of the rooms in the middle: data, sampling, checkpoints and evaluation."""
+"""The mutants of the middle rooms (data, sampling, checkpoints, evaluation), and of improved
+MeanFlow."""
 
 from benchmarks.mutant_list import Mutant
 
@@ -317,4 +318,50 @@ _EVALUATION = (
     ),
 )  # fmt: skip
 
-MIDDLE = (*_DATA, *_SAMPLING, *_CHECKPOINTS, *_EVALUATION)
+# The objective of two heads; `mutant_list.py` has the others.
+_IMPROVED = (
+    Mutant(
+        "kept_label", "the direction of the tangent of improved MeanFlow drops labels",
+        "dmf/objectives/improved_mean_flow.py",
+        "self, network, params, sample, network.condition(batch.y), needed",
+        "self, network, params, sample, sample.y.condition, needed",
+        ("tests/objectives/test_improved_mean_flow.py",),
+    ),
+    Mutant(
+        "scale_outside", "the velocity head guides outside the interval that was drawn",
+        "dmf/objectives/improved_mean_flow.py",
+        "jnp.where(in_drawn_interval(t, guidance), guidance.scale, 1.0)",
+        "guidance.scale",
+        ("tests/objectives/test_improved_mean_flow.py",),
+    ),
+    Mutant(
+        "needed_rows", "the conditional velocity is skipped where r < t",
+        "dmf/objectives/improved_mean_flow.py",
+        "needed = apart if",
+        "needed = ~apart if",
+        ("tests/objectives/test_improved_mean_flow.py",),
+    ),
+    Mutant(
+        "whole_interval", "the interval of a sample with r = t is not (0, 1)",
+        "dmf/objectives/improved_mean_flow.py",
+        "jnp.where(apart, start, 0.0), jnp.where(apart, end, 1.0)",
+        "start, end",
+        ("tests/objectives/test_improved_mean_flow.py",),
+    ),
+    Mutant(
+        "least_time", "velocities of data are divided by times below the least one",
+        "dmf/objectives/path_sample.py",
+        "jnp.maximum(draws.t, network.min_time)",
+        "draws.t",
+        ("tests/objectives/test_improved_mean_flow.py",),
+    ),
+    Mutant(
+        "drawn_kappa", "the conditional velocity has the coefficient 1 / scale",
+        "dmf/objectives/guidance.py",
+        "omega, kappa = 1.0, 1 - 1 / guidance.scale",
+        "omega, kappa = 1.0, 1 / guidance.scale",
+        ("tests/objectives/test_improved_mean_flow.py",),
+    ),
+)  # fmt: skip
+
+MIDDLE = (*_DATA, *_SAMPLING, *_CHECKPOINTS, *_EVALUATION, *_IMPROVED)

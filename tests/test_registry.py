@@ -120,7 +120,7 @@ def test_a_config_is_completed_by_defaults():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("flow", "name=flow: choose one of .*decoupled_mean_flow, flow_matching, mean_flow"),
+        ("flow", "name=flow: choose one of .*flow_matching, improved_mean_flow, mean_flow"),
         ({}, "name=None: choose one of"),
         ({"name": "flow"}, "name=flow: choose one of .*decoupled_mean_flow, "),
         ({"time_sampler": "late"}, "time_sampler.name=late: choose one of logit_normal, uniform"),

@@ -234,7 +234,7 @@ class InContextDiT(SimpleNetwork):
         embedding = 2 * (256 + width) * width
         reduced = self.patch_bottleneck or values
         reduction = 2 * patches * values * reduced if self.patch_bottleneck else 0
-        head = self.head_depth * block + 2 * patches * width * values
+        head = float(self.head_depth * block + 2 * patches * width * values)
         return Flops(
             encode=(reduction + 2 * patches * reduced * width + 3 * embedding
                     + self.encoder_depth * block),

@@ -1,14 +1,15 @@
 """The mathematics of training: objectives, and the components that they are made of.
 
-Flow matching, MeanFlow and Decoupled MeanFlow have a file each, which reads like the algorithm of
-its paper. An objective draws times, noise and dropped labels, and computes one loss a sample from
-them. For researchers who change the method. It imports `dmf.runtime`, `dmf.registry`, `dmf.errors`
-and `dmf.types`; it sees networks through the `Network` protocol alone.
+Flow matching, MeanFlow, improved MeanFlow and Decoupled MeanFlow have a file each, which reads like
+the algorithm of its paper. An objective draws times, noise and dropped labels, and computes one
+loss a sample from them. For researchers who change the method. It imports `dmf.runtime`,
+`dmf.registry`, `dmf.errors` and `dmf.types`; it sees networks through the `Network` protocol alone.
 """
 
 from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from dmf.objectives.flow_matching import FlowMatching
 from dmf.objectives.guidance import DrawnGuidance, NoGuidance, SelfGuidance, TeacherGuidance
+from dmf.objectives.improved_mean_flow import ImprovedMeanFlow
 from dmf.objectives.interpolants import COSINE, LINEAR
 from dmf.objectives.loss_weighting import (
     AdaptiveWeighting,
@@ -28,6 +29,7 @@ __all__ = [
     "DecoupledMeanFlow",
     "DrawnGuidance",
     "FlowMatching",
+    "ImprovedMeanFlow",
     "LogitNormal",
     "MeanFlow",
     "NoGuidance",
@@ -43,7 +45,8 @@ __all__ = [
 
 define_kind(
     "objective", "What training minimises.",
-    flow_matching=FlowMatching, mean_flow=MeanFlow, decoupled_mean_flow=DecoupledMeanFlow,
+    flow_matching=FlowMatching, mean_flow=MeanFlow, improved_mean_flow=ImprovedMeanFlow,
+    decoupled_mean_flow=DecoupledMeanFlow,
 )
 define_kind("interpolant", "The path between data and noise.", linear=LINEAR, cosine=COSINE)
 define_kind(

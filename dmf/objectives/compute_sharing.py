@@ -33,13 +33,15 @@ class ComputeSharing:
     """Which computations of a loss are shared; the values of losses and gradients stay the same.
 
     Attributes:
-      enabled: whether the flow-matching loss takes its prediction for the conditional velocity, and
-        the MeanFlow loss runs the encoder once. False computes each formula as it stands.
+      enabled: whether the flow-matching loss takes its prediction for the conditional velocity,
+        the MeanFlow loss runs the encoder once, and that of improved MeanFlow runs both heads from
+        one pass of the trunk. False computes each formula as it stands.
       unconditional_microbatches: 0 makes an unconditional pass for each loss of Decoupled MeanFlow;
         1 makes one for both. n > 1 cuts that one into n microbatches; samples that need the
         unconditional velocity come first, and microbatches in which no sample needs it (their
         labels are dropped, or t lies outside the guidance interval) are skipped. None takes 8, or
-        the largest divisor of 8 that divides the samples, on one CPU, and 0 elsewhere.
+        the largest divisor of 8 that divides the samples, on one CPU, and 0 elsewhere. Improved
+        MeanFlow joins the conditional and the unconditional velocity of its one loss.
     """
 
     enabled: bool = True
@@ -114,24 +116,41 @@ def _unconditional(
     objective: Any, velocity: FlowMap, samples: Sequence[PathSample]
 ) -> Sequence[Images | None]:
     """u(x_t, t, t, null) for each path sample, where the guidance gives it a coefficient."""
-    microbatches = objective.compute_sharing.microbatches(sum(len(s.t) for s in samples))
-    if not objective.guidance.needs_unconditional:
+    guidance, count = objective.guidance, sum(len(s.t) for s in samples)
+    if not guidance.needs_unconditional:
         return [None] * len(samples)
 
     def unconditional(x_t: Images, t: Times, null: Any) -> Images:
         return velocity(x_t, t, t, null)
 
     inputs = [(s.x_t, s.t, s.y.null()) for s in samples]
+    needed = [unconditional_needed(guidance, s.t, s.dropped, s.guidance) for s in samples]
+    return joined(unconditional, inputs, needed, objective.compute_sharing.microbatches(count))
+
+
+def joined(
+    function: Callable[..., jax.Array],
+    inputs: Sequence[tuple[Any, ...]],
+    needed: Sequence[jax.Array],
+    microbatches: int,
+) -> list[jax.Array]:
+    """The values of a function at several inputs of one size, from one pass over the rows of all.
+
+    Args:
+      function: of pytrees of arrays [b, ...], row by row.
+      inputs: the arguments of each call.
+      needed: [b] bool for each call: the rows that are needed.
+      microbatches: 0 makes a pass for each of the inputs; 1 one pass for all; n > 1 cuts that one
+        into microbatches, of which those without a needed row are zeros and cost nothing.
+    """
     if microbatches == 0:
-        return [unconditional(*each) for each in inputs]
-    joined, t, dropped, guidance = jax.tree.map(
-        lambda *rows: constrain_batch(jnp.concatenate(rows)),
-        *((each, s.t, s.dropped, s.guidance) for each, s in zip(inputs, samples, strict=True)),
+        return [function(*each) for each in inputs]
+    rows, row_needed = jax.tree.map(
+        lambda *parts: constrain_batch(jnp.concatenate(parts)), *zip(inputs, needed, strict=True)
     )
     if microbatches > 1:
-        needed = unconditional_needed(objective.guidance, t, dropped, guidance)
-        unconditional = only_where_needed(unconditional, needed, microbatches)
-    return jnp.split(unconditional(*joined), len(samples))
+        function = only_where_needed(function, row_needed, microbatches)
+    return jnp.split(function(*rows), len(inputs))
 
 
 def only_where_needed(

@@ -131,14 +131,15 @@ class DrawnGuidance:
 
     Attributes:
       kappa: coefficient of the network's own conditional velocity, below 1; omega is
-        scale (1 - kappa), so that the drawn scale is the effective one.
+        scale (1 - kappa), so that the drawn scale is the effective one. None for 1 - 1 / scale,
+        which makes omega 1.
       max_scale: largest guidance scale, above 1; the scale is drawn from [1, max_scale].
       power: exponent p of the density of the scale, which is in proportion to scale^-p.
       start_range: (low, high) that the start of the interval is drawn from, uniformly.
       end_range: (low, high) that the end of the interval is drawn from, uniformly.
     """
 
-    kappa: float = 0.0
+    kappa: float | None = 0.0
     max_scale: float = 8.0
     power: float = 1.0
     start_range: tuple[float, float] = (0.0, 0.5)
@@ -149,7 +150,8 @@ class DrawnGuidance:
     def __post_init__(self):
         check_interval("start_range", self.start_range)
         check_interval("end_range", self.end_range)
-        _check_kappa(self.kappa)
+        if self.kappa is not None:
+            _check_kappa(self.kappa)
         check_between(self, -100.0, 100.0, "power")
         if not 1 < self.max_scale <= LARGEST_SCALE:
             raise InputError("max_scale", self.max_scale, "scales are drawn from 1 up to it; give "
@@ -181,9 +183,17 @@ class DrawnGuidance:
         self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None
     ) -> Coefficients:
         """(omega, kappa), each [b], of the guidance drawn for each sample."""
-        active = (guidance.start <= t) & (t <= guidance.end) & ~dropped
-        omega = guidance.scale * (1 - self.kappa)
-        return jnp.where(active, omega, 1.0), jnp.where(active, self.kappa, 0.0)
+        active = in_drawn_interval(t, guidance) & ~dropped
+        if self.kappa is None:
+            omega, kappa = 1.0, 1 - 1 / guidance.scale
+        else:
+            omega, kappa = guidance.scale * (1 - self.kappa), self.kappa
+        return jnp.where(active, omega, 1.0), jnp.where(active, kappa, 0.0)
+
+
+def in_drawn_interval(t: Times, guidance: GuidanceInput) -> Bool[Array, "b"]:
+    """[b] bool: whether t lies in the closed interval that was drawn for the sample."""
+    return (guidance.start <= t) & (t <= guidance.end)
 
 
 Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance

@@ -87,6 +87,7 @@ class Objective(Protocol):
       needs_teacher: whether `frozen_params` must hold a teacher, of the network `teacher`.
       needs_r: whether it trains u at r < t, for which the network must see r.
       guidance_input: whether it gives the network a guidance drawn for each sample, as an input.
+      velocity_head: whether it trains a second head of the network, which predicts the velocity.
     """
 
     learned_variance: bool = False
@@ -94,6 +95,7 @@ class Objective(Protocol):
     needs_teacher: bool = False
     needs_r: bool = False
     guidance_input: bool = False
+    velocity_head: bool = False
 
     def draw(
         self, key: PRNGKey, batch: Batch, step: jax.Array | None = None

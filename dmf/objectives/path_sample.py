@@ -12,13 +12,14 @@ import jax.numpy as jnp
 
 from dmf.errors import InputError
 from dmf.objectives.guidance import Guidance
-from dmf.objectives.interpolants import Interpolant
+from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
 from dmf.objectives.tangent import Tangent
 from dmf.types import (
     Batch,
     Dropped,
     GuidanceInput,
     GuidedCondition,
+    Images,
     Network,
     PerSample,
     PRNGKey,
@@ -62,7 +63,7 @@ class PathSample(NamedTuple):
 
     Attributes:
       x_t: [b, h, w, c] points of the path at t.
-      v_t: [b, h, w, c] velocities of the path there.
+      v_t: [b, h, w, c] velocities of the path there, as the network can predict them.
       t, r: [b] times.
       y: the condition after label dropout, guided where guidance was drawn.
       dropped: [b] bool, where the condition is null.
@@ -93,17 +94,40 @@ def path_sample(
       network: makes the condition of what the dataset says of the samples.
       batch: data x [b, h, w, c] and y.
       draws: noise, times and dropped labels of this loss.
+
+    Raises:
+      InputError: the network predicts data, and the path is not linear.
     """
+    check_prediction(interpolant, network)
     y = network.condition(batch.y).drop(draws.dropped)
+    x_t = interpolant.interpolate(batch.x, draws.noise, draws.t)
     return PathSample(
-        x_t=interpolant.interpolate(batch.x, draws.noise, draws.t),
-        v_t=interpolant.velocity(batch.x, draws.noise, draws.t),
+        x_t=x_t,
+        v_t=_velocity(interpolant, network, batch, draws, x_t),
         t=draws.t,
         r=draws.r,
         y=y if draws.guidance is None else GuidedCondition(y, draws.guidance),
         dropped=draws.dropped,
         tangent_weight=draws.tangent_weight,
     )
+
+
+def _velocity(
+    interpolant: Interpolant, network: Network, batch: Batch, draws: Draws, x_t: Images
+) -> Images:
+    """v_t. Of a network that predicts data it is what that makes of the data themselves:
+    (x_t - x) / max(t, min_time), which on the linear path is v_t from min_time on (pixel MeanFlow,
+    arXiv:2601.22158)."""
+    if network.prediction == "data":
+        return (x_t - batch.x) / per_sample(jnp.maximum(draws.t, network.min_time), x_t)
+    return interpolant.velocity(batch.x, draws.noise, draws.t)
+
+
+def check_prediction(interpolant: Interpolant, network: Network) -> None:
+    """Raises InputError where the network predicts data and the path is not linear."""
+    if network.prediction == "data" and interpolant != LINEAR:
+        raise InputError("model.prediction", "data", "(x_t - x) / t is the velocity of the linear "
+                         "path alone; set objective.interpolant=linear, or this to velocity")
 
 
 def check_label_dropout(probability: float) -> None:

@@ -28,6 +28,7 @@ from dmf.models.encoders.patch_features import (
 )
 from dmf.objectives.build import interpolant, objective
 from dmf.objectives.objective import Objective
+from dmf.objectives.path_sample import check_prediction
 from dmf.registry import at, build
 from dmf.runtime.sharding import batch_shards, make_mesh
 from dmf.sampling.build import Sampling, sampling
@@ -352,6 +353,11 @@ def _check_network(config: ConfigDict, built: Recipe) -> None:
         raise InputError("model.guidance_input", takes, "a network takes its guidance as an input "
                          "where it is drawn in training; set it to True and "
                          "objective.guidance.name=drawn, or neither")
+    if trained_by.velocity_head != built.network.velocity_head:
+        raise InputError("model.velocity_head", built.network.velocity_head, "a network has a head "
+                         "for the velocity where objective.name=improved_mean_flow trains it; set "
+                         "it to True with that objective, and to False with others")
+    check_prediction(interpolant(config.objective), built.network)
     if trained_by.needs_r and model.get("conditioning") == "flow":
         raise InputError("model.conditioning", "flow", "this network does not see r, which the "
                          "objective trains; choose meanflow or decoupled")

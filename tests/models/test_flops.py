@@ -9,9 +9,12 @@ import pytest
 
 from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import SIZES, DiT
+from dmf.models.in_context_dit import SIZES as IN_CONTEXT_SIZES
+from dmf.models.in_context_dit import InContextDiT
 from dmf.objectives import (
     DecoupledMeanFlow,
     FlowMatching,
+    ImprovedMeanFlow,
     MeanFlow,
     NoGuidance,
     SelfGuidance,
@@ -85,6 +88,15 @@ def test_objective_flops_count_passes(objective, conditioning, encodes, decodes)
     model = small(conditioning)
     expected = encodes * model.flops.encode + decodes * model.flops.decode
     assert objective.flops(model) == pytest.approx(expected, rel=0.02)
+
+
+def test_objective_flops_of_two_heads():
+    """A forward and a backward pass of both heads, the tangent, and both velocities of the guidance
+    with one head each; the head of iMF-XL/2 is a sixth of its depth."""
+    model = InContextDiT(input_size=32, channels=4, num_classes=1000, **IN_CONTEXT_SIZES["XL"])
+    flops = ImprovedMeanFlow().flops(model)
+    assert flops == 6 * model.flops.forward + 3 * model.flops.velocity_head
+    assert flops / model.flops.forward == pytest.approx(6.5, abs=0.01)
 
 
 def test_mfu():

@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import partial_eval
 
 from dmf.errors import InputError
 from dmf.models.abstract_params import abstract_params
 from dmf.models.dit import DiT
+from dmf.models.in_context_dit import InContextDiT
 from dmf.objectives import (
     DecoupledMeanFlow,
     DrawnGuidance,
     FlowMatching,
+    ImprovedMeanFlow,
     MeanFlow,
     SelfGuidance,
     TeacherGuidance,
@@ -286,18 +289,25 @@ def forward_passes(objective, model) -> float:
         (FlowMatching(), "flow", 2.9, 3.1),
         pytest.param(MeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "meanflow", 5.9, 6.2,
                      marks=pytest.mark.slow),
+        (ImprovedMeanFlow(compute_sharing=EACH_LOSS), "in_context", 6.5, 6.6),
         (DecoupledMeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "decoupled", 9.2, 9.7),
         pytest.param(DecoupledMeanFlow(guidance=SELF, compute_sharing=PLAIN), "decoupled", 10.9,
                      11.4, marks=pytest.mark.slow),
     ],
-    ids=["flow_matching", "mean_flow", "shared", "plain"],
+    ids=["flow_matching", "mean_flow", "improved_mean_flow", "shared", "plain"],
 )
 def test_forward_passes_of_a_step(objective, conditioning, least, most):
     """The network is split at two thirds, as the published ones, where it is decoupled; it is
     shallow and narrow."""
-    decoupled = {"split_depth": 2, "learned_variance": True} if conditioning == "decoupled" else {}
-    model = DiT(input_size=32, channels=4, num_classes=10, depth=3, width=256, heads=4,
-                conditioning=conditioning, **decoupled)
+    if conditioning == "in_context":
+        # A head is a sixth of the depth, as in iMF-XL/2.
+        model = InContextDiT(input_size=16, channels=4, num_classes=10, depth=6, head_depth=1,
+                             width=256, heads=4)
+    else:
+        decoupled = conditioning == "decoupled"
+        model = DiT(input_size=32, channels=4, num_classes=10, depth=3, width=256, heads=4,
+                    conditioning=conditioning, split_depth=2 if decoupled else None,
+                    learned_variance=decoupled)
     assert least < forward_passes(objective, model) < most
 
 
@@ -318,6 +328,20 @@ def matmul_flops(jaxpr) -> float:
     return total
 
 
+def traced_passes(objective, model) -> float:
+    """The cost of the matmuls of a loss and its gradient in forward passes."""
+    batch = jax.eval_shape(lambda: batch_of(model.sample_shape))
+    draws = jax.eval_shape(objective.draw, jax.random.key(0), batch)
+
+    def mean(params, batch, draws):
+        return jnp.mean(objective.loss(model, params, batch, draws, {})[0])
+
+    traced = jax.make_jaxpr(jax.grad(mean))(abstract_params(model), batch, draws).jaxpr
+    # The compiler drops what no result depends on, such as the derivative of a head's other output.
+    used, _ = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
+    return matmul_flops(used) / (COUNT * model.flops.forward)
+
+
 @pytest.mark.parametrize(
     ("remat", "plain", "shared"),
     [("none", 11.1, 9.45), pytest.param("dots", 11.3, 9.7, marks=pytest.mark.slow),
@@ -328,16 +352,20 @@ def test_forward_passes_of_a_step_under_remat(remat, plain, shared):
     model = DiT(input_size=32, channels=4, num_classes=10, depth=12, width=384, heads=6,
                 conditioning="decoupled", split_depth=8, learned_variance=True,
                 remat=remat)  # fmt: skip
-    params = abstract_params(model)
-    batch = jax.eval_shape(lambda: batch_of(model.sample_shape))
-    passes = []
-    for sharing in (PLAIN, EACH_LOSS):
-        objective = DecoupledMeanFlow(guidance=SELF, compute_sharing=sharing)
-        draws = jax.eval_shape(objective.draw, jax.random.key(0), batch)
-
-        def mean(params, batch, draws, objective=objective):
-            return jnp.mean(objective.loss(model, params, batch, draws, {})[0])
-
-        traced = jax.make_jaxpr(jax.grad(mean))(params, batch, draws)
-        passes.append(matmul_flops(traced.jaxpr) / (COUNT * model.flops.forward))
+    passes = [traced_passes(DecoupledMeanFlow(guidance=SELF, compute_sharing=sharing), model)
+              for sharing in (PLAIN, EACH_LOSS)]
     assert passes == pytest.approx([plain, shared], abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("remat", "conditioning"), [("none", "meanflow"), ("dots", "meanflow"), ("none", "decoupled")]
+)
+def test_forward_passes_of_a_step_of_improved_mean_flow(remat, conditioning):
+    """The network is divided as iMF-XL/2 is: a sixth of its depth is a head."""
+    split = {"split_depth": 8} if conditioning == "decoupled" else {}
+    model = InContextDiT(input_size=32, channels=4, num_classes=10, depth=12, head_depth=2,
+                         width=384, heads=6, remat=remat, conditioning=conditioning, **split)
+    passes = [traced_passes(ImprovedMeanFlow(compute_sharing=sharing), model)
+              for sharing in (PLAIN, EACH_LOSS)]
+    assert passes == pytest.approx([9.1, 6.6] if remat == "none" else [9.3, 6.75], abs=0.05)

@@ -34,7 +34,7 @@ from dmf.objectives.mean_flow import average_velocity, mean_flow_loss
 from dmf.objectives.objective import Objective, terms_of
 from dmf.objectives.path_sample import PathSample
 from dmf.runtime.sharding import batch_sharding, make_mesh
-from dmf.types import Batch, ClassLabels, Condition, Flops
+from dmf.types import Batch, ClassLabels, Flops
 
 OBJECTIVES = {
     "flow_matching": FlowMatching(),
@@ -46,27 +46,16 @@ over_paths = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "c
 
 
 @dataclasses.dataclass(frozen=True)
-class LinearNetwork:
+class LinearNetwork(SimpleNetwork):
     """u = slope x_t + rate t + row[y]: its derivative along (v, 1, 0) is slope v + rate."""
 
     num_classes: int = 2
     sample_shape: tuple[int, int, int] = (2, 2, 3)
-    guidance_input: bool = False
     encoder_depth: int = 1
-    full_remat: bool = False
-
-    @property
-    def flops(self):
-        return Flops(encode=24.0, decode=24.0)
+    flops: Flops = Flops(encode=24.0, decode=24.0)
 
     def init(self, key):
         return PARAMS
-
-    def cast(self, params):
-        return params
-
-    def condition(self, y):
-        return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)
 
     def apply(self, params, x_t, t, r, y):
         offset = params["rate"] * t + params["rows"][self.condition(y).labels]

@@ -2,6 +2,7 @@
 
 import functools
 
+import golden_in_context as gi
 import golden_values as gv
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from dmf.checkpoints.convert.tables.dit import from_pytorch
 from dmf.models.dit import DiT
 from dmf.sampling import Euler, EulerMaruyama, Heun, Restart, Sampler
-from dmf.sampling.guidance import SamplingGuidance, classifier_free
+from dmf.sampling.guidance import SamplingGuidance, classifier_free, guidance_as_input
 from dmf.sampling.samplers import sample
 from dmf.types import ClassLabels, FlowMap, Params
 
@@ -134,3 +135,19 @@ def test_euler_of_meanflow(name, steps):
     with jax.disable_jit():
         generated = sample(flow_map, jnp.asarray(golden["z"]), golden.labels("y"), steps=steps)
     gv.assert_each_near(generated, golden[f"sample/{steps}"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["imf_tiny", pytest.param("pmf_tiny", marks=pytest.mark.slow)])
+def test_euler_with_guidance_as_an_input(name):
+    golden = gv.load(name)
+    published = golden.config["sampling"]
+    guidance = SamplingGuidance(
+        scale=published["omega"], interval=(published["t_min"], published["t_max"])
+    )
+    model = gi.network(name)
+    flow_map = guidance_as_input(eager(model, gi.params(name)), guidance)
+    z, y = jnp.asarray(golden["z"]), model.condition(golden.labels("y"))
+    for steps in (1, 2, 4):
+        with jax.disable_jit():
+            generated = sample(flow_map, z, y, steps=steps)
+        gv.assert_each_near(generated, golden[f"sample/{steps}"], 1e-5)

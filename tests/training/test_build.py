@@ -1,5 +1,6 @@
 """From a config to all that a run consists of: the builders of every room, and what they refuse."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,9 +19,13 @@ from dmf.errors import InputError
 from dmf.evaluation.build import evaluation
 from dmf.models.build import latents, network
 from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.models.in_context_dit import InContextDiT
 from dmf.objectives import (
     DecoupledMeanFlow,
+    DrawnGuidance,
+    ImprovedMeanFlow,
     LogitNormal,
+    MeanFlow,
     OrderedPair,
     SelfGuidance,
 )
@@ -32,12 +37,24 @@ from dmf.training import build
 from dmf.training.ema import ConstantEma, HalfLifeEma
 from dmf.training.optimizer import AdamW
 
+IN_CONTEXT = InContextDiT(input_size=8, channels=1, num_classes=10, depth=3, head_depth=1, width=32,
+                          heads=2)
+
 
 def changed(change) -> ConfigDict:
     """A config with one change."""
     config = tiny.config().unlock()
     change(config)
     return config
+
+
+def components(**sections):
+    """A change that replaces sections of a config by components."""
+    def change(config):
+        for name, component in sections.items():
+            config[name] = default.component(component)
+
+    return change
 
 
 def test_a_builder_of_each_room_builds_its_section():
@@ -113,6 +130,16 @@ def test_a_stochastic_sampler_follows_the_path_of_training():
         (lambda c: (c.alignment.update(dtype="int8"),
                     c.objective.update(alignment_coefficient=0.5)),
          "alignment.dtype=int8: choose one of float32, bfloat16"),
+        (components(objective=ImprovedMeanFlow()),
+         "model.guidance_input=False: a network takes its guidance as an input where"),
+        (lambda c: (components(objective=ImprovedMeanFlow())(c),
+                    c.model.update(guidance_input=True)),
+         "model.velocity_head=False: a network has a head for the velocity where"),
+        (components(objective=MeanFlow(guidance=DrawnGuidance()), model=IN_CONTEXT),
+         "model.velocity_head=True: a network has a head for the velocity where"),
+        (components(objective=ImprovedMeanFlow(interpolant=COSINE),
+                    model=dataclasses.replace(IN_CONTEXT, prediction="data")),
+         "model.prediction=data: (x_t - x) / t is the velocity of the linear path alone"),
         (lambda c: c.mesh.update(tensor=3), "mesh=-1x1x3 (data x fsdp x tensor): it must hold"),
         (lambda c: c.teacher.update(checkpoint="/nowhere"),
          "teacher.checkpoint=/nowhere: the objective asks for no teacher"),
