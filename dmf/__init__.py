@@ -18,6 +18,7 @@ _HOME = {
     "DiT": "dmf.models.dit",
     "FlowMap": "dmf.types",
     "FlowMatching": "dmf.objectives",
+    "InContextDiT": "dmf.models.in_context_dit",
     "InputError": "dmf.errors",
     "MeanFlow": "dmf.objectives",
     "Network": "dmf.types",

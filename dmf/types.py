@@ -159,14 +159,17 @@ class Flops(NamedTuple):
     Attributes:
       encode: operations of `Network.encode`, 2 for a multiply-add.
       decode: operations of `Network.decode`.
+      velocity_head: operations that `Network.decode_heads` adds to those of `decode`; 0 for a
+        network without a velocity head.
     """
 
     encode: float
     decode: float
+    velocity_head: float = 0.0
 
     @property
     def forward(self) -> float:
-        """Operations of one forward pass."""
+        """Operations of one forward pass, with one output: u."""
         return self.encode + self.decode
 
 
@@ -191,6 +194,21 @@ class Network(Protocol):
     @property
     def guidance_input(self) -> bool:
         """Whether the network takes the guidance scale and interval as an input."""
+        ...
+
+    @property
+    def velocity_head(self) -> bool:
+        """Whether the network has a second head, which predicts the velocity v."""
+        ...
+
+    @property
+    def prediction(self) -> str:
+        """What the heads predict: "velocity"; or "data", of which the network makes velocities."""
+        ...
+
+    @property
+    def min_time(self) -> float:
+        """The least number that a network with prediction="data" divides by instead of t."""
         ...
 
     @property
@@ -225,12 +243,37 @@ class Network(Protocol):
         where r = t. y is a `Condition`, or what `condition` makes one of."""
         ...
 
+    def apply_heads(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v): the average velocity and the output of the velocity head, from one pass.
+
+        Raises:
+          InputError: the network has no velocity head.
+        """
+        ...
+
+    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
+        """The instantaneous velocity v(x_t, t, y): of the velocity head at r = t; without one it is
+        u(x_t, t, t, y)."""
+        ...
+
     def encode(self, params: Params, x_t: Images, t: Times, y: Any) -> Any:
         """The part of the network that does not depend on r, as a pytree of arrays."""
         ...
 
     def decode(self, params: Params, hidden: Any, r: Times, y: Any) -> Images:
         """The average velocity u(x_t, t, r, y), from `hidden = encode(params, x_t, t, y)`."""
+        ...
+
+    def decode_heads(
+        self, params: Params, hidden: Any, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v) as `apply_heads` returns them, from `hidden = encode(params, x_t, t, y)`.
+
+        Raises:
+          InputError: the network has no velocity head.
+        """
         ...
 
     def apply_with_features(

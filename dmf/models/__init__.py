@@ -11,14 +11,15 @@ from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.inception import Inception
+from dmf.models.in_context_dit import InContextDiT
 from dmf.registry import define_kind
 
-__all__ = ["Autoencoder", "AutoencoderKL", "DiT", "DinoV2", "Inception"]
+__all__ = ["Autoencoder", "AutoencoderKL", "DiT", "DinoV2", "InContextDiT", "Inception"]
 
 # The kinds of network that `dmf convert` reads and nothing here trains.
 FROZEN_KINDS = ("autoencoder", "encoder")
 
-define_kind("model", "The network that is trained.", dit=DiT)
+define_kind("model", "The network that is trained.", dit=DiT, in_context_dit=InContextDiT)
 define_kind(
     "autoencoder", "The frozen network between images and latents.", autoencoder_kl=AutoencoderKL
 )

@@ -35,10 +35,10 @@ class BlockInputs(NamedTuple):
 
 
 def run_blocks(
-    block: Callable[[Params, Tokens, Vectors], Tokens],
+    block: Callable[[Params, Tokens, Any], Tokens],
     params: Params,
     tokens: Tokens,
-    conditions: dict[str, Vectors],
+    conditions: dict[str, Any],
     block_times: str,
     start: int,
     stop: int,
@@ -49,10 +49,10 @@ def run_blocks(
     """Runs the blocks start, ..., stop - 1 of a stack.
 
     Args:
-      block: (parameters of one block, tokens [b, l, d], condition [b, d]) -> tokens [b, l, d].
+      block: (parameters of one block, tokens [b, l, d], condition) -> tokens [b, l, d].
       params: parameters of all blocks, each leaf stacked on a leading depth axis.
       tokens: [b, l, d] input of the first block that runs.
-      conditions: [b, d] condition vectors by time letter.
+      conditions: [b, d] condition vectors by time letter; any tree where there is one letter.
       block_times: time letter of each block of the stack.
       start, stop: range of the blocks to run.
       scan: whether to use `lax.scan`, for short compilation, or to unroll the blocks.
@@ -89,7 +89,7 @@ def run_blocks(
     return tokens
 
 
-def _uses(conditions: dict[str, Vectors], block_times: str) -> dict[str, jax.Array]:
+def _uses(conditions: dict[str, Any], block_times: str) -> dict[str, jax.Array]:
     """By time letter, whether each block is conditioned on that time: [depth] bool."""
     return {letter: jnp.asarray([time == letter for time in block_times])
             for letter in conditions if letter in block_times}

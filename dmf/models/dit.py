@@ -24,6 +24,7 @@ from dmf.errors import InputError, check_between, check_choice
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
+from dmf.models.simple_network import no_velocity_head
 from dmf.models.transformer import TIME_EMBEDDINGS, Transformer
 from dmf.types import (
     COMPUTE_DTYPES,
@@ -32,6 +33,7 @@ from dmf.types import (
     Features,
     Flops,
     Images,
+    Network,
     Params,
     PerSample,
     PRNGKey,
@@ -40,7 +42,7 @@ from dmf.types import (
 
 CONDITIONINGS = ("flow", "meanflow", "decoupled")
 # Beyond these, a number is a slip: not even shapes could be computed.
-_LARGEST_DEPTH, _LARGEST_SIZE, _LARGEST_CLASSES = 1024, 2**18, 2**24
+LARGEST_DEPTH, LARGEST_SIZE, LARGEST_CLASSES = 1024, 2**18, 2**24
 # The time that a block is conditioned on, by letter: t, r, or both (r and t - r).
 TIME_LETTERS = "trb"
 BLOCK_TIME_PATTERNS = ("split", "interleaved", "both")
@@ -64,6 +66,15 @@ def repa_depth(depth: int) -> int:
       depth: number of blocks of the network; published are 4 for 12 (B), 8 for 24 and 28 (L, XL).
     """
     return 4 if depth == SIZES["B"]["depth"] else min(8, depth)
+
+
+def check_input(network: Network, x_t: Images) -> None:
+    """Raises InputError where x_t has not the shape that a network takes."""
+    if x_t.shape[1:] != network.sample_shape:
+        raise InputError(
+            f"x_t has shape {x_t.shape}",
+            remedy=f"this network takes [b, {', '.join(map(str, network.sample_shape))}]",
+        )
 
 
 class Hidden(NamedTuple):
@@ -138,6 +149,9 @@ class DiT:
         "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",
         "num_classes",
     )  # fmt: skip
+    velocity_head: ClassVar[bool] = False
+    prediction: ClassVar[str] = "velocity"
+    min_time: ClassVar[float] = 0.05
 
     input_size: int
     channels: int
@@ -172,16 +186,16 @@ class DiT:
 
     def _check_sizes(self) -> None:
         check = self._check
-        check_between(self, 1, _LARGEST_DEPTH, "depth")
-        check_between(self, 1, _LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
+        check_between(self, 1, LARGEST_DEPTH, "depth")
+        check_between(self, 1, LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
                       "heads", "alignment_width", "alignment_hidden")
-        check_between(self, 0, _LARGEST_CLASSES, "num_classes")
+        check_between(self, 0, LARGEST_CLASSES, "num_classes")
         check(self.input_size % self.patch_size == 0, "patch_size",
               f"it must divide model.input_size={self.input_size}")
         check(self.width % self.heads == 0, "heads", f"it must divide model.width={self.width}")
         check(self.width % 4 == 0, "width", "the position table needs a multiple of 4")
-        check(1 <= self.mlp_ratio * self.width <= _LARGEST_SIZE, "mlp_ratio",
-              f"this ratio times model.width={self.width} must lie from 1 to {_LARGEST_SIZE}")
+        check(1 <= self.mlp_ratio * self.width <= LARGEST_SIZE, "mlp_ratio",
+              f"this ratio times model.width={self.width} must lie from 1 to {LARGEST_SIZE}")
         check(0 <= self.alignment_depth <= self.depth, "alignment_depth",
               f"give a whole number from 0 (none) to model.depth={self.depth}")
 
@@ -314,12 +328,12 @@ class DiT:
         Raises:
           InputError: x_t is of another shape.
         """
-        self._check_input(x_t)
+        check_input(self, x_t)
         return Transformer(self).apply({"params": params}, x_t, t, r, y).astype(x_t.dtype)
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Any) -> Hidden:
         """The part of the network that does not depend on r; arguments as of `apply`."""
-        self._check_input(x_t)
+        check_input(self, x_t)
         tokens = Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
         return Hidden(tokens, t)
 
@@ -327,12 +341,26 @@ class DiT:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
         return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
 
+    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
+        """The instantaneous velocity u(x_t, t, t, y)."""
+        return self.apply(params, x_t, t, t, y)
+
+    def apply_heads(self, *inputs: object) -> None:
+        """Not available.
+
+        Raises:
+          InputError: always, as there is no velocity head.
+        """
+        raise no_velocity_head(self)
+
+    decode_heads = apply_heads
+
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Features]:
         """u as `apply` returns it, and the projected tokens [b, l, alignment_width] after block
         `alignment_depth`, float32."""
-        self._check_input(x_t)
+        check_input(self, x_t)
         transformer, variables = Transformer(self), {"params": params}
         u, projected = transformer.apply(variables, x_t, t, r, y, method="with_features")
         return u.astype(x_t.dtype), projected.astype(jnp.float32)
@@ -340,10 +368,3 @@ class DiT:
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:
         """The learned log of the expected squared error at (t, r): [b] float32."""
         return Transformer(self).apply({"params": params}, t, r, method="variance")
-
-    def _check_input(self, x_t: Images) -> None:
-        if x_t.shape[1:] != self.sample_shape:
-            raise InputError(
-                f"x_t has shape {x_t.shape}",
-                remedy=f"this network takes [b, {', '.join(map(str, self.sample_shape))}]",
-            )

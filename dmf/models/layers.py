@@ -9,7 +9,9 @@ parts that a config can compute in float32.
 
 import functools
 import math
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -18,6 +20,7 @@ from jaxtyping import Array, Float
 from dmf.models.activations import gelu, layer_norm
 from dmf.models.attention.attention import attention
 from dmf.models.linear import Linear, Tokens, Vectors, scale_tokens, spread
+from dmf.models.rotary import Rotation, rotate
 
 # Parts of a network that can be in float32 where the rest is in bfloat16: the matmuls of the time
 # embeddings and the sum with the label embedding; shift, scale and gate of the blocks, and the
@@ -78,18 +81,19 @@ def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
 class TimeEmbedding(nn.Module):
     """256 sinusoidal features of a time, then Linear, SiLU, Linear.
 
-    With `zero_init` the embedding is zero at initialisation.
+    Kernels are drawn by `kernel_init`; with `zero_init` the embedding is zero at initialisation.
     """
 
     width: int
     dtype: jnp.dtype
     zero_init: bool = False
+    kernel_init: Callable[..., jax.Array] = small_normal
 
     @nn.compact
     def __call__(self, t: Float[Array, "b"]) -> Vectors:
         x = sinusoidal_features(t, 256).astype(self.dtype)
-        x = Linear((self.width,), small_normal, self.dtype, name="in")(x)
-        init = zeros if self.zero_init else small_normal
+        x = Linear((self.width,), self.kernel_init, self.dtype, name="in")(x)
+        init = zeros if self.zero_init else self.kernel_init
         return Linear((self.width,), init, self.dtype, name="out")(nn.silu(x))
 
 
@@ -136,7 +140,8 @@ class Modulation(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head self-attention; with `qk_norm`, q and k pass an RMSNorm over the head width.
 
-    `attention` names the implementation, see `dmf.models.attention.attention`.
+    With a `rotation`, q and k are then turned by the positions of their tokens. `attention` names
+    the implementation, see `dmf.models.attention.attention`.
     """
 
     heads: int
@@ -144,13 +149,16 @@ class SelfAttention(nn.Module):
     dtype: jnp.dtype
     attention: str = "xla"
     gradient_dtype: jnp.dtype | None = None
+    kernel_init: Callable[..., jax.Array] = xavier
+    use_bias: bool = True
 
     @nn.compact
-    def __call__(self, x: Tokens) -> Tokens:
+    def __call__(self, x: Tokens, rotation: Rotation | None = None) -> Tokens:
         width = x.shape[-1]
         linear = functools.partial(
-            Linear, kernel_init=xavier, dtype=self.dtype, gradient_dtype=self.gradient_dtype
-        )
+            Linear, kernel_init=self.kernel_init, dtype=self.dtype,
+            gradient_dtype=self.gradient_dtype, use_bias=self.use_bias,
+        )  # fmt: skip
         features = (3, self.heads, width // self.heads)
         qkv = linear(features, name="qkv")(x)
         q, k, v = (qkv[:, :, i] for i in range(3))
@@ -159,6 +167,8 @@ class SelfAttention(nn.Module):
                 nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name=name)(y)
                 for name, y in (("q_norm", q), ("k_norm", k))
             )
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
         # Initialisation runs on one token of one sample, and no kernel takes that.
         out = attention(q, k, v, "xla" if self.is_initializing() else self.attention)
         return linear((width,), input_axes=2, name="out")(out)

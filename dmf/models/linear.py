@@ -49,8 +49,9 @@ class Linear(nn.Module):
     """x W + b, from the last `input_axes` axes of x to axes of the sizes `features`.
 
     The matmul is in `dtype`, the bias is added in float32, and the result is in `output_dtype`, by
-    default `dtype`. Kernel and bias are float32 parameters. The gradient of the kernel is computed
-    in `gradient_dtype`, by default `dtype`: the matmuls then give float32, and multiply in `dtype`.
+    default `dtype`. Kernel and bias are float32 parameters; with `use_bias=False` there is no bias.
+    The gradient of the kernel is computed in `gradient_dtype`, by default `dtype`: the matmuls then
+    give float32, and multiply in `dtype`.
     """
 
     features: tuple[int, ...]
@@ -59,20 +60,22 @@ class Linear(nn.Module):
     input_axes: int = 1
     output_dtype: jnp.dtype | None = None
     gradient_dtype: jnp.dtype | None = None
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, axes = x.shape[-self.input_axes :], range(self.input_axes)
         contracted = (tuple(x.ndim - self.input_axes + i for i in axes), tuple(axes))
         kernel = self.param("kernel", self._kernel, inputs)
-        bias = self.param("bias", nn.initializers.zeros, self.features)
         widened = self.dtype == jnp.bfloat16 and self.gradient_dtype == jnp.float32
         operands = [part.astype(jnp.float32 if widened else self.dtype)
                     for part in (x.astype(self.dtype), kernel)]
         precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if widened else None
         y = jax.lax.dot_general(*operands, (contracted, ((), ())), precision)
-        bias = jnp.broadcast_to(bias, y.shape)
-        return (y.astype(jnp.float32) + bias).astype(self.output_dtype or self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.features)
+            y = y.astype(jnp.float32) + jnp.broadcast_to(bias, y.shape)
+        return y.astype(self.output_dtype or self.dtype)
 
     def _kernel(self, key: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
         """An initial kernel, drawn as the matrix that it is."""

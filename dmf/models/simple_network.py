@@ -12,6 +12,12 @@ from dmf.types import ClassLabels, Condition, Flops, Images, Params, Times
 Inputs = tuple[jax.Array, jax.Array]
 
 
+def no_velocity_head(network: Any) -> InputError:
+    """The error of a network that is asked for the output of a head that it lacks."""
+    return InputError("model.velocity_head", False, f"this {type(network).__name__} predicts u "
+                      "alone; choose a network with a velocity head and set it to True")
+
+
 class SimpleNetwork:
     """A base class for networks, with all of `dmf.types.Network` but `num_classes`, `sample_shape`,
     `init` and `apply`.
@@ -38,6 +44,9 @@ class SimpleNetwork:
     """
 
     guidance_input = False
+    velocity_head = False
+    prediction = "velocity"
+    min_time = 0.05
     encoder_depth = 0
     full_remat = False
 
@@ -58,6 +67,20 @@ class SimpleNetwork:
         """The average velocity u(x_t, t, r, y) [b, h, w, c] from hidden = (x_t, t)."""
         x_t, t = hidden
         return self.apply(params, x_t, t, r, y)
+
+    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
+        """The instantaneous velocity u(x_t, t, t, y)."""
+        return self.apply(params, x_t, t, t, y)
+
+    def apply_heads(self, *inputs: object) -> None:
+        """Not available.
+
+        Raises:
+          InputError: always, as there is no velocity head.
+        """
+        raise no_velocity_head(self)
+
+    decode_heads = apply_heads
 
     @functools.cached_property
     def flops(self) -> Flops:

@@ -14,6 +14,7 @@ from dmf.types import (
     GuidanceInput,
     GuidedCondition,
     Images,
+    Network,
     Params,
     PerSample,
     PRNGKey,
@@ -22,6 +23,16 @@ from dmf.types import (
 
 # The module that embeds each time of a MeanFlow network.
 TIME_EMBEDDINGS = {"t": "time_embedding", "r": "target_embedding", "t-r": "interval_embedding"}
+
+
+def labels_and_guidance(network: Network, y: Any) -> tuple[jax.Array, GuidanceInput]:
+    """The labels [b] and the guidance of a condition; one without guidance has scale 1 in the
+    interval [0, 1]."""
+    condition = network.condition(y)
+    if isinstance(condition, GuidedCondition):
+        return network.condition(condition.condition).labels, condition.guidance
+    ones = jnp.ones(condition.labels.shape)
+    return condition.labels, GuidanceInput(ones, jnp.zeros_like(ones), ones)
 
 
 class Transformer(nn.Module):
@@ -129,15 +140,11 @@ class Transformer(nn.Module):
 
     def _embed_condition(self, y: Any) -> Vectors:
         """The embedding of the label and, for a network that takes guidance as an input, of the
-        guidance; a condition without guidance has scale 1 in the interval [0, 1]."""
-        condition = self.config.condition(y)
-        guided = isinstance(condition, GuidedCondition)
-        labels = (self.config.condition(condition.condition) if guided else condition).labels
+        guidance."""
+        labels, guidance = labels_and_guidance(self.config, y)
         embedded = self.label_embedding(labels).astype(self.config.dtype)
         if not self.config.guidance_input:
             return embedded
-        ones = jnp.ones(labels.shape)
-        guidance = condition.guidance if guided else GuidanceInput(ones, jnp.zeros_like(ones), ones)
         return embedded + self.guidance_embedding(*guidance)
 
     def _dtype(self, part: str) -> jnp.dtype:

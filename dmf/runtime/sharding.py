@@ -41,6 +41,7 @@ TENSOR_RULES = (
     (r"blocks/attention/qkv/bias$", -2),
     (r"blocks/attention/out/kernel$", -3),
     (r"blocks/mlp/in/kernel$", -1),
+    (r"blocks/mlp/gate/kernel$", -1),
     (r"blocks/mlp/in/bias$", -1),
     (r"blocks/mlp/out/kernel$", -2),
     (r"blocks/modulation/linear/kernel$", -3),

@@ -120,6 +120,22 @@ class FrozenEncoder:
     def decode(self, params: Params, hidden: Any, r: Times, y: Any) -> Images:
         return self.network.decode(params, hidden, r, y)
 
+    def apply_heads(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        u, v = self.decode_heads(params, self.encode(params, x_t, t, y), r, y)
+        return u.astype(x_t.dtype), v.astype(x_t.dtype)
+
+    def decode_heads(
+        self, params: Params, hidden: Any, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        return self.network.decode_heads(params, hidden, r, y)
+
+    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
+        if self.velocity_head:
+            return self.apply_heads(params, x_t, t, t, y)[1]
+        return self.apply(params, x_t, t, t, y)
+
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Any]:
@@ -148,6 +164,18 @@ class FrozenEncoder:
     @property
     def guidance_input(self) -> bool:
         return self.network.guidance_input
+
+    @property
+    def velocity_head(self) -> bool:
+        return self.network.velocity_head
+
+    @property
+    def prediction(self) -> str:
+        return self.network.prediction
+
+    @property
+    def min_time(self) -> float:
+        return self.network.min_time
 
     @property
     def encoder_depth(self) -> int:
