@@ -24,16 +24,13 @@ from dmf.errors import InputError, check_between, check_choice
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
-from dmf.models.simple_network import no_velocity_head
-from dmf.models.transformer import TIME_EMBEDDINGS, Transformer
+from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
+from dmf.models.transformer import TIME_EMBEDDINGS, Transformer, cast_blocks
 from dmf.types import (
     COMPUTE_DTYPES,
-    ClassLabels,
-    Condition,
     Features,
     Flops,
     Images,
-    Network,
     Params,
     PerSample,
     PRNGKey,
@@ -68,15 +65,6 @@ def repa_depth(depth: int) -> int:
     return 4 if depth == SIZES["B"]["depth"] else min(8, depth)
 
 
-def check_input(network: Network, x_t: Images) -> None:
-    """Raises InputError where x_t has not the shape that a network takes."""
-    if x_t.shape[1:] != network.sample_shape:
-        raise InputError(
-            f"x_t has shape {x_t.shape}",
-            remedy=f"this network takes [b, {', '.join(map(str, network.sample_shape))}]",
-        )
-
-
 class Hidden(NamedTuple):
     """The output of `DiT.encode`.
 
@@ -90,7 +78,7 @@ class Hidden(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DiT:
+class DiT(SimpleNetwork):
     """A diffusion transformer over square images or latents; a `dmf.types.Network`.
 
     >>> model = DiT(input_size=4, channels=4, depth=2, width=16, heads=2, num_classes=10,
@@ -125,6 +113,10 @@ class DiT:
       embedded_times: the times that a network with conditioning="meanflow" embeds: one or more of
         "t", "r" and "t-r", each once.
       guidance_input: whether the network takes the guidance scale and interval as an input.
+      velocity_head: whether there is a second head, which predicts the velocity v (improved
+        MeanFlow, arXiv:2512.02012), with conditioning="meanflow"; sampling needs none.
+      head_depth: number of blocks of the velocity head, 1 to `depth`: it has blocks of its own in
+        place of the last of the network; published for in-context conditioning: 8.
       qk_norm: whether queries and keys pass an RMSNorm.
       learned_variance: whether the network has a log-variance head, which the weighting "cauchy"
         needs.
@@ -149,9 +141,6 @@ class DiT:
         "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",
         "num_classes",
     )  # fmt: skip
-    velocity_head: ClassVar[bool] = False
-    prediction: ClassVar[str] = "velocity"
-    min_time: ClassVar[float] = 0.05
 
     input_size: int
     channels: int
@@ -166,6 +155,8 @@ class DiT:
     block_times: str = "split"
     embedded_times: tuple[str, ...] = ("t", "t-r")
     guidance_input: bool = False
+    velocity_head: bool = False
+    head_depth: int = 8
     qk_norm: bool = False
     learned_variance: bool = False
     alignment_depth: int = 0
@@ -203,6 +194,13 @@ class DiT:
         check, block_times = self._check, self.block_times
         check(self.conditioning in CONDITIONINGS, "conditioning",
               f"choose one of {', '.join(CONDITIONINGS)}")
+        check(not self.velocity_head or self.conditioning == "meanflow", "velocity_head",
+              f"model.conditioning={self.conditioning} takes none; set it to meanflow")
+        check(self.velocity_head or self.head_depth == DiT.head_depth, "head_depth",
+              f"it is that of the velocity head; set model.velocity_head=True, or leave this at "
+              f"{DiT.head_depth}")
+        check(not self.velocity_head or 1 <= self.head_depth <= self.depth, "head_depth",
+              f"give a whole number from 1 to model.depth={self.depth}")
         splits = self.conditioning == "decoupled" and block_times in ("split", "both")
         check(splits or self.split_depth is None, "split_depth",
               f"model.conditioning={self.conditioning} with model.block_times={block_times} takes "
@@ -291,14 +289,12 @@ class DiT:
         block = linears + 4 * width * length**2 + modulation
         patches = 2 * width * length * self.patch_size**2 * self.channels
         early, time_embedding = self.encoder_depth, 2 * (256 + width) * width
+        final = patches + 2 * 2 * width**2
         return Flops(
             encode=patches + early * block + (time_embedding if early else 0),
-            decode=patches + (self.depth - early) * block + time_embedding + 2 * 2 * width**2,
+            decode=(self.depth - early) * block + time_embedding + final,
+            velocity_head=self.head_depth * block + final if self.velocity_head else 0.0,
         )
-
-    def condition(self, y: Any) -> Condition:
-        """Class labels [b] as a condition; a condition is returned as it is."""
-        return y if isinstance(y, Condition) else ClassLabels(y, self.num_classes)
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: a nested dictionary, block parameters stacked by depth."""
@@ -309,7 +305,11 @@ class DiT:
     def cast(self, params: Params) -> Params:
         """Parameters, or a gradient by them, with the kernels of the blocks in the dtype that their
         gradients are collected in."""
-        return {**params, "blocks": Transformer(self).cast_blocks(params["blocks"])}
+        cast = {"blocks": cast_blocks(self, params["blocks"])}
+        if self.velocity_head:
+            head = params["v_head"]
+            cast["v_head"] = {**head, "blocks": cast_blocks(self, head["blocks"])}
+        return {**params, **cast}
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Any) -> Images:
         """The average velocity u(x_t, t, r, y).
@@ -341,19 +341,17 @@ class DiT:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
         return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
 
-    def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
-        """The instantaneous velocity u(x_t, t, t, y)."""
-        return self.apply(params, x_t, t, t, y)
-
-    def apply_heads(self, *inputs: object) -> None:
-        """Not available.
+    def decode_heads(
+        self, params: Params, hidden: Hidden, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v) of one pass, each as `decode` returns u.
 
         Raises:
-          InputError: always, as there is no velocity head.
+          InputError: the network has no velocity head.
         """
-        raise no_velocity_head(self)
-
-    decode_heads = apply_heads
+        if not self.velocity_head:
+            raise no_velocity_head(self)
+        return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode_heads")
 
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Any

@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from dmf.errors import InputError, check_between, check_choice
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
-from dmf.models.dit import LARGEST_CLASSES, LARGEST_DEPTH, LARGEST_SIZE, check_input
+from dmf.models.dit import LARGEST_CLASSES, LARGEST_DEPTH, LARGEST_SIZE
 from dmf.models.in_context_transformer import (
     PREFIX_TOKENS,
     BlockStack,
     InContextTransformer,
     mlp_width,
 )
-from dmf.models.simple_network import SimpleNetwork, no_velocity_head
+from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
 from dmf.types import (
     COMPUTE_DTYPES,
     Flops,
@@ -226,7 +226,7 @@ class InContextDiT(SimpleNetwork):
     def flops(self) -> Flops:
         """Operations of the matmuls of one sample, 2 for a multiply-add."""
         width, length, patches = self.width, self.tokens, self.tokens - PREFIX_TOKENS
-        linears = 2 * width * (4 * width + 3 * mlp_width(width)) * length
+        linears = 2.0 * width * (4 * width + 3 * mlp_width(width)) * length
         block, values = linears + 4 * width * length**2, self.patch_size**2 * self.channels
         embedding = 2 * (256 + width) * width
         reduced = self.patch_bottleneck or values
@@ -271,17 +271,6 @@ class InContextDiT(SimpleNetwork):
           InputError: x_t is of another shape.
         """
         return self.decode(params, self.encode(params, x_t, t, y), r, y).astype(x_t.dtype)
-
-    def apply_heads(
-        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
-    ) -> tuple[Images, Images]:
-        """(u, v) of one pass, each as `apply` returns u.
-
-        Raises:
-          InputError: the network has no velocity head, or x_t is of another shape.
-        """
-        u, v = self.decode_heads(params, self.encode(params, x_t, t, y), r, y)
-        return u.astype(x_t.dtype), v.astype(x_t.dtype)
 
     def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
         """v(x_t, t, y) of the last head at r = t, as `apply` returns u: without a velocity head

@@ -18,6 +18,15 @@ def no_velocity_head(network: Any) -> InputError:
                       "alone; choose a network with a velocity head and set it to True")
 
 
+def check_input(network: Any, x_t: Images) -> None:
+    """Raises InputError where x_t has not the shape that a network takes."""
+    if x_t.shape[1:] != network.sample_shape:
+        raise InputError(
+            f"x_t has shape {x_t.shape}",
+            remedy=f"this network takes [b, {', '.join(map(str, network.sample_shape))}]",
+        )
+
+
 class SimpleNetwork:
     """A base class for networks, with all of `dmf.types.Network` but `num_classes`, `sample_shape`,
     `init` and `apply`.
@@ -68,19 +77,30 @@ class SimpleNetwork:
         x_t, t = hidden
         return self.apply(params, x_t, t, r, y)
 
+    def apply_heads(
+        self, params: Params, x_t: Images, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v) of one pass, each as `apply` returns u.
+
+        Raises:
+          InputError: the network has no velocity head.
+        """
+        u, v = self.decode_heads(params, self.encode(params, x_t, t, y), r, y)
+        return u.astype(x_t.dtype), v.astype(x_t.dtype)
+
     def velocity(self, params: Params, x_t: Images, t: Times, y: Any) -> Images:
-        """The instantaneous velocity u(x_t, t, t, y)."""
+        """The velocity v of the second head at r = t; without one u(x_t, t, t, y)."""
+        if self.velocity_head:
+            return self.apply_heads(params, x_t, t, t, y)[1]
         return self.apply(params, x_t, t, t, y)
 
-    def apply_heads(self, *inputs: object) -> None:
-        """Not available.
+    def decode_heads(self, *inputs: object) -> None:
+        """Not available; a network with a velocity head overrides it.
 
         Raises:
           InputError: always, as there is no velocity head.
         """
         raise no_velocity_head(self)
-
-    decode_heads = apply_heads
 
     @functools.cached_property
     def flops(self) -> Flops:

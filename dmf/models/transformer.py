@@ -1,10 +1,12 @@
 """The Flax module of the diffusion transformer; `dmf.models.dit.DiT` is its config."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jaxtyping import Array, Float
 
 from dmf.models import layers
 from dmf.models.block_stack import run_blocks
@@ -21,6 +23,7 @@ from dmf.types import (
     Times,
 )
 
+Patches = Float[Array, "b l p"]
 # The module that embeds each time of a MeanFlow network.
 TIME_EMBEDDINGS = {"t": "time_embedding", "r": "target_embedding", "t-r": "interval_embedding"}
 
@@ -35,6 +38,97 @@ def labels_and_guidance(network: Network, y: Any) -> tuple[jax.Array, GuidanceIn
     return condition.labels, GuidanceInput(ones, jnp.zeros_like(ones), ones)
 
 
+def dtype_of(config: Any, part: str) -> jnp.dtype:
+    """The dtype that a part of the network is computed in."""
+    return jnp.dtype("float32" if part in config.float32_parts else config.dtype)
+
+
+def block_of(config: Any) -> layers.Block:
+    """A block of the network, as a function of its parameters."""
+    return layers.Block(
+        config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype),
+        config.attention, dtype_of(config, "modulation"), jnp.dtype(config.gradient_dtype),
+        parent=None,
+    )  # fmt: skip
+
+
+def init_blocks(config: Any, depth: int, key: PRNGKey) -> Params:
+    """Parameters of a stack of blocks, each leaf stacked on a leading depth axis."""
+    tokens, condition = jnp.zeros((1, 1, config.width)), jnp.zeros((1, config.width))
+    return jax.vmap(lambda key: block_of(config).init(key, tokens, condition)["params"])(
+        jax.random.split(key, depth)
+    )
+
+
+def cast_blocks(config: Any, blocks: Params) -> Params:
+    """The parameters of a stack of blocks; for gradients in bfloat16 the kernels of matmuls are
+    cast.
+
+    They are cast before the stack is divided into blocks, so that the gradients of the blocks are
+    collected in that dtype too: in half the memory of float32.
+    """
+    if config.gradient_dtype == "float32":
+        return blocks
+
+    def cast(path: Any, leaf: jax.Array) -> jax.Array:
+        is_kernel = path[-1].key == "kernel"
+        return leaf.astype(dtype_of(config, path[0].key)) if is_kernel else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, blocks)
+
+
+def run_stack(
+    config: Any,
+    blocks: Params,
+    tokens: Tokens,
+    conditions: dict[str, Vectors],
+    block_times: str,
+    start: int,
+    stop: int,
+) -> Tokens:
+    """Runs the blocks start, ..., stop - 1 of a stack."""
+    block = block_of(config)
+    return run_blocks(
+        lambda params, *inputs: block.apply({"params": params}, *inputs),
+        cast_blocks(config, blocks), tokens, conditions, block_times, start, stop,
+        scan=config.scan, remat=config.remat,
+    )  # fmt: skip
+
+
+def final_layer(config: Any) -> layers.FinalLayer:
+    """The layer from tokens to patches."""
+    patch_values = config.patch_size**2 * config.channels
+    return layers.FinalLayer(patch_values, dtype_of(config, "final_layer"))
+
+
+def to_images(config: Any, patches: Patches) -> Images:
+    """Images [b, h, w, c], float32, of the patches that a final layer gives."""
+    return layers.unpatchify(patches, config.patch_size).astype(jnp.float32)
+
+
+class VelocityHead(nn.Module):
+    """Blocks and a final layer of its own, from the tokens of an inner block to the velocity v.
+
+    Attributes:
+      config: the `DiT`.
+    """
+
+    config: Any
+
+    def setup(self):
+        config = self.config
+        self.blocks = self.param(
+            "blocks", functools.partial(init_blocks, config, config.head_depth)
+        )
+        self.final = final_layer(config)
+
+    def __call__(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
+        """The velocity v [b, h, w, c], float32."""
+        config, depth = self.config, self.config.head_depth
+        tokens = run_stack(config, self.blocks, tokens, conditions, "t" * depth, 0, depth)
+        return to_images(config, self.final(tokens, conditions["t"]))
+
+
 class Transformer(nn.Module):
     """Patches, conditioned transformer blocks, final layer.
 
@@ -47,7 +141,7 @@ class Transformer(nn.Module):
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         self.patch_embedding = Linear((config.width,), layers.xavier, dtype)
-        time_dtype = self._dtype("time_embedding")
+        time_dtype = dtype_of(config, "time_embedding")
         self.time_embedding = layers.TimeEmbedding(config.width, time_dtype)
         # In float32, so that the gradients of samples with equal labels are summed in float32.
         self.label_embedding = nn.Embed(
@@ -60,9 +154,10 @@ class Transformer(nn.Module):
             self.both_embedding = layers.TimeEmbedding(config.width, time_dtype, zero_init=True)
         if config.guidance_input:
             self.guidance_embedding = layers.GuidanceEmbedding(config.width, time_dtype)
-        self.blocks = self.param("blocks", self._init_blocks)
-        patch_values = config.patch_size**2 * config.channels
-        self.final = layers.FinalLayer(patch_values, self._dtype("final_layer"))
+        self.blocks = self.param("blocks", functools.partial(init_blocks, config, config.depth))
+        self.final = final_layer(config)
+        if config.velocity_head:
+            self.v_head = VelocityHead(config)
         if config.learned_variance:
             self.log_variance = layers.LogVariance()
         if config.alignment_depth:
@@ -90,6 +185,16 @@ class Transformer(nn.Module):
         tokens = self._run(tokens, conditions, config.encoder_depth, config.depth)
         return self._velocity(tokens, conditions)
 
+    def decode_heads(
+        self, tokens: Tokens, t: Times, r: Times, y: Any
+    ) -> tuple[Images, Images]:
+        """(u, v) [b, h, w, c], float32, from the tokens of `encode`."""
+        conditions, config = self._conditions(t, r, y), self.config
+        cut = config.depth - config.head_depth
+        inner = self._run(tokens, conditions, 0, cut)
+        tokens = self._run(inner, conditions, cut, config.depth)
+        return self._velocity(tokens, conditions), self.v_head(inner, conditions)
+
     def with_features(
         self, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Features]:
@@ -106,6 +211,8 @@ class Transformer(nn.Module):
     def everything(self, x_t: Images, t: Times, r: Times, y: Any) -> Any:
         """Every output, so that initialisation creates every parameter."""
         variance = self.variance(t, r) if self.config.learned_variance else None
+        if self.config.velocity_head:
+            variance = variance, self.decode_heads(self._embed(x_t), t, r, y)
         if self.config.alignment_depth:
             return self.with_features(x_t, t, r, y), variance
         return self(x_t, t, r, y), variance
@@ -115,13 +222,13 @@ class Transformer(nn.Module):
         config = self.config
         table = layers.position_table(config.input_size // config.patch_size, config.width)
         tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
-        tokens = tokens.astype(self._dtype("residual"))
+        tokens = tokens.astype(dtype_of(config, "residual"))
         return tokens + jnp.asarray(table, tokens.dtype)[None]
 
     def _velocity(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
         """The average velocity u [b, h, w, c], float32, from the tokens after the last block."""
         patches = self.final(tokens, conditions[self.config.final_layer_time])
-        return layers.unpatchify(patches, self.config.patch_size).astype(jnp.float32)
+        return to_images(self.config, patches)
 
     def _conditions(self, t: Times, r: Times, y: Any) -> dict[str, Vectors]:
         """The condition vectors [b, d] by time letter; a MeanFlow network has one, under "t"."""
@@ -147,48 +254,9 @@ class Transformer(nn.Module):
             return embedded
         return embedded + self.guidance_embedding(*guidance)
 
-    def _dtype(self, part: str) -> jnp.dtype:
-        """The dtype that a part of the network is computed in."""
-        return jnp.dtype("float32" if part in self.config.float32_parts else self.config.dtype)
-
-    def _block(self) -> layers.Block:
-        config = self.config
-        return layers.Block(
-            config.heads, config.mlp_ratio, config.qk_norm, jnp.dtype(config.dtype),
-            config.attention, self._dtype("modulation"), jnp.dtype(config.gradient_dtype),
-            parent=None,
-        )  # fmt: skip
-
-    def _init_blocks(self, key: PRNGKey) -> Params:
-        """Parameters of all blocks, each leaf stacked on a leading depth axis."""
-        tokens = jnp.zeros((1, 1, self.config.width))
-        condition = jnp.zeros((1, self.config.width))
-        return jax.vmap(lambda key: self._block().init(key, tokens, condition)["params"])(
-            jax.random.split(key, self.config.depth)
-        )
-
-    def cast_blocks(self, blocks: Params) -> Params:
-        """The parameters of all blocks; for gradients in bfloat16 the kernels of matmuls are cast.
-
-        They are cast before the stack is divided into blocks, so that the gradients of the blocks
-        are collected in that dtype too: in half the memory of float32.
-        """
-        if self.config.gradient_dtype == "float32":
-            return blocks
-
-        def cast(path: Any, leaf: jax.Array) -> jax.Array:
-            is_kernel = path[-1].key == "kernel"
-            return leaf.astype(self._dtype(path[0].key)) if is_kernel else leaf
-
-        return jax.tree_util.tree_map_with_path(cast, blocks)
-
     def _run(
         self, tokens: Tokens, conditions: dict[str, Vectors], start: int, stop: int
     ) -> Tokens:
         """Runs the blocks start, ..., stop - 1."""
-        config, block = self.config, self._block()
-        return run_blocks(
-            lambda params, *inputs: block.apply({"params": params}, *inputs),
-            self.cast_blocks(self.blocks), tokens, conditions, config.resolved_block_times, start,
-            stop, scan=config.scan, remat=config.remat,
-        )  # fmt: skip
+        times = self.config.resolved_block_times
+        return run_stack(self.config, self.blocks, tokens, conditions, times, start, stop)

@@ -40,9 +40,14 @@ def initialised(**changes):
 def randomised(**changes):
     """With random values also where the initialisation is zero."""
     model = DiT(**TINY | changes)
-    shapes = abstract_params(model)
+    return model, random_params(model)
+
+
+def random_params(model):
     draw = np.random.default_rng(0).standard_normal
-    return model, jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"), shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"), abstract_params(model)
+    )
 
 
 def inputs(model: DiT, seed: int = 0):
@@ -232,6 +237,22 @@ def test_guidance_as_an_input():
         assert (output(model, params, (x_t, t, r, guided(*values))) != bare).any()
 
 
+def test_the_velocity_head_takes_the_place_of_the_last_blocks():
+    """v is the u of a network with the blocks and the final layer of the head; u is as before."""
+    model, params = randomised(conditioning="meanflow", velocity_head=True, head_depth=1)
+    arguments, head = inputs(model), params["v_head"]
+    of_head = jax.tree.map(lambda ours, last: ours.at[-1:].set(last), params["blocks"],
+                           head["blocks"])  # fmt: skip
+    u, v = gv.jit(model.apply_heads)(params, *arguments)
+    for ours, other in ((u, params), (v, params | {"blocks": of_head, "final": head["final"]})):
+        expected = output(model, other, arguments)
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(u - v).max() > 0.1
+    cast = jax.eval_shape(DiT(**TINY, conditioning="meanflow", velocity_head=True, head_depth=1,
+                              dtype="bfloat16").cast, params)["v_head"]  # fmt: skip
+    assert cast["blocks"]["mlp"]["in"]["kernel"].dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize(("conditioning", "scan", "remat"), [
     ("decoupled", False, "none"), ("decoupled", True, "dots"), ("decoupled", False, "full"),
     ("flow", False, "none"), ("meanflow", False, "none"),
@@ -374,6 +395,11 @@ def test_labels_and_the_null_label_differ():
           for times in (("t", "s"), ("t", "t"), ())],
         ("embedded_times", ("t", "r"), {}),
         ("embedded_times", ("t-r",), {"conditioning": "decoupled", "split_depth": 2}),
+        ("velocity_head", True, {}),
+        ("velocity_head", True, {"conditioning": "decoupled", "split_depth": 2}),
+        ("head_depth", 2, {"conditioning": "meanflow"}),
+        ("head_depth", 0, {"conditioning": "meanflow", "velocity_head": True}),
+        ("head_depth", 4, {"conditioning": "meanflow", "velocity_head": True}),
         ("alignment_depth", 4, {}),
         ("alignment_depth", -1, {}),
         ("remat", "some", {}),

@@ -1,5 +1,7 @@
 """Operations as counted by `DiT.flops`, by XLA and in the papers."""
 
+import dataclasses
+
 import golden_values as gv
 import jax
 import jax.numpy as jnp
@@ -43,6 +45,17 @@ def test_forward_flops_equal_those_of_xla(conditioning):
     assert 1 < counted(model.apply, params, x_t, t, t, y) / model.flops.forward < 1.06
     limit = 1.2 if conditioning == "flow" else 1.06
     assert 1 < counted(model.decode, params, hidden, t, y) / model.flops.decode < limit
+
+
+@pytest.mark.slow
+def test_the_flops_of_a_velocity_head_equal_those_of_xla():
+    model = dataclasses.replace(small("meanflow"), velocity_head=True, head_depth=2)
+    params, t = abstract_params(model), jnp.zeros(4)
+    inputs = jnp.zeros((4, *model.sample_shape)), t, t, jnp.zeros(4, jnp.int32)
+    one, both = (jax.jit(apply).lower(params, *inputs).cost_analysis()["flops"] / 4
+                 for apply in (model.apply, model.apply_heads))
+    assert 1 < (both - one) / model.flops.velocity_head < 1.1
+    assert small("meanflow").flops.velocity_head == 0
 
 
 @pytest.mark.parametrize(
