@@ -15,7 +15,7 @@ from dmf.models.block_stack import run_blocks
 from dmf.models.linear import Linear, Tokens, Vectors, scale_tokens, spread
 from dmf.models.rotary import Rotation, grid_rotation, sequence_rotation
 from dmf.models.transformer import labels_and_guidance
-from dmf.types import Images, Params, PRNGKey, Times
+from dmf.types import Images, Params, PRNGKey, Size, Times
 
 # The tokens in front of the patches, in this order: how many tokens each input of the network has.
 PREFIX = {"label": 8, "scale": 4, "low": 2, "high": 2, "interval": 4}
@@ -247,7 +247,8 @@ class InContextTransformer(nn.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         labels, guidance = labels_and_guidance(config, y)
         vectors = {"label": self.label_embedding(labels), **self.guidance_embedding(*guidance)}
-        tokens = [self._prefix_tokens(name, vectors.get(name), len(x_t)) for name in PREFIX]
+        tokens = [self._prefix_tokens(name, vectors.get(name), x_t.shape[0])
+                  for name in PREFIX]
         patches = layers.patchify(x_t, config.patch_size)
         if config.patch_bottleneck:
             patches = self.patch_reduction(patches)
@@ -256,7 +257,7 @@ class InContextTransformer(nn.Module):
             tokens = tokens + spread(self.position_embedding, tokens.shape, dtype)
         return tokens
 
-    def _prefix_tokens(self, name: str, vectors: Vectors | None, batch: int) -> Tokens:
+    def _prefix_tokens(self, name: str, vectors: Vectors | None, batch: Size) -> Tokens:
         """The learned tokens of one input, plus its embedding where there is one.
 
         Sum and broadcast are in float32, so that gradients are summed over samples in float32.
@@ -266,7 +267,7 @@ class InContextTransformer(nn.Module):
             tokens = tokens + vectors.astype(jnp.float32)[:, None, :]
         return tokens.astype(self.config.dtype)
 
-    def _add_to_interval(self, tokens: Tokens, vectors: Vectors) -> Tokens:
+    def _add_to_interval(self, tokens: Tokens, vectors: Float[Array, "_ d"]) -> Tokens:
         """The tokens, with vectors [b, d] or [1, d] added to those of h."""
         end = PREFIX_TOKENS
         before, interval, after = jnp.split(tokens, (end - PREFIX["interval"], end), axis=1)

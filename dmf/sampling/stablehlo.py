@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, UInt8
 
 from dmf.models.dit import DiT
 from dmf.models.encoders.latent_space import LatentSpace
+from dmf.models.in_context_dit import InContextDiT
 from dmf.sampling import generator
 from dmf.sampling.build import Sampling
 from dmf.types import Network, Params
@@ -76,7 +77,7 @@ def image_function(
     Raises:
       InputError: a sampling field that cannot be used.
     """
-    if isinstance(network, DiT):
+    if isinstance(network, DiT | InContextDiT):
         # Attention kernels run on one platform; this function must run on all of them.
         network = dataclasses.replace(network, attention="xla")
     generate = generator.image_function(network, settings, latent_space, steps=steps)

@@ -1,8 +1,9 @@
 """Freezing: parameters of the trained network that do not change, chosen by their paths.
 
 The path of a leaf is, for example, "patch_embedding/kernel". The leaves of the blocks are stacked
-by depth; each block has a path of its own, whose second part is the number of the block, for
-example "blocks/17/mlp/in/kernel". A pattern is a regular expression that must match a whole path.
+by depth; each block has a path of its own, with the number of the block after "blocks", for example
+"blocks/17/mlp/in/kernel" or "v_head/blocks/0/mlp/in/kernel". A pattern is a regular expression that
+must match a whole path.
 The pattern "encoder" stands for all parameters that `Network.encode` depends on; freezing them is
 the decoder-only training of Decoupled MeanFlow (arXiv:2510.24474).
 """
@@ -20,10 +21,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.errors import InputError
 from dmf.models.abstract_params import abstract_params
+from dmf.runtime.sharding import STACKED
 from dmf.types import Condition, Flops, Images, Network, Params, PerSample, PRNGKey, Times
 
 ENCODER = "encoder"
-_EMBEDDINGS = r"(patch|time|label|guidance)_embedding/.*"
+# Of a network with in-context conditioning `encode` embeds the interval 0.
+_EMBEDDINGS = (r"((patch|time|label|guidance|interval)_embedding|patch_reduction|prefix)/.*"
+               "|position_embedding")
 # Number of similar paths that an error message suggests.
 _SUGGESTIONS = 4
 
@@ -220,10 +224,11 @@ def freeze_mask(patterns: Sequence[Any], network: Network) -> FreezeMask:
 
 def _paths(name: str, shape: tuple[int, ...]) -> np.ndarray:
     """The path of a leaf, an array []; the path in each block [depth] for a stacked leaf."""
-    top, _, rest = name.partition("/")
-    if top != "blocks":
+    stacked = STACKED.search(name)
+    if stacked is None:
         return np.array(name)
-    return np.array([f"{top}/{block}/{rest}" for block in range(shape[0])])
+    stack, rest = name[: stacked.end()], name[stacked.end() :]
+    return np.array([f"{stack}{block}/{rest}" for block in range(shape[0])])
 
 
 def _matches(pattern: Any, paths: Sequence[str], network: Network) -> list[str]:

@@ -85,6 +85,25 @@ def partition_of(name: str, shape: tuple, axes: tuple[str, ...], **sizes: int) -
     return spec
 
 
+@pytest.mark.parametrize(
+    ("path", "shape", "expected"),
+    [
+        ("blocks/mlp/gate/kernel", (4, 768, 2048), (None, "fsdp", "tensor")),
+        ("v_head/blocks/mlp/gate/kernel", (8, 768, 2048), (None, "fsdp", "tensor")),
+        ("u_head/blocks/mlp/out/kernel", (8, 2048, 768), (None, "tensor", "fsdp")),
+        ("u_head/blocks/attention/qkv/kernel", (8, 768, 3, 12, 64),
+         (None, "fsdp", None, "tensor", None)),
+        ("v_head/blocks/attention_gate", (8, 768), (None, "fsdp")),
+        ("v_head/linear/kernel", (768, 16), ("fsdp", None)),
+        ("patch_reduction/kernel", (768, 128), ("fsdp", None)),
+        ("prefix/label", (8, 768), (None, "fsdp")),
+        ("position_embedding", (276, 768), (None, "fsdp")),
+    ],
+)  # fmt: skip
+def test_rules_of_an_in_context_network(path, shape, expected):
+    assert partition_of(path, shape, ("fsdp",), fsdp=4, tensor=4) == PartitionSpec(*expected)
+
+
 def test_tensor_splits_biases_of_the_split_products():
     split = functools.partial(partition_of, axes=("fsdp",), tensor=4)
     assert split("blocks/attention/qkv/bias", (12, 3, 8, 64)) == PartitionSpec(

@@ -15,13 +15,14 @@ import small_network
 import tiny
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
-from test_dit import TINY, inputs, randomised
+from test_dit import TINY, inputs, random_params
 
 from dmf.checkpoints import load
 from dmf.errors import InputError
 from dmf.models.abstract_params import abstract_params
 from dmf.models.build import network as build_network
 from dmf.models.dit import DiT
+from dmf.models.in_context_dit import InContextDiT
 from dmf.objectives.build import objective as build_objective
 from dmf.training import freezing, loop, metrics_writer
 from dmf.training.train_state import TrainState
@@ -62,9 +63,16 @@ def test_patterns_add_up():
     assert not parts[0] & parts[1]
 
 
-def test_the_encoder_is_all_that_encode_depends_on():
+IN_CONTEXT = InContextDiT(**TINY, conditioning="decoupled", split_depth=1, head_depth=1,
+                          positions="rotary_2d", prediction="data", patch_bottleneck=7)
+
+
+@pytest.mark.parametrize("model", [
+    NETWORK, pytest.param(IN_CONTEXT, marks=pytest.mark.slow)
+], ids=["dit", "in_context_dit"])  # fmt: skip
+def test_the_encoder_is_all_that_encode_depends_on(model):
     """Numbers that are changed show in what is encoded if they are the encoder's."""
-    model, params = randomised(**FIELDS)
+    params = random_params(model)
     x_t, t, _, y = inputs(model)
     encode = jax.jit(lambda params: model.encode(params, x_t, t, y).tokens)
     before, mask = encode(params), freezing.freeze_mask(("encoder",), model).mask

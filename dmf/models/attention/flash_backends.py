@@ -14,9 +14,9 @@ from dmf.errors import InputError
 from dmf.models.attention.dot_product import Keys, Queries, dot_product_attention
 
 # Tokens per block: the first that divides their number, padded to a multiple of 128. One block
-# holds all keys of a network for images of 256 x 256 (256 tokens), and then one pass computes the
-# gradients of queries and keys together.
-SPLASH_BLOCKS = (512, 256, 128)
+# holds all keys of a network for images of 256 x 256 (256 tokens, or with in-context conditioning
+# 276, padded to 384), and then one pass computes the gradients of queries and keys together.
+SPLASH_BLOCKS = (512, 384, 256, 128)
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 # The head width is padded to a multiple of the first, and is at most the second.
 CUDNN_WIDTH_MULTIPLE, CUDNN_MAX_WIDTH = 8, 128

@@ -30,7 +30,7 @@ from dmf.models.attention.kernel_sharding import HOPPER, compute_capability
 Parts = tuple[jax.Array, ...]
 # Queries and keys per block on a TPU: the first that divides their number, padded to a multiple of
 # 128.
-TPU_BLOCKS = (512, 256, 128)
+TPU_BLOCKS = (512, 384, 256, 128)
 # Bytes of a TPU core's vector memory for the logits and sums of a block, beside keys and values.
 TPU_BLOCK_BYTES = 16 * 2**20
 TPU_LANES = 128

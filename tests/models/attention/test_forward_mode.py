@@ -125,10 +125,11 @@ def test_without_jit_and_unrolled(form):
 
 
 @pytest.mark.parametrize(
-    "length", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 640))]
+    "length", [100, *(pytest.param(n, marks=pytest.mark.slow) for n in (256, 276, 640))]
 )
 def test_the_library_on_tpu_equals_plain_attention(length):
-    """With padding; without; and beyond one block, where two kernels compute the gradients."""
+    """With padding; without; padded to a block of 384; and beyond one block, where two kernels
+    compute the gradients."""
     q, k, v, ct = np.random.default_rng(0).normal(size=(4, 2, length, 2, 24)).astype("f")
     outputs, expected = (
         jax.jit(lambda *x: (lambda o, pull: (o, pull(ct)))(*jax.vjp(attend, *x)))(q, k, v)

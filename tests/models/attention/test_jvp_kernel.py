@@ -23,6 +23,7 @@ CASES = (
     (256, 256, 72, "bfloat16"),
     (256, 256, 64, "float32"),
     (40, 300, 20, "float32"),
+    pytest.param(276, 276, 64, "float32", marks=pytest.mark.slow),
     pytest.param(1024, 1024, 72, "bfloat16", marks=pytest.mark.slow),
     pytest.param(1024, 1024, 32, "float32", marks=pytest.mark.slow),
 )

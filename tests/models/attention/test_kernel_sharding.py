@@ -57,8 +57,8 @@ def test_auto_is_xla_on_cpu(keys):
 @pytest.mark.parametrize("platform", ["tpu", "gpu"])
 def test_auto_is_flash_from_a_length_on(platform):
     with target(platform):
-        assert [chosen(zeros(keys)) for keys in (64, 128, 255, 256, 4096)] == [
-            "xla", "xla", "xla", "flash", "flash",
+        assert [chosen(zeros(keys)) for keys in (64, 128, 255, 256, 276, 4096)] == [
+            "xla", "xla", "xla", "flash", "flash", "flash",
         ]  # fmt: skip
         assert chosen(zeros(64), "flash") == "flash"
         assert chosen(zeros(4096), "xla") == "xla"

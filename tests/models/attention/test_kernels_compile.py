@@ -50,7 +50,7 @@ for length in map(int, sys.argv[3:]):
     memory = compiled.memory_analysis().temp_size_in_bytes
     print(json.dumps([length, kernels, memory / (shape[0] * 16 * 72 * 2 * length / len(devices))]))
 """
-SHORT, LONG = ("256",), ("1024", "4096")
+SHORT, IN_CONTEXT, LONG = ("256",), ("276",), ("1024", "4096")
 
 
 @needs_libtpu
@@ -58,9 +58,9 @@ SHORT, LONG = ("256",), ("1024", "4096")
     ("topology", "tensor", "lengths"),
     [
         ("v5e:4x4", 4, SHORT),
-        pytest.param("v5e:4x4", 4, LONG, marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x1", 2, SHORT + LONG, marks=pytest.mark.slow),
-        pytest.param("v6e:4x4", 4, SHORT + LONG, marks=pytest.mark.slow),
+        pytest.param("v5e:4x4", 4, IN_CONTEXT + LONG, marks=pytest.mark.slow),
+        pytest.param("v5p:2x2x1", 2, SHORT + IN_CONTEXT + LONG, marks=pytest.mark.slow),
+        pytest.param("v6e:4x4", 4, SHORT + IN_CONTEXT + LONG, marks=pytest.mark.slow),
     ],
 )
 def test_compiles_for_tpu(topology, tensor, lengths):
