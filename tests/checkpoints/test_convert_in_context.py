@@ -18,6 +18,7 @@ from dmf.checkpoints.convert.name_tables import ParamSlice
 from dmf.checkpoints.convert.open_checkpoint import open_checkpoint
 from dmf.checkpoints.convert.tables import in_context_dit as tables
 from dmf.default_config import get_config
+from dmf.errors import InputError
 from dmf.models.in_context_dit import PIXEL_SIZES, SIZES, InContextDiT
 from dmf.types import ClassLabels, GuidanceInput, GuidedCondition
 
@@ -116,6 +117,8 @@ def test_a_zip_of_a_train_state(tmp_path, capsys):
     assert tuple(config.latents.std) == tables.SCALING.std
     assert config.data.name == "imagenet_latents_64" and config.sampling.shift == 1
     assert "in-context transformer" in (output / "README.md").read_text()
+    config.model.velocity_head = False
+    assert "v_head" not in load.load_network(output, config=config)[2]
     export.write(tmp_path / "out", export.open_parts(output, ""), form="safetensors")
     same(load_file(tmp_path / "out/model.safetensors"), gv.load("imf_tiny").below("params"))
     again = export._read(str(tmp_path / "out"), {}, "", "")
@@ -128,7 +131,13 @@ def test_published_sizes_are_read_from_their_shapes(name):
     for naming in tables.NAMINGS:
         shapes = shapes_of(naming.table(network))
         assert namings.detect_naming(shapes) is naming
-        assert naming.infer_network({n: s.shape for n, s in shapes.items()}, {}) == network
+        shapes = {name: shape.shape for name, shape in shapes.items()}
+        assert naming.infer_network(shapes, {}) == network
+        split = naming.infer_network(shapes, {"split_depth": 3})
+        assert (split.conditioning, split.split_depth) == ("decoupled", 3)
+        for field, value, message in (("heads", 5, "its tensors say"), ("groups", 8, "no such")):
+            with pytest.raises(InputError, match=message):
+                naming.infer_network(shapes, {field: value})
 
 
 @pytest.mark.parametrize(("name", "patch"), [("B", 16), ("H", 32)])

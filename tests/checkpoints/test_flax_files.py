@@ -248,3 +248,6 @@ def test_directories_that_flax_wrote(tmp_path):
     assert_last(tmp_path / "runs", 11, "file checkpoint_8/checkpoint; ")
     written(tmp_path / "runs/checkpoint_8/checkpoint", {"a": "PLACEHOLDER://a"})
     assert_last(tmp_path / "runs", 8, "file runs/checkpoint_8; ")
+    (tmp_path / "old/checkpoint_5").mkdir(parents=True)
+    written(tmp_path / "old/checkpoint_5/checkpoint", state(5))
+    assert_last(tmp_path / "old", 5, "file checkpoint_5/checkpoint; ")
