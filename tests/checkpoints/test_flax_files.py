@@ -225,6 +225,16 @@ def assert_last(source, step: int, note: str) -> None:
         np.testing.assert_array_equal(np.asarray(tensor), np.full((2, 3), step))
 
 
+def test_of_several_averages_one_is_named(tmp_path):
+    """As in the train states of pixel MeanFlow."""
+    averages = {"500": state(500)["ema_params"], "1000": state(1000)["ema_params"]}
+    path = written(tmp_path / "checkpoint_1", {**state(1), "ema_params": averages})
+    with pytest.raises(InputError, match="give one of --key=ema_params/1000, --key=ema_params/500"):
+        open_checkpoint(path)
+    (tensor, _) = open_checkpoint(path, "ema_params/500").tensors.values()
+    assert np.asarray(tensor)[0, 0] == 500
+
+
 def test_the_last_step_of_an_archive_is_taken_and_said(scratch):
     with zipfile.ZipFile(scratch.parent / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
         for step in (20, 3):
