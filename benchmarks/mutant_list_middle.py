@@ -229,6 +229,27 @@ _CHECKPOINTS = (
         ("tests/checkpoints/test_convert.py",),
     ),
     Mutant(
+        "imf_query_key", "queries and keys of improved MeanFlow are exchanged",
+        "dmf/checkpoints/convert/tables/in_context_dit.py",
+        'enumerate("qkv")',
+        'enumerate("kqv")',
+        ("tests/checkpoints/test_convert_in_context.py",),
+    ),
+    Mutant(
+        "msgpack_extension", "a file of Flax may hold other objects than arrays",
+        "dmf/checkpoints/convert/msgpack_files.py",
+        "_ARRAY_TYPES = (1, 3)",
+        "_ARRAY_TYPES = (1, 2, 3)",
+        ("tests/checkpoints/test_flax_files.py",),
+    ),
+    Mutant(
+        "zip_parent", "a file of an archive may lie outside of its folder",
+        "dmf/checkpoints/convert/zip_archives.py",
+        '{"..", ".", ""} &',
+        '{".", ""} &',
+        ("tests/checkpoints/test_flax_files.py",),
+    ),
+    Mutant(
         "sit_time", "the sines of SiT's reversed time have the wrong sign",
         "dmf/checkpoints/convert/tables/dit.py",
         "for_cosine * sine - for_sine * cosine]",

@@ -119,7 +119,8 @@ def _read(
             neighbour=opened.neighbour,
         )
         with _stated_errors(opened.config):
-            config = load.export_config(converted.network, stated, defaults, scaling)
+            config = load.export_config(converted.network, stated, defaults,
+                                        converted.scaling or scaling)
     except InputError as error:
         if len(str(error)) > _MAX_ERROR_LENGTH:  # it quotes what the file states
             error = InputError("", remedy=f"{brief(error, _MAX_ERROR_LENGTH)} ...")

@@ -17,7 +17,6 @@ from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
 from dmf.models.abstract_params import abstract_params
 from dmf.models.build import Latents, latents, network
-from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.latent_scaling import LatentScaling
@@ -36,7 +35,7 @@ QK_NORM = ("blocks/attention/q_norm", "blocks/attention/k_norm")
 ADDED_BY_TRAINING = ("log_variance", "interval_embedding", "target_embedding", "both_embedding",
          "guidance_embedding", "projector", *QK_NORM)  # fmt: skip
 # Parameters that only training uses.
-_DROPPED_AFTER_TRAINING = ("log_variance", "projector")
+_DROPPED_AFTER_TRAINING = ("log_variance", "projector", "v_head")
 # The folder of the autoencoder in an export over latents.
 AUTOENCODER = "autoencoder"
 _LATENTS_OF_512 = 64
@@ -145,8 +144,8 @@ def export_config(
       network: a network that is trained, or a frozen network.
       stated: the config that the converted file states; empty if it states none.
       defaults: a config with every field, for a network whose file states none.
-      scaling: the scaling of the latents of its autoencoder, for a network whose file states none;
-        the published one by default.
+      scaling: the scaling of its latents, for a network whose file states no config; the published
+        one of Stable Diffusion's autoencoder by default.
 
     Returns:
       The config as JSON holds it; that of a frozen network has one section, its kind.
@@ -154,7 +153,7 @@ def export_config(
     Raises:
       InputError: the stated config lacks a section.
     """
-    if not isinstance(network, DiT):
+    if type(network) not in registry.components("model").values():
         kind = next(kind for kind in FROZEN_KINDS
                     if type(network) in registry.components(kind).values())
         return {kind: registry.to_config(network, kind)}
@@ -169,6 +168,8 @@ def export_config(
         config.data.name = f"imagenet_latents_{published.factor * network.input_size}"
         # Latents of images of 512 x 512 are sampled with a time shift, as published.
         config.sampling.shift = 1.5 if network.input_size == _LATENTS_OF_512 else 1.0
+    elif not stated and network.channels == published.channels:
+        config.data.name = f"imagenet_{network.input_size}"
     return config_to_json(config)
 
 

@@ -30,6 +30,8 @@ SAFETENSORS = """`model.safetensors` has the names, shapes and layouts of {namin
 `config.json` is the config. `dmf convert` reads it back.
 """
 
+_NETWORKS = {"dit": "diffusion transformer", "in_context_dit": "in-context transformer"}
+
 
 def trained(config: Mapping[str, Any], step: int | None) -> str:
     """The origin of the parameters of a run, as one line."""
@@ -59,7 +61,8 @@ def _network_rows(config: Mapping[str, Any]) -> dict[str, Any]:
     """The title and the rows of a network that is trained."""
     model = config["model"]
     title = config["data"]["name"]
-    if model.get("name", "dit") != "dit":
+    network = _NETWORKS.get(model.get("name", "dit"))
+    if network is None:
         return {"title": f"{title}: {model['name']}", "network": f"{model['name']}, which the "
                 "commands find in the file of `--plugins=FILE`"}
     decoupled = model["conditioning"] == "decoupled"
@@ -67,7 +70,7 @@ def _network_rows(config: Mapping[str, Any]) -> dict[str, Any]:
     shape = "depth {depth}, width {width}, {heads} heads, patch {patch_size}".format(**model)
     return {
         "title": f"{title}: {kind}",
-        "network": f"diffusion transformer, {shape}",
+        "network": f"{network}, {shape}",
         "input": "{0} x {0} x {1}, {2} classes".format(
             model["input_size"], model["channels"], model["num_classes"]
         ),

@@ -3,6 +3,7 @@
 
 import bisect
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,30 +16,43 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.errors import Damaged, InputError
 from dmf.runtime.checksums import reading_errors
+from dmf.runtime.files import is_regular_file
 
 # Arrays may be this many times as large as the compressed files, beyond the first bytes.
 MAX_COMPRESSION = 100
 FREE_BYTES = 2**26
+# The file in which earlier versions of Orbax and Flax put all arrays of one device.
+AGGREGATE = "checkpoint"
+_FLAX_FILE = re.compile(r"checkpoint_\d+")
 _METADATA = (".zarray", "zarr.json", ".zattrs")
 
 
 def last_checkpoint(directory: epath.Path) -> epath.Path:
-    """The directory itself, or the checkpoint of the last step in it.
+    """The checkpoint of the last step in a directory.
+
+    It is a directory that Orbax wrote, which may be this one, or a file checkpoint_STEP of
+    flax.training.checkpoints.
 
     Raises:
       InputError: there is none.
     """
     folders = [directory, *directory.glob("*"), *directory.glob("*/*")]
-    checkpoints = [folder for folder in folders if (folder / "_METADATA").exists()]
+    checkpoints = [folder for folder in folders if _is_checkpoint(folder)]
     if not checkpoints:
-        raise InputError("", remedy="it holds no checkpoint of Orbax, and no file of weights with "
-                         "a usual name")
+        raise InputError("", remedy="it holds no checkpoint of Orbax or Flax, and no file of "
+                         "weights with a usual name")
     return max(checkpoints, key=_step)
 
 
-def _step(directory: epath.Path) -> tuple[int, ...]:
+def _is_checkpoint(path: epath.Path) -> bool:
+    if is_regular_file(path):
+        return bool(_FLAX_FILE.fullmatch(path.name))
+    return any((path / name).exists() for name in ("_METADATA", AGGREGATE))
+
+
+def _step(path: epath.Path) -> tuple[int, ...]:
     """The numbers in the last two names of a path, for the order of steps."""
-    digits = ["".join(filter(str.isdecimal, part))[:18] for part in directory.parts[-2:]]
+    digits = ["".join(filter(str.isdecimal, part))[:18] for part in path.parts[-2:]]
     return tuple(int(number) if number else -1 for number in digits)
 
 

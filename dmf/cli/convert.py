@@ -2,9 +2,9 @@
 
 Converts a checkpoint of another project to an export: a .pt or .pth file of PyTorch (read without
 PyTorch, and without running what it holds), a .safetensors file, a directory of such a file, a
-pipeline of diffusers, a directory that Orbax wrote, or hf:OWNER/REPO/FILE. The network is detected
-from the tensors; flags give what they do not tell. With --split-depth a flow model becomes a flow
-map at once; with --autoencoder the export samples images by itself.
+pipeline of diffusers, a directory that Orbax or Flax wrote, also in a .zip, or hf:OWNER/REPO/FILE.
+The network is detected from the tensors; flags give what they do not tell. With --split-depth a
+flow model becomes a flow map at once; with --autoencoder the export samples images by itself.
 """
 
 from collections.abc import Sequence

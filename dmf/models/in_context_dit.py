@@ -98,7 +98,8 @@ class InContextDiT(SimpleNetwork):
         pixels B 16, L 32, H 48.
       head_depth: blocks of each head, 1 to `depth` - 1; published: 8.
       width: width of the tokens, a multiple of `heads`; published: B and M 768, L and XL 1024, H
-        1280. The hidden width of the MLPs is 8/3 of it, rounded down.
+        1280. The hidden width of the MLPs is 8/3 of it, rounded down; above 1024, that rounded up
+        to a multiple of 8.
       heads: number of attention heads; published: B and M 12, L, XL and H 16.
       num_classes: number of class labels, 0 for an unconditional network. The label embedding has
         one more row, for the null label.

@@ -26,12 +26,14 @@ block_init = nn.initializers.variance_scaling(0.32**2, "fan_in", "normal")
 
 
 def mlp_width(width: int) -> int:
-    """Hidden width of the MLPs: 8/3 of the width, rounded down.
+    """Hidden width of the MLPs: 8/3 of the width, rounded down; above 1024, as published, that
+    rounded up to a multiple of 8.
 
     >>> [mlp_width(width) for width in (768, 1024, 1280)]
-    [2048, 2730, 3413]
+    [2048, 2730, 3416]
     """
-    return 8 * width // 3
+    hidden = 8 * width // 3
+    return hidden if width <= 1024 else -(-hidden // 8) * 8
 
 
 def rms_norm(dtype: jnp.dtype, name: str | None = None) -> nn.RMSNorm:

@@ -61,6 +61,10 @@ def check_same(config: ConfigDict) -> None:
         if ours != theirs:
             raise InputError(field, ours, f"init.checkpoint={directory} has {theirs}; give the "
                              "same, or leave it out")
+    if config.model.get("velocity_head") and its.model.get("velocity_head") is False:
+        raise InputError("init.checkpoint", directory, "it has no velocity head, which this run "
+                         "trains; give a checkpoint with one, such as a whole train state, or "
+                         "leave it out")
 
 
 def _shared(its: ConfigDict) -> Iterator[str]:

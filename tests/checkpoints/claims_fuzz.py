@@ -17,6 +17,7 @@ import golden_values as gv
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import serialization
 from flax.traverse_util import unflatten_dict
 from mutations import mutated
 from safetensors.numpy import save_file
@@ -230,8 +231,28 @@ def indices_of_shards(tmp_path):
     fuzz(index, change, 300, heads=4, split_depth=2)
 
 
+def flax_files(tmp_path):
+    """The names and the first arrays of a file, by itself and in an archive."""
+    params = unflatten_dict(gv.load("imf_tiny").below("params"), sep="/")
+    good = serialization.msgpack_serialize({"step": 9, "params": params})
+    path, archive = tmp_path / "checkpoint_9", tmp_path / "a.zip"
+
+    def change(random):
+        path.write_bytes(mutated(good[:4000], random) + good[4000:])
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(path, "checkpoint_9")
+        return "bytes"
+
+    path.write_bytes(good)
+    fuzz(path, change, 400, input_size=8)
+    path.write_bytes(good)
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(path, "checkpoint_9")
+    fuzz(archive, change, 100, input_size=8)
+
+
 FUZZES = (pytorch_files, safetensors_headers, stated_configs, orbax_ocdbt, orbax_files,
-          files_beside_weights, indices_of_shards)  # fmt: skip
+          files_beside_weights, indices_of_shards, flax_files)  # fmt: skip
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         {fuzz.__name__: fuzz for fuzz in FUZZES}[sys.argv[1]](pathlib.Path(folder))

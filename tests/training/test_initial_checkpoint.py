@@ -4,10 +4,14 @@ import json
 import pathlib
 import shutil
 
+import golden_in_context as gic
 import pytest
 import tiny
+from ml_collections import ConfigDict
 
+from dmf.checkpoints import load
 from dmf.cli.config_flag import configured
+from dmf.default_config import get_config
 from dmf.errors import InputError
 from dmf.training import build
 from dmf.training.initial_checkpoint import check_same
@@ -82,3 +86,21 @@ def test_an_export_gives_no_paths(own_run):
     config, _ = configured(tiny.flow_map(), [f"--config.init.checkpoint={own_run}"])
     assert (config.data.name, config.data.directory) == ("digits", "")
     assert config.latents.autoencoder == ""
+
+
+def test_a_checkpoint_without_a_velocity_head_trains_none(tmp_path):
+    """As published files for sampling are; a network for sampling may start from either."""
+    with_head, without = (
+        load.export_config(gic.network("imf_tiny", velocity_head=head), {},
+                           load.config_to_json(get_config())) for head in (True, False)
+    )
+    config = ConfigDict(with_head)
+    config.init.checkpoint = str(tmp_path)
+    for its, refused in ((with_head, False), (without, True)):
+        (tmp_path / "config.json").write_text(json.dumps({"format": 2, **its}))
+        if refused:
+            message = f"^init.checkpoint={tmp_path}: it has no velocity head, which this run trains"
+            with pytest.raises(InputError, match=message):
+                check_same(config)
+        config.model.velocity_head = config.model.velocity_head and not refused
+        check_same(config)

@@ -17,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.checkpoints.convert.config_files import StatedNetwork
 from dmf.errors import InputError
+from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.types import Params
 
 Shape = tuple[int, ...]
@@ -78,13 +79,13 @@ class ParamSlice:
       layout: layout of the tensor.
       shape: shape of the tensor in the other project.
       index: index into the leading axes of the parameter: which block, or which of query, key and
-        value.
+        value; with a slice for an axis between them.
     """
 
     path: str
     layout: Layout
     shape: Shape
-    index: tuple[int, ...] = ()
+    index: tuple[int | slice, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,14 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Unused:
-    """A tensor that a checkpoint may have and that our network has no use for; it is dropped."""
+    """A tensor that a checkpoint may have and that our network has no use for; it is dropped.
+
+    Attributes:
+      shape: shape of the zeros that are written in its place, where the other project wants the
+        tensor to be there; None to write nothing.
+    """
+
+    shape: Shape | None = None
 
 
 Entry = ParamSlice | Constant | Unused
@@ -123,6 +131,8 @@ class Naming:
       check: (tensors, settings of the training file, whether the user named the naming) -> None;
         it raises InputError where the network is of another kind, or cannot be told from one.
       read_config: what `config.json` beside the weights says -> the fields that it states.
+      scaling: network -> the scaling of the latents that published networks of this naming are
+        trained with; None where it is that of the autoencoder, or there are no latents.
       notes: what a user should know of the conversion.
     """
 
@@ -134,6 +144,7 @@ class Naming:
     matches_shapes: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
     check: Callable[[Tensors, Mapping[str, str], bool], None] = lambda *arguments: None
     read_config: Callable[[Mapping[str, Any]], StatedNetwork] = lambda config: StatedNetwork({})
+    scaling: Callable[[Any], LatentScaling | None] = lambda network: None
     notes: str = ""
 
 
@@ -263,4 +274,6 @@ def to_tensors(table: Table, params: Params) -> dict[str, np.ndarray]:
             tensors[name] = np.ascontiguousarray(entry.layout.to_tensor(param, entry.shape))
         elif isinstance(entry, Constant):
             tensors[name] = entry.value
+        elif entry.shape is not None:
+            tensors[name] = np.zeros(entry.shape, np.float32)
     return tensors

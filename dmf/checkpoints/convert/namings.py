@@ -48,7 +48,8 @@ class Converted:
       params: parameters of the network, float32.
       naming: the naming of the checkpoint.
       unused: names of tensors of the checkpoint that the network has no use for.
-      scaling: the scaling of the latents that `config.json` states; None where it states none.
+      scaling: the scaling of the latents that `config.json` states, or that networks of this naming
+        are trained with; None where neither is.
     """
 
     network: Any
@@ -123,7 +124,7 @@ def from_named_tensors(
     detected.check(tensors, settings, bool(naming))
     unused = {name for name, entry in table.items() if isinstance(entry, Unused)}
     return Converted(network, params, detected, tuple(sorted(unused & tensors.keys())),
-                     stated.scaling)
+                     stated.scaling or detected.scaling(network))
 
 
 def _infer_network(

@@ -17,12 +17,19 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from dmf.checkpoints import orbax_files
-from dmf.checkpoints.convert import predictions, pytorch_files, source_files
+from dmf.checkpoints.convert import (
+    msgpack_files,
+    predictions,
+    pytorch_files,
+    source_files,
+    zip_archives,
+)
 from dmf.checkpoints.convert.name_tables import Shape, Tensors
 from dmf.checkpoints.convert.namings import IDENTIFYING_TENSORS
 from dmf.checkpoints.convert.training_files import Part, choose_part
 from dmf.errors import InputError, brief
 from dmf.models import FROZEN_KINDS
+from dmf.runtime.files import is_regular_file
 
 # The key of the metadata of a safetensors file that holds the config as JSON.
 CONFIG_KEY = "dmf.config"
@@ -63,12 +70,14 @@ class _Contents(NamedTuple):
     """What a file or a directory holds.
 
     Attributes:
+      path: the file, the first file, or the directory that was read.
       tensors: all tensors by name.
       config: the config that a file of dmf states; empty for other files.
       settings: what it says of what its network predicts.
       take: checks that a part is there, and returns its tensors with their values.
     """
 
+    path: epath.Path
     tensors: Tensors
     config: Mapping[str, Any]
     settings: Mapping[str, str]
@@ -81,7 +90,8 @@ def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
     Args:
       source: a `.pt`, `.pth`, `.bin` or `.ckpt` file of PyTorch, a `.safetensors` file, a
         directory of such a file, a pipeline of diffusers, the index of sharded files, a directory
-        that Orbax wrote, or `hf:OWNER/REPO/FILE`.
+        that Orbax or Flax wrote, a file that Flax wrote, a `.zip` of one of these, or
+        `hf:OWNER/REPO/FILE`.
       key: name of the part of a training file, for example "ema" or "model"; empty for the EMA
         parameters if there are any.
 
@@ -90,29 +100,75 @@ def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
         such part, or it is unclear which part is meant.
     """
     files = source_files.find(source)
-    first = files.weights[0]
+    if files.weights[0].suffix == zip_archives.SUFFIX:
+        return _open_archive(files.weights[0], source, key)
+    return _open(files, source, key)
+
+
+def _open_archive(archive: epath.Path, source: str, key: str) -> OpenedCheckpoint:
+    """Opens a checkpoint in a zip archive. Its values are in memory, and nowhere else."""
+    folder = ""
+    try:
+        with zip_archives.unpacked(archive) as path:
+            folder = str(path)
+            opened = _open(source_files.find(folder), source, key)
+            tensors = {name: np.asarray(tensor) for name, tensor in opened.tensors.items()}
+    except InputError as error:
+        text = str(error)
+        for end in ("/", ": ") if folder else ():
+            text = text.replace(f"{folder}{end}", "")
+        raise InputError(str(archive), remedy=text) from None
+    note = opened.note.replace(f"{path.name}/", "")
+    return dataclasses.replace(opened, tensors=tensors, note=note)
+
+
+def _open(files: source_files.SourceFiles, source: str, key: str) -> OpenedCheckpoint:
+    """Opens a checkpoint of files that are no archive."""
     contents = _contents(files)
+    first = contents.path
     try:
         part = choose_part(contents.tensors, IDENTIFYING_TENSORS, key)
         tensors = contents.take(part)
     except InputError as error:
         raise error.within(str(first)) from None
-    inner = first.name if first.name not in source and first.is_file() else ""
+    inner = first.name if first.name not in source else ""
     note = "; ".join(filter(None, [inner and f"file {first.parent.name}/{inner}", part.note]))
     return OpenedCheckpoint(tensors, contents.config, note, contents.settings, files.config)
 
 
 def _contents(files: source_files.SourceFiles) -> _Contents:
-    """The contents of files of weights, or of a directory that Orbax wrote."""
+    """The contents of files of weights, or of a directory that Orbax or Flax wrote."""
     first = files.weights[0]
     try:
         if first.is_dir():
-            return _of_orbax(first)
+            return _of_directory(first)
         if first.suffix != ".safetensors":
-            return _of_pytorch(first)
+            return _of_msgpack(first) if msgpack_files.is_msgpack(first) else _of_pytorch(first)
     except InputError as error:
         raise error.within(str(first)) from None
     return _of_shards(files) if files.places else _of_safetensors(first)
+
+
+def _of_directory(directory: epath.Path) -> _Contents:
+    """The contents of the last step in a directory that Orbax or Flax wrote."""
+    last = orbax_files.last_checkpoint(directory)
+    if not last.is_dir():
+        try:
+            return _of_msgpack(last)
+        except InputError as error:
+            raise error.within(last.name) from None
+    # Earlier versions of Orbax wrote arrays of one device into one file, as Flax does.
+    inner = last / orbax_files.AGGREGATE
+    if is_regular_file(inner) and msgpack_files.is_msgpack(inner):
+        contents = _of_msgpack(inner)
+        if contents.tensors:
+            return contents
+    return _of_orbax(last)
+
+
+def _of_msgpack(path: epath.Path) -> _Contents:
+    """The contents of a file of Flax, whose arrays cannot claim more than it holds."""
+    return _Contents(path, msgpack_files.read(path), {}, {}, lambda part: part.tensors)
 
 
 def _of_shards(files: source_files.SourceFiles) -> _Contents:
@@ -139,7 +195,7 @@ def _of_pytorch(path: epath.Path) -> _Contents:
         return part.tensors
 
     settings = predictions.settings(pytorch_files.texts(structure))
-    return _Contents(pytorch_files.flatten(structure), {}, settings, take)
+    return _Contents(path, pytorch_files.flatten(structure), {}, settings, take)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +230,7 @@ def _of_safetensors(path: epath.Path) -> _Contents:
             remedy=f"no safetensors file, or not a whole one ({brief(error)})",
         ) from None
     settings = predictions.settings({name: str(text) for name, text in metadata.items()})
-    return _Contents(tensors, config, settings, lambda part: part.tensors)
+    return _Contents(path, tensors, config, settings, lambda part: part.tensors)
 
 
 def _stated_config(text: str) -> Mapping[str, Any]:
@@ -213,9 +269,8 @@ class _OrbaxArray:
         return values if dtype is None else values.astype(dtype)
 
 
-def _of_orbax(directory: epath.Path) -> _Contents:
-    """The contents of a directory that Orbax wrote, of its last step."""
-    checkpoint = orbax_files.last_checkpoint(directory)
+def _of_orbax(checkpoint: epath.Path) -> _Contents:
+    """The contents of a checkpoint that Orbax wrote."""
     arrays = orbax_files.claimed_arrays(checkpoint)
 
     def take(part: Part) -> Tensors:
@@ -224,4 +279,4 @@ def _of_orbax(directory: epath.Path) -> _Contents:
         return {stored[name]: array for name, array in values.items()}
 
     tensors = {name: _OrbaxArray(checkpoint, name, metadata) for name, metadata in arrays.items()}
-    return _Contents(tensors, {}, {}, take)
+    return _Contents(checkpoint, tensors, {}, {}, take)

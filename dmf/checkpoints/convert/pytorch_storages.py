@@ -28,12 +28,12 @@ MAX_KEY_LENGTH = 100
 CHUNK = 2**20
 SAVE_AGAIN = "save its state_dict() with torch.save"
 
-_DTYPE_NAMES = (
+DTYPE_NAMES = (
     "float64", "float32", "float16", "bfloat16", "complex64", "complex128", "bool",
     "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
     "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu",
 )  # fmt: skip
-_DTYPES = {f"torch.{name}": np.dtype(getattr(ml_dtypes, name, name)) for name in _DTYPE_NAMES}
+_DTYPES = {f"torch.{name}": np.dtype(getattr(ml_dtypes, name, name)) for name in DTYPE_NAMES}
 _STORAGES = {
     f"torch.{kind}Storage": _DTYPES[f"torch.{name}"]
     for kind, name in {

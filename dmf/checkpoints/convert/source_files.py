@@ -37,7 +37,8 @@ class SourceFiles:
     """The files of a checkpoint.
 
     Attributes:
-      weights: the files of weights, several if they are sharded; or a directory that Orbax wrote.
+      weights: the files of weights, several if they are sharded; or a directory that Orbax or Flax
+        wrote.
       config: what `config.json` beside the weights says, unless dmf wrote it; empty without one.
       places: the name of the file of each tensor, as the index of sharded files says; empty
         without one.

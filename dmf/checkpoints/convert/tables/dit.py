@@ -357,7 +357,8 @@ NAMINGS = (
     Naming(
         name="meanflow",
         network=DiT,
-        identifying_tensors=("net/x_embedder/proj/kernel",),
+        identifying_tensors=("net/x_embedder/proj/kernel",
+                             "net/blocks/layers_0/mlp/fc1/_flax_linear/bias"),
         infer_network=infer_jax_network,
         table=jax_table,
     ),
