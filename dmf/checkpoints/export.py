@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
 from dmf import registry
-from dmf.checkpoints import load, model_card
+from dmf.checkpoints import load, model_card, power_ema
 from dmf.checkpoints import params as stored_params
 from dmf.checkpoints.convert import format_1, namings, open_checkpoint, source_files
 from dmf.checkpoints.stored_config import without_local_paths
@@ -220,7 +220,7 @@ def open_parts(
     Args:
       directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
         export.
-      ema: name of the EMA parameters of a run; empty for the raw parameters.
+      ema: name of the EMA parameters of a run, or std=WIDTH; empty for the raw parameters.
       config: a config to use in place of the stored one.
 
     Raises:
@@ -230,6 +230,8 @@ def open_parts(
     stored = stored_params.read_config(directory)
     kind = load.frozen_kind(stored)
     if kind:
+        if power_ema.requested_std(ema) is not None:
+            raise InputError("ema", ema, f"{directory} holds a frozen network, which has no EMAs")
         network, params = load.load_encoder(
             directory, load.frozen_section(stored, directory)["name"]
         )

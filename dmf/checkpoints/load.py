@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.checkpoints import params as stored_params
+from dmf.checkpoints import power_ema
 from dmf.checkpoints.stored_config import without_foreign_paths
 from dmf.data.build import Data, data
 from dmf.errors import InputError
@@ -58,7 +59,7 @@ def load_params(
       network: the network, whose parameters may be fewer than those of the checkpoint: parameters
         that only training uses are dropped.
       directory: a workdir, one of its checkpoints/STEP, or an export.
-      ema: name of the EMA parameters; empty for the raw parameters.
+      ema: name of the EMA parameters, or std=WIDTH; empty for the raw parameters.
       mesh: the mesh to shard the parameters over.
       allow_missing: parameters that the checkpoint may lack; they are left out of the result.
 
@@ -68,10 +69,11 @@ def load_params(
     """
     abstract = abstract_params(network)
     target = with_shardings(abstract, parameter_shardings(mesh, abstract))
-    return stored_params.restore_params(
-        directory, target, ema=ema, allow_missing=allow_missing,
-        allow_unexpected=_DROPPED_AFTER_TRAINING,
-    )
+    allowed = {"allow_missing": allow_missing, "allow_unexpected": _DROPPED_AFTER_TRAINING}
+    std = power_ema.requested_std(ema)
+    if std is not None:
+        return power_ema.synthesise(directory, target, std, **allowed)
+    return stored_params.restore_params(directory, target, ema=ema, **allowed)
 
 
 def config_to_json(config: ConfigDict) -> dict[str, Any]:
@@ -310,8 +312,8 @@ def load_network(
     Args:
       directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
         export.
-      ema: name of the EMA parameters of a run; empty for the raw parameters. An export holds one
-        set of parameters.
+      ema: name of the EMA parameters of a run, or std=WIDTH for those that are synthesised from its
+        power EMAs; empty for the raw parameters. An export holds one set of parameters.
       mesh: the mesh to shard the parameters over; all devices along the axis "data" by default.
       config: a config to use in place of the stored one, for example to load the parameters into
         a network with another split depth.
@@ -340,8 +342,8 @@ def load(directory: epath.PathLike, *, ema: str = "main") -> tuple[FlowMap, Conf
     Args:
       directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
         export.
-      ema: name of the EMA parameters of a run; empty for the raw parameters. An export holds one
-        set of parameters.
+      ema: name of the EMA parameters of a run, or std=WIDTH for those that are synthesised from its
+        power EMAs; empty for the raw parameters. An export holds one set of parameters.
 
     Returns:
       The flow map u(x_t, t, r, y) -> [b, h, w, c] without guidance, and the config. The flow map is

@@ -19,6 +19,7 @@ from dmf.checkpoints.params import (
     CHECKSUMS,
     FORMAT,
     POSITION,
+    SNAPSHOTS,
     read_checksums,
     read_position,
     single_process_checkpointer,
@@ -54,6 +55,36 @@ class _KeepStep(checkpoint_managers.PreservationPolicy):
         return [checkpoint.step == step for checkpoint in checkpoints]
 
 
+@dataclasses.dataclass
+class _ThinOut(checkpoint_managers.PreservationPolicy):
+    """Preserves at most so many snapshots, at multiples of an interval that doubles.
+
+    Attributes:
+      every: the first interval.
+      keep: maximum number of snapshots.
+    """
+
+    every: int
+    keep: int
+
+    def interval(self, step: int) -> int:
+        """The number of steps between two snapshots when a run has reached a step."""
+        interval = self.every
+        while step // interval > self.keep:
+            interval *= 2
+        return interval
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[Any],
+        *,
+        context: checkpoint_managers.PreservationContext,
+    ) -> Sequence[bool]:
+        interval = self.interval(max((checkpoint.step for checkpoint in checkpoints), default=0))
+        few = len(checkpoints) <= self.keep
+        return [few or checkpoint.step % interval == 0 for checkpoint in checkpoints]
+
+
 class CheckpointManager:
     """The checkpoints of one run: saved in the background, the oldest ones deleted.
 
@@ -84,14 +115,24 @@ class CheckpointManager:
         Raises:
           RunError: the directory cannot be written.
         """
-        self._directory = absolute(workdir) / CHECKPOINTS
         policies = [checkpoint_managers.LatestN(keep_last), _KeepStep(best_step)]
         if keep_every:
             policies.append(checkpoint_managers.EveryNSteps(keep_every))
+        self._open(
+            absolute(workdir) / CHECKPOINTS, checkpoint_managers.AnyPreservationPolicy(policies)
+        )
+
+    def _open(self, directory: epath.Path, policy: Any, barriers: str | None = None) -> None:
+        """Opens a directory; `policy` says which steps are preserved, and `barriers` tells the
+        barriers of several managers apart."""
+        self._directory = directory
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            preservation_policy=policy,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                barrier_sync_key_prefix=barriers
+            ),
         )
         handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
         handlers.add(None, ocp.args.PyTreeSave, tree_handler())
@@ -215,3 +256,30 @@ class CheckpointManager:
     def _close_ignoring_errors(self) -> None:
         with suppress(Exception):
             self._manager.close()
+
+
+class SnapshotManager(CheckpointManager):
+    """The snapshots of the power EMAs of one run, see `dmf.checkpoints.power_ema`.
+
+    They lie beside the checkpoints, in the same form, and are not deleted with them. They are saved
+    at multiples of an interval, which doubles whenever there would be too many; every second one is
+    then deleted. What is kept is thus a function of the step, the same in a run that resumes.
+    """
+
+    def __init__(self, workdir: epath.PathLike, *, every: int, keep: int):
+        """Opens the snapshots of a run.
+
+        Args:
+          workdir: the workdir of the run.
+          every: the first interval, in steps.
+          keep: maximum number of snapshots.
+
+        Raises:
+          RunError: the directory cannot be written.
+        """
+        self._policy = _ThinOut(every, keep)
+        self._open(absolute(workdir) / SNAPSHOTS, self._policy, barriers=SNAPSHOTS)
+
+    def due(self, step: int) -> bool:
+        """Whether a snapshot belongs to a step, and is not there yet."""
+        return step % self._policy.interval(step) == 0 and step > (self.latest_step or 0)

@@ -1,10 +1,11 @@
 """The parameters of a run or an export on disk, and the files beside them.
 
 A run stores, below its workdir, `config.json` and `checkpoints/STEP/` with one Orbax item each for
-`params`, `opt_state` and every `ema_params_NAME`, and `position` and `checksums` as JSON. An export
-is a directory with `params/` (Orbax), `checksums.json`, `config.json` and `README.md`. Both can be
-restored with Orbax alone, both appear under their name only when they are complete, and both are
-restored only if every array is what was saved.
+`params`, `opt_state` and every `ema_params_NAME`, and `position` and `checksums` as JSON; and
+`ema_snapshots/STEP/` of the same form, with the power EMAs alone (`manager.SnapshotManager`). An
+export is a directory with `params/` (Orbax), `checksums.json`, `config.json` and `README.md`. Both
+can be restored with Orbax alone, both appear under their name only when they are complete, and both
+are restored only if every array is what was saved.
 """
 
 import json
@@ -31,6 +32,7 @@ CONFIG_FILE = "config.json"
 CARD_FILE = "README.md"
 SAFETENSORS_FILE = "model.safetensors"
 CHECKPOINTS = "checkpoints"
+SNAPSHOTS = "ema_snapshots"
 PARAMS = "params"
 EMA_PREFIX = "ema_params_"
 CHECKSUMS = "checksums"
@@ -201,8 +203,33 @@ def restore_params(
     """
     directory = absolute(directory)
     check_format(directory)
-    with _damage_reported(directory), single_process_checkpointer() as checkpointer:
-        item = _params_item(directory, ema)
+    with _damage_reported(directory):
+        return restore_item(
+            directory, _params_item(directory, ema), abstract,
+            allow_missing=allow_missing, allow_unexpected=allow_unexpected,
+        )
+
+
+def restore_item(
+    directory: epath.Path,
+    item: epath.Path,
+    abstract: Params,
+    *,
+    allow_missing: tuple[str, ...] = (),
+    allow_unexpected: tuple[str, ...] = (),
+) -> Params:
+    """Restores the parameters of one Orbax item of a run or an export.
+
+    Args:
+      directory: the run or the export, for error messages.
+      item: the item, for example `ema_params_main` of a checkpoint.
+      abstract, allow_missing, allow_unexpected: as for `restore_params`.
+
+    Raises:
+      InputError: it has another architecture.
+      Damaged: it is not what was saved.
+    """
+    with single_process_checkpointer() as checkpointer:
         stored = _stored_shapes(checkpointer, item)
         expected = flatten_dict(abstract, sep="/")
         _check_architecture(directory, stored, expected, allow_missing, allow_unexpected)

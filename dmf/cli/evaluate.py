@@ -56,7 +56,7 @@ def _define(values: absl_flags.FlagValues) -> None:
          flag_values=values)
     several("steps", None, "numbers of sampling steps, as 1,2,4", flag_values=values)
     number("count", None, "number of samples", flag_values=values)
-    several("ema", ["main"], "EMA parameters to use; '' for the raw parameters",
+    several("ema", ["main"], "EMA parameters to use, also std=0.1; '' for the raw parameters",
             flag_values=values)
     text("output", "", "a .json file; evaluation.json in the run by default", flag_values=values)
     absl_flags.DEFINE_boolean("keep-features", False, "also write the features",

@@ -1,4 +1,4 @@
-"""dmf export --checkpoint=DIR --output=DIR [--format=orbax] [--ema=main]
+"""dmf export --checkpoint=DIR --output=DIR [--format=orbax] [--ema=main | --ema-std=0.1]
 
 Exports one set of parameters with the config and a model card as a directory: --format=orbax for
 JAX, safetensors for PyTorch (--naming chooses the parameter naming scheme), or stablehlo: one
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from absl import flags as absl_flags
 
 from dmf.cli import config_flag, flags
+from dmf.errors import InputError
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -21,13 +22,19 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     text("checkpoint", None, "a run, one of its checkpoints/STEP, or an export", flag_values=values)
     text("output", None, "directory to make", flag_values=values)
     text("format", "orbax", "orbax, safetensors or stablehlo", flag_values=values)
-    text("ema", "main", "EMA parameters to use; '' for the raw parameters", flag_values=values)
+    text("ema", "main", "EMA parameters to use, also std=0.1; '' for the raw parameters",
+         flag_values=values)
+    absl_flags.DEFINE_float("ema-std", None, "width of EMA parameters to synthesise from the power "
+                            "EMAs of a run, as --ema=std=0.1", flag_values=values)
     text("naming", "", "parameter naming scheme of a safetensors file; the network's own by "
          "default", flag_values=values)
     absl_flags.DEFINE_integer("steps", 4, "sampling steps of a stablehlo function",
                               flag_values=values)
     overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
     flags.require(values, "checkpoint", "output")
+    if values["ema-std"].present and values["ema"].present:
+        raise InputError("--ema-std", values["ema-std"].value, "give it or --ema, not both")
+    ema = f"std={values['ema-std'].value}" if values["ema-std"].present else values.ema
 
     from dmf.checkpoints import export, load
     from dmf.checkpoints.params import read_config
@@ -37,7 +44,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = None
     if overrides or not load.frozen_kind(read_config(values.checkpoint)):
         config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
-    parts = export.open_parts(values.checkpoint, values.ema, config)
+    parts = export.open_parts(values.checkpoint, ema, config)
     export.write(
         values.output, parts, form=values.format, naming=values.naming, steps=values.steps
     )

@@ -31,7 +31,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     number("seed", 0, "random seed of the noise", flag_values=values, lower_bound=0,
            upper_bound=2**31 - 1)
     text("rounding", "nearest", "rounding to 8 bits: nearest, half_up or down", flag_values=values)
-    text("ema", "main", "EMA parameters to use; '' for the raw parameters", flag_values=values)
+    text("ema", "main", "EMA parameters to use, also std=0.1; '' for the raw parameters",
+         flag_values=values)
     overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
     flags.require(values, "checkpoint", "output")
     _check(values)

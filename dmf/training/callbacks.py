@@ -1,10 +1,12 @@
-"""Callbacks of the training loop, for grids of samples and evaluations; and the profiler.
+"""Callbacks of the training loop, for grids of samples, evaluations and snapshots of power EMAs;
+and the profiler.
 
 A callback says with `due(step)` after which steps the loop calls it, and is called with the step
 and the train state. All processes call it together.
 """
 
 import abc
+import contextlib
 import re
 from typing import Any
 
@@ -13,6 +15,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmf.checkpoints.load import load_latent_space
+from dmf.checkpoints.manager import SnapshotManager
 from dmf.data import pixels
 from dmf.errors import InputError, RunError
 from dmf.evaluation import flow_map_evaluation
@@ -24,6 +27,7 @@ from dmf.runtime.files import write_json
 from dmf.runtime.sharding import local_mesh, replicate_on_host
 from dmf.sampling.generator import Generator, class_grid
 from dmf.training.build import Training
+from dmf.training.ema import power_emas
 from dmf.training.metrics_writer import (
     EVALUATIONS,
     SAMPLES,
@@ -32,7 +36,7 @@ from dmf.training.metrics_writer import (
     evaluation_file,
     read_evaluation,
 )
-from dmf.training.train_state import TrainState
+from dmf.training.train_state import EMA_PREFIX, TrainState
 from dmf.types import Params
 
 # The name of an evaluation, without its suffix.
@@ -213,6 +217,51 @@ class EvaluationCallback(Callback):
             processes.log(f"{path}: it is no evaluation, and is left out")
         score = evaluation["results"][0].get(metric) if evaluation else None
         return score if isinstance(score, int | float) else None
+
+
+class SnapshotCallback(Callback):
+    """Saves snapshots of the power EMAs in the background; does nothing for a run without them.
+
+    It is a context manager, which waits at its end until everything is on disk.
+    """
+
+    def __init__(self, training: Training, workdir: epath.Path):
+        """Opens the snapshots.
+
+        Args:
+          training: recipe, data loader and settings of the run.
+          workdir: the workdir of the run.
+
+        Raises:
+          RunError: the directory cannot be written.
+        """
+        run = training.run
+        self._loader = training.data_loader
+        self._names = power_emas(training.recipe.emas) if run.snapshot_every else ()
+        self._manager = contextlib.nullcontext()
+        if self._names:
+            self._manager = SnapshotManager(
+                workdir, every=run.snapshot_every, keep=run.keep_snapshots
+            )
+
+    def due(self, step: int) -> bool:
+        return bool(self._names) and self._manager.due(step)
+
+    def __call__(self, step: int, state: TrainState) -> None:
+        trees = {f"{EMA_PREFIX}{name}": state.ema_params[name] for name in self._names}
+        self._manager.save(step, trees, self._loader.position(step))
+
+    def finish(self) -> None:
+        """Waits until all snapshots are on disk."""
+        if self._names:
+            self._manager.finish()
+
+    def __enter__(self) -> "SnapshotCallback":
+        self._manager.__enter__()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._manager.__exit__(kind, error, trace)
 
 
 class Profiler:

@@ -1,11 +1,13 @@
 """Exponential moving averages (EMA) of the parameters."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dmf.checkpoints.power_ema import exponent
 from dmf.errors import InputError
 from dmf.types import Params
 
@@ -80,7 +82,54 @@ class HalfLifeEma:
         return 0.5 ** (batch_size / jnp.maximum(half_life, 1e-8))
 
 
-Ema = ConstantEma | HalfLifeEma
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PowerEma:
+    """EMA whose width is a fraction of the steps so far, weights in proportion to step^gamma
+    (arXiv:2312.02696).
+
+    From two of them, and the snapshots that a run keeps of them (`run.keep_snapshots`), the average
+    of any other width is synthesised afterwards: `dmf export --ema-std=0.15`.
+
+    Attributes:
+      std: width of the average, the standard deviation of its weights over the steps, as a fraction
+        of the number of steps so far; from 0.001 to below 0.29. For synthesis, 0.05 and 0.1.
+    """
+
+    std: float = 0.1
+
+    def __post_init__(self):
+        exponent(self.std)
+
+    def rate(self, step: jax.Array, batch_size: int) -> jax.Array:
+        """The decay rate after a training step: (1 - 1 / (step + 1))^(gamma + 1).
+
+        >>> ema = PowerEma(std=0.2886751)  # gamma is 0: the mean of all steps
+        >>> [round(float(ema.rate(jnp.int32(step), batch_size=1)), 4) for step in (0, 1, 2)]
+        [0.0, 0.5, 0.6667]
+
+        Args:
+          step: int scalar, number of steps taken before this one.
+          batch_size: global batch size.
+
+        Returns:
+          Float scalar in [0, 1).
+        """
+        del batch_size
+        steps = step.astype(jnp.float32) + 1
+        # By `expm1`, because a decay rate close to 1 is known as well as its distance from 1.
+        return 1 + jnp.expm1((exponent(self.std) + 1) * jnp.log1p(-1 / steps))
+
+
+Ema = ConstantEma | HalfLifeEma | PowerEma
+
+
+def power_emas(emas: Mapping[str, Ema]) -> tuple[str, ...]:
+    """The names of the power EMAs among EMAs by name.
+
+    >>> power_emas({"main": ConstantEma(), "wide": PowerEma()})
+    ('wide',)
+    """
+    return tuple(name for name, ema in emas.items() if isinstance(ema, PowerEma))
 
 
 def update_ema(

@@ -31,12 +31,7 @@ from dmf.runtime.paths import user_path
 from dmf.runtime.progress import Clock, duration, waiting
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
-from dmf.training.callbacks import (
-    Callback,
-    EvaluationCallback,
-    Profiler,
-    is_due,
-)
+from dmf.training.callbacks import Callback, EvaluationCallback, Profiler, SnapshotCallback, is_due
 from dmf.training.data_wait import DataWait
 from dmf.training.metric_accumulator import MetricAccumulator, Report
 from dmf.training.metrics_writer import MetricsWriter, NoMetrics
@@ -62,8 +57,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """Trains the run of a config, from the newest checkpoint in `workdir` if there is one.
 
     It writes `config.json`, `parameters.txt`, `metrics.jsonl`, `events/`, `samples/`,
-    `evaluations/` and `checkpoints/` there. A resumed run is bit-for-bit identical to an
-    uninterrupted one.
+    `evaluations/`, `checkpoints/` and, with power EMAs, `ema_snapshots/` there. A resumed run is
+    bit-for-bit identical to an uninterrupted one.
 
     Args:
       config: all fields of `dmf.default_config.Config`.
@@ -104,6 +99,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             workdir, keep_last=training.run.keep_last, keep_every=training.run.keep_every,
             best_step=evaluate.best_step,
         ) as checkpoints,
+        SnapshotCallback(training, workdir) as snapshot,
         processes.runtime_errors(),  # Inside too: with a process lost, no save is waited for.
     ):
         state = None
@@ -126,7 +122,8 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             checkpoints=checkpoints,
             position=position,
             evaluate=evaluate,
-            callbacks=(prepared.show, evaluate),
+            snapshot=snapshot,
+            callbacks=(snapshot, prepared.show, evaluate),
             profiler=prepared.profiler,
             stop=stop,
         ).run(state)
@@ -153,6 +150,7 @@ class Loop:
       checkpoints: saves the train state.
       position: what is saved with the state of a step, see `position_function`.
       evaluate: the evaluation callback; a state that it evaluates is saved first.
+      snapshot: saves the power EMAs; no checkpoint is saved before the snapshots of earlier steps.
       callbacks: all callbacks, called in this order after a step is logged and saved.
       profiler: traces some steps.
       stop: says whether the run has received a signal to stop, from its first step on.
@@ -165,6 +163,7 @@ class Loop:
     checkpoints: CheckpointManager
     position: Callable[[int], Mapping[str, Any]]
     evaluate: EvaluationCallback
+    snapshot: SnapshotCallback
     callbacks: tuple[Callback, ...]
     profiler: Profiler
     stop: processes.StopSignal
@@ -190,6 +189,8 @@ class Loop:
         data_wait = DataWait(batches)
         log = StepLog(self.training, self.checkpoints, writer, data_wait, start)
         try:
+            if start and self.snapshot.due(start):
+                self.snapshot(start, state)
             if start and self.evaluate.due(start) and not self.evaluate.is_done(start):
                 self.evaluate(start, state)
             for step in range(start + 1, total + 1):
@@ -208,9 +209,11 @@ class Loop:
                     processes.log(f"the first step is done; a line follows every {every} steps")
                 stopping = self.stop.after(step) and step < total
                 saving = stopping or self._saves_after(step)
-                log.add(step, metrics, up_to_date=saving or step == total)
+                up_to_date = saving or step == total or self.snapshot.due(step)
+                log.add(step, metrics, up_to_date=up_to_date)
                 if saving:
                     writer.flush()
+                    self.snapshot.finish()
                     self.checkpoints.save(step, state.trees, self.position(step))
                 if stopping:
                     self.checkpoints.finish()

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from dmf.checkpoints.params import SNAPSHOTS
 from dmf.errors import InputError
 from dmf.runtime.device_specs import GIB, device_memory
 
@@ -32,24 +33,40 @@ def check_memory(state: Any, rows: Any) -> None:
                 raise InputError(field, remedy=remedy.format(compared))
 
 
-def check_disk(workdir: epath.Path, state: Any) -> None:
-    """Checks that a local disk has room for a checkpoint; that of a bucket is not known.
+def check_disk(
+    workdir: epath.Path, state: Any, snapshot: Any = (), keep_snapshots: int = 0
+) -> None:
+    """Checks that a local disk has room for a checkpoint and the snapshots of power EMAs; that of a
+    bucket is not known.
 
     Args:
       workdir: the workdir, which need not exist.
       state: the train state as shapes.
+      snapshot: what a snapshot holds, as shapes.
+      keep_snapshots: maximum number of snapshots.
 
     Raises:
-      InputError: a checkpoint takes more bytes than are free.
+      InputError: they take more bytes than are free.
     """
     if "://" in os.fspath(workdir):
         return
     place = next(parent for parent in (workdir, *workdir.resolve().parents) if parent.exists())
-    size = sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(state))
-    free = shutil.disk_usage(place).free
+    size, free = _bytes(state), shutil.disk_usage(place).free
     if size > free:
         raise InputError("workdir", workdir, f"a checkpoint takes {size / GIB:,.3f} GiB, and its "
                          f"disk has {free / GIB:,.3f} GiB free")
+    missing = max(keep_snapshots - len(list((workdir / SNAPSHOTS).glob("*"))), 0)
+    size += missing * _bytes(snapshot)
+    if size > free:
+        raise InputError(
+            "run.keep_snapshots", keep_snapshots,
+            f"a checkpoint and these snapshots of the power EMAs take {size / GIB:,.3f} GiB, and "
+            f"the disk of workdir has {free / GIB:,.3f} GiB free; keep fewer",
+        )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.dtype.itemsize * leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _bytes_by_device(tree: Any) -> dict[jax.Device, int]:

@@ -13,6 +13,7 @@ from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
 from dmf.training.callbacks import EvaluationCallback, Profiler, SampleGridCallback
+from dmf.training.ema import power_emas
 from dmf.training.memory import check_disk, check_memory
 from dmf.training.train_state import TrainState
 from dmf.training.train_step import abstract_state, compiled_train_step
@@ -68,9 +69,16 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
     rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
     _check_profile_steps(config, prepared.profiler, training.run.steps)
     check_memory(prepared.abstract, rows)
-    check_disk(workdir, prepared.abstract)
+    _check_disk(workdir, prepared.abstract, training)
     jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
     return prepared
+
+
+def _check_disk(workdir: epath.Path, state: TrainState, training: build.Training) -> None:
+    """Raises InputError where the disk has no room for a checkpoint and the snapshots."""
+    kept = training.run.keep_snapshots if training.run.snapshot_every else 0
+    names = power_emas(training.recipe.emas)
+    check_disk(workdir, state, {name: state.ema_params[name] for name in names}, kept)
 
 
 def _check_profile_steps(config: ConfigDict, profiler: Profiler, steps: int) -> None:

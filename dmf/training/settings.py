@@ -13,7 +13,7 @@ class InitialCheckpoint:
     Attributes:
       checkpoint: directory of a run or an export, whose sizes, latents and path are those of this
         run; empty to start from random parameters.
-      ema: name of the EMA parameters of a run; empty for the raw parameters.
+      ema: name of the EMA parameters of a run, or std=WIDTH; empty for the raw parameters.
     """
 
     checkpoint: str = ""
@@ -26,7 +26,7 @@ class TeacherCheckpoint:
 
     Attributes:
       checkpoint: directory of a run or an export; empty for no teacher.
-      ema: name of the EMA parameters of a run; empty for the raw parameters.
+      ema: name of the EMA parameters of a run, or std=WIDTH; empty for the raw parameters.
     """
 
     checkpoint: str = ""
@@ -80,6 +80,9 @@ class Run:
       checkpoint_every: steps between two checkpoints; 0 for the last step only.
       keep_last: number of newest checkpoints that are kept, 1 or more.
       keep_every: checkpoints at multiples of this number of steps are kept too; 0 for none.
+      snapshot_every: steps between two snapshots of the power EMAs, from which other widths are
+        synthesised; doubled whenever there would be more than keep_snapshots; 0 for none.
+      keep_snapshots: maximum number of snapshots, 2 or more; each holds every power EMA.
     """
 
     steps: int = 1000
@@ -88,7 +91,10 @@ class Run:
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_every: int = 0
+    snapshot_every: int = 100
+    keep_snapshots: int = 16
 
     def __post_init__(self):
         check_at_least(self, 1, "steps", "log_every", "keep_last")
-        check_at_least(self, 0, "sample_every", "checkpoint_every", "keep_every")
+        check_at_least(self, 0, "sample_every", "checkpoint_every", "keep_every", "snapshot_every")
+        check_at_least(self, 2, "keep_snapshots")

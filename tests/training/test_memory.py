@@ -38,3 +38,13 @@ def test_a_checkpoint_needs_room_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=2**22 - 1))
     with pytest.raises(InputError, match=r"^workdir=.*: a checkpoint takes 0.004 GiB"):
         memory.check_disk(epath.Path(tmp_path), sharded())
+
+
+def test_snapshots_that_are_not_there_yet_need_room_too(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    for step in (1, 2):
+        (tmp_path / "ema_snapshots" / str(step)).mkdir(parents=True)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=4 * 2**22))
+    memory.check_disk(epath.Path(tmp_path), sharded(), {"wide": sharded()}, 5)
+    with pytest.raises(InputError, match=r"^run.keep_snapshots=6: .* take 0.020 GiB, and the disk"):
+        memory.check_disk(epath.Path(tmp_path), sharded(), {"wide": sharded()}, 6)

@@ -10,9 +10,10 @@ import tiny
 from etils import epath
 
 from configs import default
+from dmf.checkpoints.power_ema import exponent
 from dmf.errors import InputError
 from dmf.objectives import DrawnGuidance
-from dmf.training.ema import ConstantEma, HalfLifeEma, update_ema
+from dmf.training.ema import ConstantEma, HalfLifeEma, PowerEma, update_ema
 from dmf.training.loop import train
 from dmf.training.metrics_writer import read_metrics
 from dmf.training.optimizer import AdamW
@@ -120,6 +121,18 @@ def test_a_constant_ema_is_a_geometric_sum():
     assert ema_of_series(ema, values) == pytest.approx(weights @ values, rel=1e-6)
 
 
+@pytest.mark.parametrize("std", [0.05, 0.25])
+def test_a_power_ema_weighs_steps_by_a_power_of_their_number(std):
+    values = np.random.default_rng(0).normal(size=21)
+    gamma = exponent(std)
+    weights = np.diff(np.arange(21) ** (gamma + 1)) / 20 ** (gamma + 1)
+    found = ema_of_series(PowerEma(std=std), values)
+    assert found == pytest.approx(weights @ values[1:], abs=1e-5)
+    # Late in a run float32 still tells the decay rate from 1.
+    rate = PowerEma(std=std).rate(jnp.int32(10**6 - 1), 256)
+    assert 1 - float(rate) == pytest.approx((gamma + 1) * 1e-6, abs=4e-8)
+
+
 def test_an_ema_halves_its_distance_in_one_half_life():
     # From 1 to 0, in batches of 4: 25 steps are the 100 images of one half-life.
     values = np.array([1.0] + [0.0] * 25)
@@ -168,6 +181,7 @@ def test_the_half_life_ramps_up_with_the_images_seen():
 @pytest.mark.parametrize(
     ("make", "field", "value"),
     [(ConstantEma, "decay", 1.0), (ConstantEma, "decay", NAN), (HalfLifeEma, "images", 0.0),
+     (PowerEma, "std", 0.29), (PowerEma, "std", 0.0), (PowerEma, "std", NAN),
      (HalfLifeEma, "images", NAN), (HalfLifeEma, "ramp", -1.0), (HalfLifeEma, "ramp", NAN)],
 )  # fmt: skip
 def test_invalid_fields_of_an_ema_are_refused(make, field, value):
@@ -180,15 +194,20 @@ def test_a_run_has_several_emas(tmp_path):
         "still": {"name": "constant", "decay": 0.999999},
         "live": {"name": "constant", "decay": 0.0},
         "ramped": {"name": "half_life", "images": 64.0, "ramp": 0.5},
+        "power": {"name": "power", "std": 0.2},
     }
+    fields = {"run.steps": 3, "sampling.ema": "live", "run.snapshot_every": 2}
     with small_network.registered():
-        config = small_network.config({"run.steps": 3, "sampling.ema": "live"}, emas=emas)
-        state = train(config, tmp_path)
+        state = train(small_network.config(fields, emas=emas), tmp_path)
     assert set(state.ema_params) == set(emas)
     at = {name: params["out"] for name, params in state.ema_params.items()}
     live = np.asarray(state.params["out"])
     np.testing.assert_array_equal(at["live"], live)
     assert 0 < np.abs(at["ramped"] - live).max() < np.abs(at["still"] - live).max()
+    assert 0 < np.abs(at["power"] - live).max() < np.abs(at["still"] - live).max()
+    assert [path.name for path in tmp_path.glob("ema_snapshots/*")] == ["2"]
+    assert (tmp_path / "ema_snapshots/2/ema_params_power").exists()
+    assert not (tmp_path / "ema_snapshots/2/ema_params_live").exists()
 
 
 def drawn_guidance(fields):
