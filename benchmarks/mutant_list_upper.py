@@ -49,8 +49,8 @@ _TRAINING = (
     Mutant(
         "clip_after", "the update is clipped and not the gradient",
         "dmf/training/optimizer.py",
-        "optimizer = optax.chain(clip, adamw)",
-        "optimizer = optax.chain(adamw, clip)",
+        "optimizer = optax.chain(clip, self.update_rule())",
+        "optimizer = optax.chain(self.update_rule(), clip)",
         ("tests/training/test_optimizer.py",),
     ),
     Mutant(

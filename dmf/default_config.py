@@ -19,7 +19,7 @@ from dmf.objectives.objective import Objective
 from dmf.registry import component_field
 from dmf.sampling.build import Sampling
 from dmf.training.ema import ConstantEma, Ema
-from dmf.training.optimizer import AdamW
+from dmf.training.optimizer import AdamW, Optimizer
 from dmf.training.settings import Alignment, InitialCheckpoint, MeshShape, Run, TeacherCheckpoint
 from dmf.types import Network
 
@@ -64,7 +64,7 @@ class Config:
     latents: Latents = Latents()
     objective: Objective = component_field("objective", FlowMatching())
     freeze: tuple[str, ...] = ()
-    optimizer: AdamW = component_field("optimizer", AdamW())
+    optimizer: Optimizer = component_field("optimizer", AdamW())
     gradient_accumulation: int = 1
     sum_gradients: str = "per_term"
     emas: Mapping[str, Ema] = component_field("ema", {"main": ConstantEma()}, by_name=True)

@@ -35,7 +35,7 @@ from dmf.sampling.build import Sampling, sampling
 from dmf.training.ema import Ema
 from dmf.training.freezing import FreezeMask, freeze_mask
 from dmf.training.initial_checkpoint import check_same
-from dmf.training.optimizer import AdamW
+from dmf.training.optimizer import Optimizer
 from dmf.training.settings import Alignment, InitialCheckpoint, MeshShape, Run, TeacherCheckpoint
 from dmf.types import Network, Params
 
@@ -64,7 +64,7 @@ class Recipe(NamedTuple):
 
     network: Network
     objective: Objective
-    optimizer: AdamW
+    optimizer: Optimizer
     emas: FrozenDict[str, Ema]
     mesh: Mesh
     batch_transform: BatchTransform
@@ -119,7 +119,7 @@ def emas(section: Any) -> FrozenDict[str, Ema]:
     return FrozenDict(built)
 
 
-def optimizer(section: Any, steps: int) -> AdamW:
+def optimizer(section: Any, steps: int) -> Optimizer:
     """The optimizer of `config.optimizer` for a run of so many steps."""
     with at("optimizer"):
         return build("optimizer", section).for_run(steps)

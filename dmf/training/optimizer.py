@@ -1,6 +1,8 @@
-"""The optimizer and its learning-rate schedule."""
+"""The optimizers, and the learning-rate schedule that they share."""
 
+import abc
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -9,18 +11,29 @@ from dmf.errors import InputError, check_at_least, check_choice
 from dmf.training.apply_if_finite import apply_if_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
+DECAY_RATE, NONE = "a decay rate lies in [0, 1)", "give 0, for none, or more"
+
+
+def check_ranges(component: Any, *rules: tuple[str, bool, str]) -> None:
+    """Raises InputError for the first field that is out of range.
+
+    Args:
+      component: the component.
+      rules: the name of a field, whether it is valid, and what would be right.
+    """
+    for name, valid, remedy in rules:
+        if not valid:
+            raise InputError(name, getattr(component, name), remedy)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW:
-    """AdamW (arXiv:1711.05101) after clipping of the global gradient norm.
+class Optimizer(abc.ABC):
+    """What all optimizers share: a learning-rate schedule, clipping of the gradient, skipped steps.
+
+    A class derived from it defines `update_rule`, and checks its own fields.
 
     Attributes:
       learning_rate: peak learning rate, which the warm-up ends at; positive.
-      b1: decay rate of the first moment, in [0, 1).
-      b2: decay rate of the second moment, in [0, 1).
-      eps: term added to the root of the second moment for numerical stability; positive.
-      weight_decay: decoupled weight decay, multiplied by the learning rate; 0 for none.
       clip_norm: maximum global norm of the gradient; 0 for no clipping.
       warmup_steps: number of steps over which the learning rate rises linearly from 0; 0 for no
         warm-up.
@@ -32,10 +45,6 @@ class AdamW:
     """
 
     learning_rate: float = 1e-4
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
     clip_norm: float = 1.0
     warmup_steps: int = 0
     schedule: str = "constant"
@@ -48,22 +57,20 @@ class AdamW:
         if self.schedule != "constant" and 0 < self.decay_steps <= self.warmup_steps:
             raise InputError("decay_steps", self.decay_steps, f"a {self.schedule} decay ends after "
                              f"warmup_steps={self.warmup_steps}")
-        decay, none = "a decay rate lies in [0, 1)", "give 0, for none, or more"
-        for name, valid, remedy in (
+        check_ranges(
+            self,
             ("learning_rate", self.learning_rate >= 1e-12, "it must be positive, at least 1e-12"),
-            ("b1", 0 <= self.b1 < 1, decay),
-            ("b2", 0 <= self.b2 < 1, decay),
-            ("eps", 0 < self.eps <= 1e6, "it must be positive, and at most 1e6"),
-            ("weight_decay", 0 <= self.weight_decay <= 100, f"{none}, up to 100"),
-            ("clip_norm", self.clip_norm >= 0, none),
-            ("warmup_steps", 0 <= self.warmup_steps <= 10**7, f"{none}, up to 10^7"),
+            ("clip_norm", self.clip_norm >= 0, NONE),
+            ("warmup_steps", 0 <= self.warmup_steps <= 10**7, f"{NONE}, up to 10^7"),
             ("skip_nonfinite", self.skip_nonfinite >= 0,
              "give 0, for none, or the maximum number of consecutive skipped steps"),
-        ):  # fmt: skip
-            if not valid:
-                raise InputError(name, getattr(self, name), remedy)
+        )  # fmt: skip
 
-    def for_run(self, steps: int) -> "AdamW":
+    @abc.abstractmethod
+    def update_rule(self) -> optax.GradientTransformation:
+        """From clipped gradients to updates, whose learning rate is `rate`."""
+
+    def for_run(self, steps: int) -> "Optimizer":
         """The optimizer of a run, whose decay ends at a step that is known.
 
         >>> AdamW(schedule="cosine").for_run(600).decay_steps
@@ -118,9 +125,38 @@ class AdamW:
         With `skip_nonfinite`, its `update` takes the keyword argument `finite` too, see
         `dmf.training.apply_if_finite`.
         """
-        adamw = optax.adamw(
+        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
+        optimizer = optax.chain(clip, self.update_rule())
+        return apply_if_finite(optimizer) if self.skip_nonfinite else optimizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Optimizer):
+    """AdamW (arXiv:1711.05101) after clipping of the global gradient norm.
+
+    Attributes:
+      b1: decay rate of the first moment, in [0, 1).
+      b2: decay rate of the second moment, in [0, 1).
+      eps: term added to the root of the second moment for numerical stability; positive.
+      weight_decay: decoupled weight decay, multiplied by the learning rate; 0 for none.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_ranges(
+            self,
+            ("b1", 0 <= self.b1 < 1, DECAY_RATE),
+            ("b2", 0 <= self.b2 < 1, DECAY_RATE),
+            ("eps", 0 < self.eps <= 1e6, "it must be positive, and at most 1e6"),
+            ("weight_decay", 0 <= self.weight_decay <= 100, f"{NONE}, up to 100"),
+        )
+
+    def update_rule(self) -> optax.GradientTransformation:
+        return optax.adamw(
             self.rate, b1=self.b1, b2=self.b2, eps=self.eps, weight_decay=self.weight_decay
         )
-        clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
-        optimizer = optax.chain(clip, adamw)
-        return apply_if_finite(optimizer) if self.skip_nonfinite else optimizer
