@@ -10,7 +10,7 @@ from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from dmf.objectives.flow_matching import FlowMatching
 from dmf.objectives.guidance import DrawnGuidance, NoGuidance, SelfGuidance, TeacherGuidance
 from dmf.objectives.improved_mean_flow import ImprovedMeanFlow
-from dmf.objectives.interpolants import COSINE, LINEAR
+from dmf.objectives.interpolants import COSINE, LINEAR, ScaledLinear
 from dmf.objectives.loss_weighting import (
     AdaptiveWeighting,
     CauchyWeighting,
@@ -20,7 +20,7 @@ from dmf.objectives.loss_weighting import (
 from dmf.objectives.mean_flow import MeanFlow
 from dmf.objectives.objective import Objective
 from dmf.objectives.tangent import Tangent
-from dmf.objectives.time_samplers import LogitNormal, OrderedPair, UniformTime
+from dmf.objectives.time_samplers import LogitNormal, MixedPair, OrderedPair, UniformTime
 from dmf.registry import define_kind
 
 __all__ = [
@@ -32,10 +32,12 @@ __all__ = [
     "ImprovedMeanFlow",
     "LogitNormal",
     "MeanFlow",
+    "MixedPair",
     "NoGuidance",
     "Objective",
     "OrderedPair",
     "PublishedCauchyWeighting",
+    "ScaledLinear",
     "SelfGuidance",
     "Tangent",
     "TeacherGuidance",
@@ -48,11 +50,17 @@ define_kind(
     flow_matching=FlowMatching, mean_flow=MeanFlow, improved_mean_flow=ImprovedMeanFlow,
     decoupled_mean_flow=DecoupledMeanFlow,
 )
-define_kind("interpolant", "The path between data and noise.", linear=LINEAR, cosine=COSINE)
+define_kind(
+    "interpolant", "The path between data and noise.",
+    linear=LINEAR, cosine=COSINE, scaled_linear=ScaledLinear,
+)
 define_kind(
     "time_sampler", "The distribution of the time t.", logit_normal=LogitNormal, uniform=UniformTime
 )
-define_kind("time_pair", "The distribution of the times (t, r).", ordered_pair=OrderedPair)
+define_kind(
+    "time_pair", "The distribution of the times (t, r).",
+    ordered_pair=OrderedPair, mixed_pair=MixedPair,
+)
 define_kind(
     "guidance", "The guidance of the velocity that training regresses on.",
     none=NoGuidance, self=SelfGuidance, teacher=TeacherGuidance, drawn=DrawnGuidance,

@@ -6,12 +6,12 @@ Time runs from t = 0 (data) to t = 1 (standard normal noise), here and everywher
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_between
 from dmf.types import Images, Times
 
 
@@ -43,6 +43,9 @@ class Interpolant:
     alpha_derivative: Callable[[jax.Array], jax.Array]
     sigma_derivative: Callable[[jax.Array], jax.Array]
     time_of: Callable[[jax.Array], jax.Array]
+
+    # Standard deviation of the path at t = 1, where sampling starts.
+    noise_scale: ClassVar[float] = 1.0
 
     def interpolate(self, x: Images, noise: Images, t: Times) -> Images:
         """x_t, the point of the path at t."""
@@ -82,6 +85,39 @@ COSINE = Interpolant(
     sigma_derivative=lambda t: _QUARTER_TURN * jnp.cos(_QUARTER_TURN * t),
     time_of=lambda z: jnp.arctan(jnp.exp(z)) / _QUARTER_TURN,
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledLinear(Interpolant):
+    """The linear path to noise of another standard deviation s: x_t = (1 - t) x + t s noise (pixel
+    MeanFlow, arXiv:2601.22158). Logit-normal times are those of the linear path, whatever s is.
+
+    >>> x, noise = jnp.zeros((2, 8, 8, 3)), jnp.ones((2, 8, 8, 3))
+    >>> path = ScaledLinear(noise_scale=4.0)
+    >>> path.interpolate(x, noise, jnp.array([0.25, 1.0]))[:, 0, 0, 0].tolist()
+    [1.0, 4.0]
+
+    Attributes:
+      noise_scale: the standard deviation s of the noise, from 0.001 to 1000; published: 1, 2 or 4.
+    """
+
+    noise_scale: float = 1.0
+    alpha: Any = dataclasses.field(init=False, repr=False, compare=False)
+    sigma: Any = dataclasses.field(init=False, repr=False, compare=False)
+    alpha_derivative: Any = dataclasses.field(init=False, repr=False, compare=False)
+    sigma_derivative: Any = dataclasses.field(init=False, repr=False, compare=False)
+    time_of: Any = dataclasses.field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        check_between(self, 1e-3, 1e3, "noise_scale")
+        functions = {
+            "alpha": LINEAR.alpha, "alpha_derivative": LINEAR.alpha_derivative,
+            "sigma": lambda t: self.noise_scale * t,
+            "sigma_derivative": lambda t: self.noise_scale * jnp.ones_like(t),
+            "time_of": LINEAR.time_of,
+        }  # fmt: skip
+        for name, function in functions.items():
+            object.__setattr__(self, name, function)
 
 
 def check_interval(field: str, interval: Any) -> None:

@@ -81,3 +81,39 @@ class OrderedPair:
         t, r = jnp.maximum(a, b), jnp.minimum(a, b)
         equal = jax.random.bernoulli(equal_key, self.equal_probability, (count,))
         return t, jnp.where(equal, t, r)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedPair:
+    """(t, r) = (max, min) of two draws from one time sampler, some of both from [0, 1) uniformly;
+    samples with r = t take one draw, and not the larger one of two (pixel MeanFlow,
+    arXiv:2601.22158).
+
+    Attributes:
+      times: the time sampler.
+      uniform_probability: probability in [0, 1] that both draws are uniform; published: 0 or 0.1.
+      equal_probability: probability in [0, 1] that a sample takes r = t.
+    """
+
+    times: TimeSampler = component_field("time_sampler", LogitNormal())
+    uniform_probability: float = 0.1
+    equal_probability: float = 0.5
+
+    def __post_init__(self):
+        check_between(self, 0.0, 1.0, "uniform_probability", "equal_probability")
+
+    def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> tuple[Times, Times]:
+        keys = jax.random.split(key, 4)
+        uniform, equal = (
+            jax.random.bernoulli(key, probability, (count,)) for key, probability in
+            zip(keys[2:], (self.uniform_probability, self.equal_probability), strict=True)
+        )  # fmt: skip
+
+        def draw(key: PRNGKey) -> Times:
+            sampled_key, uniform_key = jax.random.split(key)
+            sampled = self.times(sampled_key, count, interpolant)
+            return jnp.where(uniform, jax.random.uniform(uniform_key, (count,)), sampled)
+
+        first, second = draw(keys[0]), draw(keys[1])
+        second = jnp.where(equal, first, second)
+        return jnp.maximum(first, second), jnp.minimum(first, second)

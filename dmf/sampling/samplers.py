@@ -310,6 +310,7 @@ def sample(
         return sampler.step(flow_map, x, t, t_next, y, fresh_noise, carry), None
 
     x = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
+    x = sampler.interpolant.noise_scale * x
     times = schedule[:-1], schedule[1:], jnp.arange(steps)
     (x, _), _ = jax.lax.scan(step, (x, sampler.init(x)), times)
     return x

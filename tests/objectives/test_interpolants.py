@@ -7,11 +7,13 @@ import pytest
 from gaussian_data import Gaussian
 
 from dmf.errors import InputError
-from dmf.objectives.interpolants import COSINE, LINEAR, check_interval, in_interval
+from dmf.objectives.interpolants import COSINE, LINEAR, ScaledLinear, check_interval, in_interval
 from dmf.sampling.samplers import uniform_schedule
 
 SHAPE = (5, 2, 3, 1)
-over_paths = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
+over_paths = pytest.mark.parametrize(
+    "path", [LINEAR, COSINE, ScaledLinear(noise_scale=3.0)], ids=["linear", "cosine", "scaled"]
+)
 
 
 def ends(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -24,7 +26,8 @@ def ends(seed: int = 0) -> tuple[jax.Array, jax.Array, jax.Array]:
 def test_path_leads_from_data_to_noise(path):
     x, noise, t = ends()
     np.testing.assert_allclose(path.interpolate(x, noise, jnp.zeros_like(t)), x, atol=1e-7)
-    np.testing.assert_allclose(path.interpolate(x, noise, jnp.ones_like(t)), noise, atol=1e-6)
+    at_one = path.interpolate(x, noise, jnp.ones_like(t))
+    np.testing.assert_allclose(at_one, path.noise_scale * noise, atol=1e-6)
 
 
 def test_linear_path_is_straight():
@@ -62,8 +65,17 @@ def test_score_of_gaussian_data(path):
 @over_paths
 def test_time_of_inverts_the_log_ratio_of_noise_to_data(path):
     t = jnp.linspace(0.02, 0.98, 25)
-    z = jnp.log(path.sigma(t) / path.alpha(t))
+    z = jnp.log(path.sigma(t) / (path.noise_scale * path.alpha(t)))
     np.testing.assert_allclose(path.time_of(z), t, atol=1e-6)
+
+
+def test_paths_of_equal_noise_are_equal():
+    """Equal recipes share compiled programs."""
+    one, same, other = (ScaledLinear(noise_scale=scale) for scale in (2.0, 2.0, 4.0))
+    assert one == same != other
+    assert hash(one) == hash(same)
+    with pytest.raises(InputError, match="^noise_scale=0.0: give a number from 0.001 to 1000"):
+        ScaledLinear(noise_scale=0.0)
 
 
 def test_interval_is_closed():

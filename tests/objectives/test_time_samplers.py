@@ -7,7 +7,7 @@ import pytest
 from scipy import special, stats
 
 from dmf.errors import InputError
-from dmf.objectives import COSINE, LINEAR, LogitNormal, OrderedPair, UniformTime
+from dmf.objectives import COSINE, LINEAR, LogitNormal, MixedPair, OrderedPair, UniformTime
 
 COUNT = 20_000
 KEY = jax.random.key(3)
@@ -69,6 +69,20 @@ def test_equal_probability_of_a_pair(path):
     assert_distributed(r[~equal], lambda x: 1 - (1 - cdf(x)) ** 2)
 
 
+def test_a_mixed_pair_is_uniform_in_part_and_equal_times_are_one_draw():
+    pair = MixedPair(times=LogitNormal(mean=3.0), uniform_probability=0.25, equal_probability=0.5)
+    t, r = (np.asarray(times) for times in pair(KEY, COUNT, LINEAR))
+    equal, logit_normal = t == r, logit_normal_cdf(LINEAR, 3.0)
+
+    def mixed(x: np.ndarray, larger: int) -> np.ndarray:
+        return 0.25 * x**larger + 0.75 * logit_normal(x) ** larger
+
+    assert (r <= t).all()
+    assert abs(equal.mean() - 0.5) < 4 * (0.25 / COUNT) ** 0.5
+    assert_distributed(t[equal], lambda x: mixed(x, 1))
+    assert_distributed(t[~equal], lambda x: mixed(x, 2))
+
+
 def test_equality_is_independent_of_the_times():
     """Whether r = t is an independent draw, so t has one distribution in both groups."""
     pair = OrderedPair(first=UniformTime(), second=UniformTime(), equal_probability=0.5)
@@ -86,6 +100,7 @@ def test_extreme_equal_probabilities(probability, expected):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: MixedPair(uniform_probability=-0.1), r"^uniform_probability=-0\.1: "),
         (lambda: LogitNormal(std=0.0), r"^std=0\.0: "),
         (lambda: LogitNormal(std=float("nan")), "^std=nan: "),
         (

@@ -10,7 +10,7 @@ import pytest
 from gaussian_data import Gaussian
 
 from dmf.errors import InputError
-from dmf.objectives import COSINE, LINEAR
+from dmf.objectives import COSINE, LINEAR, ScaledLinear
 from dmf.sampling import (
     AdamsBashforth,
     ConsistencyTrajectory,
@@ -65,6 +65,13 @@ def test_euler_is_exact_for_an_exact_flow_map(path, steps):
     exact = gaussian.carried(z, jnp.ones(3), jnp.zeros(3))
     x = sample(gaussian.flow_map, z, y, steps=steps, shift=1.5)
     np.testing.assert_allclose(x, exact, atol=1e-5)
+
+
+def test_a_path_to_scaled_noise_starts_and_restarts_from_such_noise():
+    gaussian = Gaussian(interpolant=ScaledLinear(noise_scale=3.0))
+    for kind, steps in ((Euler, 1), (Restart, 2)):
+        sampler = kind(interpolant=gaussian.interpolant)
+        assert_moments(samples(gaussian, sampler, steps), gaussian, 0.005)
 
 
 class UnequalSteps(AdamsBashforth):
