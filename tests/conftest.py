@@ -56,12 +56,13 @@ gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Whether the dimensions of all arrays of a call agree takes longer to check than many a function
 # takes: it is checked in the rooms whose functions have arrays with dimensions.
-SHAPED = ("data", "evaluation", "models", "objectives", "sampling", "types")
-TYPED = ("checkpoints", "cli", "default_config", "errors", "experiments", "registry", "runtime",
-         "training")  # fmt: skip
+SHAPED = ("data", "evaluation", "models", "objectives", "sampling", "training", "types")
+TYPED = ("checkpoints", "cli", "default_config", "errors", "experiments", "registry", "runtime")
 jaxtyping.install_import_hook([f"dmf.{module}" for module in SHAPED], "beartype.beartype")
 beartype.claw.beartype_packages(
-    [f"dmf.{module}" for module in TYPED], conf=beartype.BeartypeConf(claw_is_pep526=False)
+    [f"dmf.{module}" for module in TYPED],
+    # A whole number is a number too; annotated variables are not checked.
+    conf=beartype.BeartypeConf(is_pep484_tower=True, claw_is_pep526=False),
 )
 
 

@@ -14,7 +14,7 @@ can be computed from while training.
 import dataclasses
 import shlex
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags as absl_flags
 from etils import epath
@@ -22,9 +22,6 @@ from etils import epath
 from dmf.cli import flags
 from dmf.errors import InputError
 from dmf.runtime import progress
-
-if TYPE_CHECKING:
-    from dmf.data.shard_writer import PrepareSettings
 
 
 def _define(values: absl_flags.FlagValues) -> None:
@@ -102,10 +99,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     print(values.output)
 
 
-def _next_command(
-    values: absl_flags.FlagValues, settings: "PrepareSettings", num_classes: int
-) -> str:
-    """The command that trains on the dataset."""
+def _next_command(values: absl_flags.FlagValues, settings: Any, num_classes: int) -> str:
+    """The command that trains on the dataset that `PrepareSettings` describe."""
     *_, side, channels = settings.stored_shape
     fields = {
         "data.name": values.name, "data.directory": values.output,
