@@ -21,6 +21,7 @@ from dmf.models.abstract_params import abstract_params
 from dmf.models.attention import attention, kernel_sharding
 from dmf.models.attention.jvp_kernel import attention_jvp
 from dmf.models.dit import DiT
+from dmf.models.in_context_dit import InContextDiT
 from dmf.objectives.build import interpolant
 from dmf.runtime.sharding import batch_sharding, local_mesh, make_mesh, map_over_devices
 from dmf.sampling import stablehlo
@@ -29,6 +30,9 @@ from dmf.sampling.build import sampling
 KINDS = {"cpu": "cpu", "tpu": "TPU v5 lite", "gpu": "NVIDIA H100 80GB HBM3"}
 MODEL = DiT(input_size=8, channels=3, depth=2, width=32, heads=4, num_classes=5,
             conditioning="decoupled", split_depth=1, attention="flash")  # fmt: skip
+IN_CONTEXT = InContextDiT(input_size=8, channels=3, depth=2, head_depth=1, width=32, heads=4,
+                          num_classes=5, attention="flash", positions="rotary_2d",
+                          prediction="data")  # fmt: skip
 
 
 def target(platform: str, kind: str = "", tensor: int = 1):
@@ -245,12 +249,18 @@ def test_a_network_calls_the_implementation_of_its_field(without_kernels):
             jax.eval_shape(model.apply, params, x, t, t, y)
 
 
-def test_a_function_exported_for_all_platforms_has_no_kernel(without_kernels):
+@pytest.mark.parametrize("model", [
+    MODEL, pytest.param(IN_CONTEXT, marks=pytest.mark.slow)
+], ids=["dit", "in_context_dit"])  # fmt: skip
+def test_a_function_exported_for_all_platforms_has_no_kernel(without_kernels, model):
+    """Nor does it depend on the number of images."""
     config = default_config.get_config()
     settings = sampling(config.sampling, interpolant(config.objective))
-    function = stablehlo.image_function(MODEL, settings, None, steps=1)
-    network = dataclasses.replace(MODEL, attention="xla")
+    function = stablehlo.image_function(model, settings, None, steps=1)
+    network = dataclasses.replace(model, attention="xla")
     shapes = flatten_dict(abstract_params(network), sep="/")
     weights = {f"network/{name}": shape for name, shape in shapes.items()}
-    images = jax.eval_shape(function, weights, jnp.zeros(2, jnp.int32), jnp.int32(0))
-    assert images.shape == (2, 8, 8, 3)
+    (count,) = jax.export.symbolic_shape("n")
+    labels = jax.ShapeDtypeStruct((count,), jnp.int32)
+    images = jax.eval_shape(function, weights, labels, jnp.int32(0))
+    assert images.shape == (count, 8, 8, 3)
