@@ -143,15 +143,15 @@ _SAMPLING = (
     Mutant(
         "sampling_interval", "guidance at sampling ignores its interval",
         "dmf/sampling/guidance.py",
-        "active = in_interval(t, guidance.interval)",
+        "active = in_interval(t, tuple(interval))",
         "active = in_interval(t, (0.0, 1.0))",
         ("tests/sampling/test_sampling_guidance.py",),
     ),
     Mutant(
         "guidance_base", "guidance is added to the conditional velocity",
         "dmf/sampling/guidance.py",
-        "u_guided = u_null + per_sample(scale, u) * (u - u_null)",
-        "u_guided = u + per_sample(scale, u) * (u - u_null)",
+        "u_guided = u_other + factor * (u - u_other)",
+        "u_guided = u + factor * (u - u_other)",
         ("tests/sampling/test_sampling_guidance.py",),
     ),
 )  # fmt: skip

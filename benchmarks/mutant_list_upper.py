@@ -237,8 +237,8 @@ _CLI = (
     Mutant(
         "evaluate_ema", "dmf evaluate takes the raw parameters whatever --ema is",
         "dmf/cli/evaluate.py",
-        "                values.checkpoint, ema, mesh=",
-        '                values.checkpoint, "", mesh=',
+        "load.load_network(values.checkpoint, ema, mesh=",
+        'load.load_network(values.checkpoint, "", mesh=',
         ("tests/cli/test_command_line.py",),
     ),
     Mutant(

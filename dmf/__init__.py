@@ -23,6 +23,7 @@ _HOME = {
     "MeanFlow": "dmf.objectives",
     "Network": "dmf.types",
     "SamplingGuidance": "dmf.sampling.guidance",
+    "autoguidance": "dmf.sampling.guidance",
     "classifier_free": "dmf.sampling.guidance",
     "load": "dmf.checkpoints.load",
     "sample": "dmf.sampling.samplers",

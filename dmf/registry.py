@@ -349,11 +349,16 @@ def _field_value(field: dataclasses.Field, value: Any) -> Any:
         if kind is None:
             for number in value if isinstance(value, list | tuple) else (value,):
                 _check_number(value, number)
-            return tuple(value) if isinstance(value, list | tuple) else value
+            return _as_tuples(value)
         if holds_by_name(field):
             return {name: _at(name, build, kind, part)
                     for name, part in _named_values(value).items()}
         return value if _is_component(value) else build(kind, value)
+
+
+def _as_tuples(value: Any) -> Any:
+    """A value with tuples in place of lists."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _check_number(value: Any, number: Any) -> None:

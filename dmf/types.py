@@ -323,6 +323,8 @@ def _described(kind: Any) -> str:
     element, length = element_type(kind)
     if element is None:
         return _NAMES.get(kind, "it in the config file: no flag can say it")
+    if element_type(element)[0] is float:
+        return "pairs of numbers, for example ((0.2, 0.8), (0.4, 0.65))"
     noun = {int: "whole numbers", float: "numbers", str: "texts"}.get(element, "values")
     example = {float: "(0.5, 1.5)", str: "('a', 'b')"}.get(element, "(1, 2)")
     return f"{noun if length is None else f'{length} {noun}'}, for example {example}"

@@ -172,6 +172,24 @@ def read_position(checkpoint: epath.Path) -> dict[str, Any]:
     return position
 
 
+def check_saved(directory: epath.PathLike, ema: str) -> None:
+    """Checks that a run or an export has some parameters, without reading them.
+
+    Args:
+      directory: a workdir, one of its checkpoints/STEP, or an export.
+      ema: name of the EMA parameters, empty for the raw parameters; ignored for an export.
+
+    Raises:
+      InputError: there is no checkpoint, or no such EMA parameters; the message lists those there
+        are.
+      RunError: the checkpoint is damaged.
+    """
+    directory = absolute(directory)
+    check_format(directory)
+    with _damage_reported(directory):
+        _params_item(directory, ema)
+
+
 def restore_params(
     directory: epath.PathLike,
     abstract: Params,

@@ -1,5 +1,5 @@
 """dmf evaluate --checkpoint=DIR [--steps=1,2,4] [--count=50000] [--protocol=adm --reference=FILE
---inception=DIR]
+--inception=DIR] [--guidance=1,2,4 --interval=0.4:0.65,0.3:0.7] [--guide=DIR]
        dmf evaluate --images=IMAGES --reference=FILE --protocol=adm --inception=DIR --output=FILE
        dmf evaluate --images=IMAGES --make-reference=FILE --protocol=adm --inception=DIR
 
@@ -11,11 +11,15 @@ a TFDS name. The reference is a file of statistics (ADM's or a plain .npz, EDM2'
 trained on. Writes JSON with every setting beside the numbers; the same command resumes where it was
 interrupted.
 
+With --guidance and --interval it searches guidance at sampling: each scale in each interval, for
+each of --ema and --steps. Equal images are generated once. A table (.md) and a plot (.png) of the
+first metric are written beside the JSON. --guide=DIR guides by another checkpoint (autoguidance).
+
 Fields of the checkpoint's config can be overridden: with --config.model.conditioning=decoupled
 --config.model.split_depth=4 a flow model is measured as a flow map before any training.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -34,6 +38,10 @@ _FIELDS = {
     "rounding": "rounding",
     "count": "count",
 }
+# Flags of a search of guidance, and their fields.
+_SEARCH = {"guidance": "guidance_scales", "interval": "guidance_intervals"}
+# Flags of generated samples, which a set of images has none of.
+_OF_FLOW_MAPS = ("steps", "ema", *_SEARCH, "guide", "guide-ema")
 
 
 def _define(values: absl_flags.FlagValues) -> None:
@@ -56,8 +64,11 @@ def _define(values: absl_flags.FlagValues) -> None:
          flag_values=values)
     several("steps", None, "numbers of sampling steps, as 1,2,4", flag_values=values)
     number("count", None, "number of samples", flag_values=values)
-    several("ema", ["main"], "EMA parameters to use, also std=0.1; '' for the raw parameters",
+    several("ema", None, "EMA parameters to use, also std=0.1; '' for the raw parameters",
             flag_values=values)
+    text("guidance", None, "guidance scales, as 1,2,4", flag_values=values)
+    text("interval", None, "intervals of guided times t, as 0.4:0.65,0.3:0.7", flag_values=values)
+    flags.define_guide(values)
     text("output", "", "a .json file; evaluation.json in the run by default", flag_values=values)
     absl_flags.DEFINE_boolean("keep-features", False, "also write the features",
                               flag_values=values)
@@ -74,6 +85,10 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     ):
         raise InputError("--checkpoint or --images", remedy="give one of them; --help says what "
                          "they are")
+    for flag in _OF_FLOW_MAPS if values.images or makes_reference else ():
+        if values[flag].present:
+            raise InputError(f"--{flag}", values[flag].value, "it is for samples of a flow map; "
+                             "leave it out")
     config = _config(values, overrides)
     if makes_reference:
         output, evaluate = epath.Path(makes_reference), _make_reference
@@ -101,7 +116,36 @@ def _config(values: absl_flags.FlagValues, overrides: Sequence[str]) -> Any:
             config.evaluation[field] = values[flag].value
     if values.metrics:
         config.evaluation.metrics = tuple(values.metrics)
+    if values.steps is not None:
+        config.evaluation.steps = tuple(flags.whole_numbers("steps", values.steps))
+    if values.ema is not None:
+        config.evaluation.emas = tuple(values.ema or [""])
+    for flag, field in _SEARCH.items():
+        if values[flag].value is not None:
+            config.evaluation[field] = _numbers(flag, values[flag].value, field)
     return config
+
+
+def _numbers(flag: str, text: str, field: str) -> tuple[Any, ...]:
+    """The value of a flag of the search of guidance.
+
+    Raises:
+      InputError: it is none of the values of its field.
+    """
+    from dmf.cli.field_values import parse_value
+    from dmf.evaluation.build import Evaluation
+    from dmf.registry import field_type
+    from dmf.types import describe_type
+
+    annotation = field_type(Evaluation, field)
+    try:
+        numbers = parse_value(text, annotation)
+    except ValueError:
+        numbers = ()
+    if not numbers:
+        raise InputError(f"--{flag}", text, f"give {describe_type(annotation)}"
+                         + " or 0.2:0.8,0.4:0.65" * (flag == "interval"))
+    return numbers
 
 
 def _output(values: absl_flags.FlagValues) -> epath.Path:
@@ -127,36 +171,91 @@ def _evaluator(
 def _evaluate_checkpoint(
     config: Any, values: absl_flags.FlagValues, output: epath.Path
 ) -> None:
-    from dmf.checkpoints import load
     from dmf.checkpoints.params import latest_step
     from dmf.evaluation import flow_map_evaluation
-    from dmf.evaluation.build import evaluation
+    from dmf.evaluation.build import evaluated_steps, evaluation
     from dmf.models.build import network
     from dmf.objectives.build import interpolant
-    from dmf.runtime.files import write_json
-    from dmf.runtime.progress import log
     from dmf.sampling.build import sampling
+
+    settings = evaluation(config.evaluation)
+    sampled = sampling(config.sampling, interpolant(config.objective))
+    emas, steps = _emas(values, settings.emas), evaluated_steps(settings, sampled)
+    labelled = bool(network(config.model).num_classes)
+    evaluator = _evaluator(config, values, output, labelled=labelled)
+    scales = settings.guidance_scales or (sampled.guidance.scale,)
+    guide = flags.load_guide(values, config, evaluator.mesh, scales)
+    generator = _generator(config, sampled, evaluator.mesh, guide)
+    params = _params(config, values, emas, evaluator.mesh)
+    rows = flow_map_evaluation.evaluate(evaluator, generator, settings, params, steps=steps)
+    source = {"checkpoint": values.checkpoint, "step": latest_step(values.checkpoint)}
+    result = flow_map_evaluation.result(evaluator, generator, settings, rows, **source)
+    if guide is not None:
+        result["guide"] = {**result["guide"], "checkpoint": values.guide,
+                           "ema": values["guide-ema"].value, "step": latest_step(values.guide)}
+    evaluator.finish(_write_result, output, result)
+
+
+def _emas(values: absl_flags.FlagValues, emas: tuple[str, ...]) -> tuple[str, ...]:
+    """The EMA parameters to evaluate, which the checkpoint has; an export has one set, and one is
+    evaluated unless --ema names several.
+
+    Raises:
+      InputError: there is no such checkpoint, or no such EMA parameters in it.
+    """
+    from dmf.checkpoints.params import check_saved, is_export
+
+    if not emas:
+        raise InputError("evaluation.emas", emas, "give one name or several, '' for the raw "
+                         "parameters")
+    if values.ema is None and is_export(values.checkpoint):
+        emas = emas[:1]
+    for ema in emas:
+        check_saved(values.checkpoint, ema)
+    return emas
+
+
+def _generator(config: Any, settings: Any, mesh: Any, guide: Any) -> Any:
+    from dmf.checkpoints import load
+    from dmf.models.build import network
     from dmf.sampling.generator import Generator
 
-    steps = flags.whole_numbers("steps", values.steps or list(config.sampling.steps))
-    flow_network, settings = network(config.model), evaluation(config.evaluation)
-    evaluator = _evaluator(config, values, output, labelled=bool(flow_network.num_classes))
-    generator = Generator(
-        flow_network, sampling(config.sampling, interpolant(config.objective)),
-        load.load_latent_space(config), mesh=evaluator.mesh,
-    )  # fmt: skip
+    return Generator(
+        network(config.model), settings, load.load_latent_space(config), mesh=mesh, guide=guide
+    )
 
-    def params() -> Iterator[tuple[str, Any]]:
-        for ema in values.ema or [""]:
-            log(f"loading {values.checkpoint}, {ema or 'raw'} parameters")
-            yield ema, load.load_network(
-                values.checkpoint, ema, mesh=evaluator.mesh, config=config
-            )[2]
 
-    rows = flow_map_evaluation.evaluate(evaluator, generator, settings, params(), steps=steps)
-    source = {"checkpoint": values.checkpoint, "step": latest_step(values.checkpoint)}
-    description = flow_map_evaluation.sample_description(settings, generator)
-    evaluator.finish(write_json, output, evaluator.result(rows, **source, **description))
+def _params(
+    config: Any, values: absl_flags.FlagValues, emas: Sequence[str], mesh: Any
+) -> Iterator[tuple[str, Any]]:
+    """Yields the name of each set of EMA parameters and the parameters, one after the other."""
+    from dmf.checkpoints import load
+    from dmf.runtime.progress import log
+
+    for ema in emas:
+        log(f"loading {values.checkpoint}, {ema or 'raw'} parameters")
+        yield ema, load.load_network(values.checkpoint, ema, mesh=mesh, config=config)[2]
+
+
+def _write_result(output: epath.Path, result: Mapping[str, Any]) -> None:
+    """Writes the JSON; where guidance was searched, also prints and writes the table, and writes
+    the plot, for which matplotlib may be missing."""
+    from dmf.runtime.files import write_json, write_text
+    from dmf.runtime.progress import log
+
+    write_json(output, result)
+    if "best" not in result:
+        return
+    from dmf.experiments import guidance_search
+
+    metric, stem = result["protocol"]["metrics"][0], output.name.removesuffix(".json")
+    table = guidance_search.markdown_table(result, metric)
+    print(table)
+    write_text(output.parent / f"{stem}.md", table + "\n")
+    try:
+        guidance_search.plot_search(output.parent / f"{stem}.png", {"": result}, metric)
+    except InputError as error:
+        log(f"{error}; dmf report --output=DIR NAME={output} then writes the plot")
 
 
 def _image_set(values: absl_flags.FlagValues) -> Any:

@@ -16,6 +16,8 @@ _BOOLEANS = {"true": True, "t": True, "yes": True, "1": True,
 _NO_LITERAL = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
 # Among several numbers, 1e1 is sooner a slip than ten.
 _DIGITS = re.compile(r"[-+]?\d+")
+# Two numbers, for example the ends of an interval, also as START:END.
+_PAIR = re.compile(r"([^:]+):([^:]+)")
 _BRACKETS = re.compile(r"[(\[]([^()\[\]]*)[)\]]")
 
 
@@ -24,6 +26,8 @@ def parse_value(text: str | bool, annotation: Any) -> Any:
 
     >>> parse_value("1e3", int), parse_value("1,2", tuple[int, ...])
     (1000, (1, 2))
+    >>> parse_value("0.4:0.65,0.3:0.7", tuple[tuple[float, float], ...])
+    ((0.4, 0.65), (0.3, 0.7))
 
     Args:
       text: what stands behind the "=" of a flag; a bool for a flag that stands alone.
@@ -87,7 +91,8 @@ def _parse_tuple(text: str, kind: Any) -> tuple[Any, ...]:
     element, length = element_type(kind)
     if element is None:
         raise ValueError(text)
-    parts = _parts(text)
+    pair = _PAIR.fullmatch(text) if (element, length) == (float, 2) else None
+    parts = pair.groups() if pair else _parts(text)
     if element is int and not all(_DIGITS.fullmatch(part) for part in parts):
         raise ValueError(text)
     values = tuple(parse_value(part, element) for part in parts)

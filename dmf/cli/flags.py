@@ -181,6 +181,38 @@ def whole_numbers(flag: str, given: Sequence[Any]) -> list[int]:
         raise InputError(f"--{flag}", ",".join(map(str, given)), "give whole numbers") from None
 
 
+def define_guide(values: flags.FlagValues) -> None:
+    """Defines --guide=DIR and --guide-ema, see `load_guide`."""
+    flags.DEFINE_string("guide", "", "a checkpoint that guides this one by autoguidance, for "
+                        "example an earlier one", flag_values=values)
+    flags.DEFINE_string("guide-ema", "main", "EMA parameters of --guide; '' for the raw "
+                        "parameters", flag_values=values)
+
+
+def load_guide(
+    values: flags.FlagValues, config: Any, mesh: Any, scales: Sequence[float]
+) -> tuple[Any, Any] | None:
+    """The network of --guide and its parameters; None without the flag.
+
+    Args:
+      values: with the flags of `define_guide`.
+      config: of the flow map that is guided.
+      mesh: devices of this process.
+      scales: the guidance scales that are used.
+
+    Raises:
+      InputError: the guide cannot guide the flow map, or --guide-ema stands alone.
+    """
+    from dmf.checkpoints import guide
+
+    ema = values["guide-ema"]
+    if not values.guide:
+        if ema.present:
+            raise InputError("--guide-ema", ema.value, "it is of --guide=DIR; give that too")
+        return None
+    return guide.load_guide(values.guide, ema.value, config=config, mesh=mesh, scales=scales)
+
+
 def use_cpu_only() -> None:
     """Keeps JAX in this process, which computes nothing, off the accelerators that runs may be
     using. It must be called before JAX is used; processes that are started later are unaffected."""

@@ -6,7 +6,7 @@ distances.csv.
 
 For evaluations of flow maps, each NAME=FILE one that `dmf evaluate` wrote, with one protocol:
 prints a table of a metric against sampling steps, and writes it as report.md, with the curves as
-distance.png.
+distance.png; where guidance was searched, also the curves over the guidance scale as guidance.png.
 """
 
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def _report_runs(output: str, directories: Sequence[str]) -> None:
 
 
 def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> None:
-    from dmf.experiments import evaluation_report
+    from dmf.experiments import evaluation_report, guidance_search
     from dmf.runtime.ownership import owned_output
 
     evaluations = {}
@@ -69,3 +69,8 @@ def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> 
                          "directories of runs or sweeps")
     with owned_output("--output", values.output):
         print(evaluation_report.write_report(values.output, evaluations, values.metric))
+        searched = {n: e for n, e in evaluations.items() if guidance_search.is_searched(e)}
+        if searched:
+            metric = values.metric or next(iter(evaluations.values()))["protocol"]["metrics"][0]
+            picture = epath.Path(values.output) / "guidance.png"
+            guidance_search.plot_search(picture, searched, metric)

@@ -4,7 +4,8 @@ Generates images: a grid as .png (of several numbers of sampling steps, as --ste
 from the same noise), or all of them: as .npz (arr_0 uint8 [n, h, w, c], labels), as .array_record,
 or as a folder of .png files. Many images are written in parts; the same command resumes where it
 was interrupted. Fields of the checkpoint's config can be overridden, for example
---config.sampling.guidance.scale=1.5.
+--config.sampling.guidance.scale=1.5; with --guide=DIR, another checkpoint guides in place of the
+unconditional pass (autoguidance).
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     text("rounding", "nearest", "rounding to 8 bits: nearest, half_up or down", flag_values=values)
     text("ema", "main", "EMA parameters to use, also std=0.1; '' for the raw parameters",
          flag_values=values)
+    flags.define_guide(values)
     overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
     flags.require(values, "checkpoint", "output")
     _check(values)
@@ -77,12 +79,13 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     # No more devices than there are chunks: images do not depend on their number.
     mesh = local_mesh(-(-values.count // chunk))
     labels = _labels(values, network(config.model).num_classes)
+    guide = flags.load_guide(values, config, mesh, [settings.guidance.scale])
     log(f"loading {values.checkpoint}")
     latents = load.load_latent_space(config)
     flow_network, config, params = load.load_network(
         values.checkpoint, values.ema, mesh=mesh, config=config
     )
-    generator = Generator(flow_network, settings, latents, mesh=mesh)
+    generator = Generator(flow_network, settings, latents, mesh=mesh, guide=guide)
     options = {"seed": values.seed, "rounding": values.rounding}
     steps = flags.whole_numbers("steps", values.steps)
     generates = [generator(params, steps=n, **options) for n in steps]

@@ -5,7 +5,10 @@ from typing import Any
 
 from dmf.errors import InputError, check_at_least, check_between
 from dmf.evaluation.protocols import Protocol
+from dmf.objectives.guidance import LARGEST_SCALE
+from dmf.objectives.interpolants import check_interval
 from dmf.registry import at, build, lookup
+from dmf.sampling.build import Sampling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,13 @@ class Evaluation:
       part_size: images after which statistics are written to disk, so that an interrupted
         evaluation resumes from there; >= 1.
       every: training steps between two evaluations, >= 0; 0 for none.
-      emas: names of the EMA parameters that are evaluated while training, '' for the raw
-        parameters; the best checkpoint by the first of them is kept.
-      steps: numbers of sampling steps that are evaluated while training; empty for those of
-        `sampling.steps`.
+      emas: names of the EMA parameters that are evaluated, '' for the raw parameters.
+      steps: numbers of sampling steps that are evaluated; empty for those of `sampling.steps`.
+      guidance_scales: guidance scales that are evaluated, each in every interval; empty for that of
+        `sampling.guidance`.
+      guidance_intervals: (start, end) of the closed intervals of guided times t that are evaluated,
+        each with every scale; empty for that of `sampling.guidance`. The best checkpoint is kept
+        by the first EMA, interval, scale and number of steps.
     """
 
     protocol: str = "pixels"
@@ -51,11 +57,23 @@ class Evaluation:
     every: int = 0
     emas: tuple[str, ...] = ("main",)
     steps: tuple[int, ...] = ()
+    guidance_scales: tuple[float, ...] = ()
+    guidance_intervals: tuple[tuple[float, float], ...] = ()
+
+    @property
+    def searches_guidance(self) -> bool:
+        """Whether guidance scales or intervals are searched."""
+        return bool(self.guidance_scales or self.guidance_intervals)
 
     def __post_init__(self):
         check_between(self, 1, 10**8, "count", "part_size")
         check_between(self, 1, 2**16, "chunk_size")
         check_at_least(self, 0, "every")
+        for interval in self.guidance_intervals:
+            check_interval("guidance_intervals", interval)
+        if not all(0 <= scale <= LARGEST_SCALE for scale in self.guidance_scales):
+            raise InputError("guidance_scales", self.guidance_scales, "give numbers from 0 to "
+                             f"{LARGEST_SCALE}")
         if not 0 <= self.seed < 2**31:
             raise InputError("seed", self.seed, "give a whole number from 0 to 2^31 - 1")
 
@@ -68,6 +86,17 @@ def evaluation(section: Any) -> Evaluation:
     """
     with at("evaluation"):
         return build(Evaluation, section)
+
+
+def evaluated_steps(settings: Evaluation, sampled: Sampling) -> tuple[int, ...]:
+    """The numbers of sampling steps of `config.evaluation`, or else of `config.sampling`.
+
+    Raises:
+      InputError: one of them is too small for the sampler.
+    """
+    steps = settings.steps or sampled.steps
+    sampled.check_steps("evaluation.steps" if settings.steps else "sampling.steps", steps)
+    return steps
 
 
 def protocol(settings: Evaluation, *, labelled: bool) -> Protocol:

@@ -9,6 +9,7 @@ from etils import epath
 
 from dmf.errors import InputError
 from dmf.evaluation.metrics import find_metric
+from dmf.evaluation.result_rows import guidance_name
 from dmf.experiments.plots import new_figure, plain, to_png
 from dmf.runtime.files import new_file, write_text
 from dmf.runtime.paths import user_path
@@ -63,9 +64,13 @@ def _is_number(value: Any) -> bool:
 
 
 def is_flow_map_row(row: Mapping[str, Any]) -> bool:
-    """Whether a row names its EMA parameters and its number of sampling steps."""
-    steps = row.get("steps")
-    return isinstance(steps, int) and 0 < steps < _MAX_STEPS and isinstance(row.get("ema"), str)
+    """Whether a row names its EMA parameters, its number of sampling steps and, where guidance was
+    searched, its scale and interval."""
+    steps, interval = row.get("steps"), row.get("interval", [0, 1])
+    numbers = [row.get("guidance", 1), *(interval if isinstance(interval, list) else [""])]
+    return (isinstance(steps, int) and 0 < steps < _MAX_STEPS and isinstance(row.get("ema"), str)
+            and ("guidance" in row) == ("interval" in row)
+            and len(numbers) == 3 and all(map(_is_number, numbers)))
 
 
 def check_comparable(evaluations: Mapping[str, Evaluation], metric: str) -> None:
@@ -85,13 +90,17 @@ def check_comparable(evaluations: Mapping[str, Evaluation], metric: str) -> None
 
 
 def _curves(evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, Curve]]:
-    """Yields a label and the rows of each evaluation, for each of its EMA parameters."""
+    """Yields a label and the rows of each evaluation, for each of its EMA parameters and each
+    guidance that was searched."""
     for name, evaluation in evaluations.items():
         rows = evaluation["results"]
-        emas = list(dict.fromkeys(row["ema"] for row in rows))
-        for ema in emas:
-            label = name if len(emas) == 1 else f"{name} ({ema or 'parameters'})"
-            curve = {row["steps"]: row for row in rows if row["ema"] == ema}
+        several_emas = len({row["ema"] for row in rows}) > 1
+        curves: dict[tuple[str, str], Curve] = {}
+        for row in rows:
+            curves.setdefault((row["ema"], guidance_name(row)), {})[row["steps"]] = row
+        for (ema, guidance), curve in curves.items():
+            parts = [ema or "parameters"] * several_emas + [guidance] * bool(guidance)
+            label = f"{name} ({', '.join(parts)})" if parts else name
             yield label, dict(sorted(curve.items()))
 
 
@@ -99,13 +108,14 @@ def _steps(evaluations: Mapping[str, Evaluation]) -> list[int]:
     return sorted({row["steps"] for e in evaluations.values() for row in e["results"]})
 
 
-def _title(name: str) -> str:
+def metric_title(name: str) -> str:
     """The title of a metric; its name if the metric is not registered."""
     metric = find_metric(name)
     return name if metric is None else metric.title
 
 
-def _format(name: str, value: float) -> str:
+def format_score(name: str, value: float) -> str:
+    """A score as tables show it."""
     metric = find_metric(name)
     return f"{value:.2f}" if metric is None else metric.format(value)
 
@@ -122,7 +132,7 @@ def markdown_table(evaluations: Mapping[str, Evaluation], metric: str) -> str:
     """
     steps, curves = _steps(evaluations), dict(_curves(evaluations))
     agreement = any("label_agreement" in row for curve in curves.values() for row in curve.values())
-    title = _title(metric)
+    title = metric_title(metric)
     title += " (label agreement)" * (agreement and metric != "label_agreement")
     names = [f"{n} step" if n == 1 else f"{n} steps" for n in steps]
     lines = [f"| {title} | " + " | ".join(names) + " |", "|" + "---|" * (len(steps) + 1)]
@@ -130,10 +140,11 @@ def markdown_table(evaluations: Mapping[str, Evaluation], metric: str) -> str:
         cells = [_cell(curve[n], metric) if n in curve else "" for n in steps]
         escaped = name.replace("|", "\\|")
         lines.append(f"| {escaped} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", _note(next(iter(evaluations.values())), metric)])
+    return "\n".join([*lines, "", protocol_note(next(iter(evaluations.values())), metric)])
 
 
-def _note(evaluation: Evaluation, metric: str) -> str:
+def protocol_note(evaluation: Evaluation, metric: str) -> str:
+    """Lines that name the protocol, the number of samples and the reference of a table."""
     counts = sorted({row["count"] for row in evaluation["results"]})
     note = (f"Protocol {evaluation['protocol']['name']}, {', '.join(f'{n:,}' for n in counts)} "
             f"samples, against {evaluation['reference']['name']}.")
@@ -153,7 +164,7 @@ def _baseline(evaluation: Evaluation, metric: str) -> float | None:
 def _cell(row: Mapping[str, Any], metric: str) -> str:
     agreement = row.get("label_agreement")
     share = "" if agreement is None or metric == "label_agreement" else f" ({agreement:.0%})"
-    return _format(metric, row[metric]) + share
+    return format_score(metric, row[metric]) + share
 
 
 def write_report(
@@ -201,7 +212,7 @@ def plot_metric(path: epath.Path, evaluations: Mapping[str, Evaluation], metric:
     values = [row[metric] for _, curve in _curves(evaluations) for row in curve.values()]
     _scale_axes(axes, _steps(evaluations), metric, positive=min(values) > 0)
     axes.set_xlabel("sampling steps")
-    axes.set_ylabel(plain(_title(metric)))
+    axes.set_ylabel(plain(metric_title(metric)))
     axes.legend()
     with new_file(path) as partial:
         partial.write_bytes(to_png(figure))

@@ -161,7 +161,8 @@ def _distances(runs: Sequence[Run]) -> str:
     for score in final:
         if score.is_distance:
             lines = panels.setdefault(f"{score.metric}\n[{score.protocol}]", {})
-            name = score.run + (f", {score.ema or 'parameters'}" if several_emas else "")
+            ema = (score.ema or "parameters") * several_emas
+            name = ", ".join(filter(None, (score.run, ema, score.guidance)))
             lines.setdefault(name, []).append((score.steps, score.value))
     if not panels:
         return ""

@@ -8,7 +8,7 @@ from typing import Any
 from dmf.errors import InputError
 
 # The lines of a panel: points (x, y) by the name of the line.
-Lines = Mapping[str, Sequence[tuple[int, float]]]
+Lines = Mapping[str, Sequence[tuple[int | float, float]]]
 _COLUMNS, _WIDTH, _HEIGHT, _LEGEND_ROW = 3, 4.2, 3.2, 0.22
 _STYLES = ("-", "--", ":", "-.")
 _MAX_X, _MAX_Y = 2**53, 1e100
@@ -86,12 +86,14 @@ def plot_panels(
     return to_png(figure)
 
 
-def _shown(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+def _shown(points: Sequence[tuple[int | float, float]]) -> list[tuple[int | float, float]]:
     """The points that axes can hold; the tables have the others too."""
     return [(x, y) for x, y in points if abs(x) < _MAX_X and not abs(y) > _MAX_Y]
 
 
-def _plot_line(axes: Any, points: Sequence[tuple[int, float]], index: int, name: str) -> Any:
+def _plot_line(
+    axes: Any, points: Sequence[tuple[int | float, float]], index: int, name: str
+) -> Any:
     style = _STYLES[index // 10 % len(_STYLES)]
     x, y = [x for x, _ in points], [y for _, y in points]
     marker = "o" if len(points) <= 8 else None

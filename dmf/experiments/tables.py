@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from dmf.evaluation.metrics import find_metric
+from dmf.evaluation.result_rows import guidance_name
 from dmf.experiments.runs import Run
 
 EVALUATION_PREFIX = "evaluation/"
@@ -54,6 +55,7 @@ class Score:
       metric: name of the metric.
       ema: name of the EMA parameters; empty for the raw parameters.
       steps: number of sampling steps.
+      guidance: guidance scale and interval, where they were searched; empty otherwise.
       value: the number.
     """
 
@@ -63,13 +65,15 @@ class Score:
     metric: str
     ema: str
     steps: int
+    guidance: str
     value: float
 
     @property
     def column(self) -> str:
         """The name of its column in the table of runs."""
         count = f"{self.steps} step{'s' * (self.steps > 1)}"
-        return f"{self.metric}, {count}, {self.ema or 'parameters'} [{self.protocol}]"
+        parts = (self.metric, count, self.ema or "parameters", self.guidance)
+        return f"{', '.join(filter(None, parts))} [{self.protocol}]"
 
     @property
     def is_distance(self) -> bool:
@@ -112,7 +116,7 @@ def scores(runs: Sequence[Run]) -> list[Score]:
     labels = protocol_labels(runs)
     return [
         Score(run=run.name, step=step, protocol=labels[run.name, step], metric=metric,
-              ema=row["ema"], steps=row["steps"], value=row[metric])
+              ema=row["ema"], steps=row["steps"], guidance=guidance_name(row), value=row[metric])
         for run in runs
         for step, evaluation in sorted(run.evaluations.items())
         for row in evaluation["results"]

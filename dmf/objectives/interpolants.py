@@ -135,8 +135,9 @@ def check_interval(field: str, interval: Any) -> None:
 _TIME_ROUNDING = 1e-6
 
 
-def in_interval(t: Times, interval: tuple[float, float]) -> jax.Array:
-    """[b] bool: whether t lies in the closed interval (start, end), up to rounding.
+def in_interval(t: Times, interval: tuple[Any, Any]) -> jax.Array:
+    """[b] bool: whether t lies in the closed interval (start, end), numbers or scalars, up to
+    rounding.
 
     >>> in_interval(jnp.array([0.69, 0.7 + 6e-8, 0.701]), (0.0, 0.7)).tolist()
     [True, True, False]

@@ -6,9 +6,14 @@ from typing import Any
 from dmf.errors import InputError, check_between, check_choice
 from dmf.objectives.interpolants import Interpolant
 from dmf.registry import at, build, component_field
-from dmf.sampling.guidance import SamplingGuidance, classifier_free, guidance_as_input
+from dmf.sampling.guidance import (
+    SamplingGuidance,
+    autoguidance,
+    classifier_free,
+    guidance_as_input,
+)
 from dmf.sampling.samplers import Euler, Sampler
-from dmf.types import COMPUTE_DTYPES, FlowMap, Network
+from dmf.types import COMPUTE_DTYPES, FlowMap, GuidanceInput, Network
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,15 +80,36 @@ def sampling(section: Any, path: Interpolant) -> Sampling:
     return dataclasses.replace(chosen, sampler=sampler)
 
 
-def guided_flow_map(flow_map: FlowMap, settings: Sampling, network: Network) -> FlowMap:
-    """The flow map of a network under the guidance of `config.sampling.guidance`.
+def guided_flow_map(
+    flow_map: FlowMap,
+    settings: Sampling,
+    network: Network,
+    *,
+    guide: FlowMap | None = None,
+    values: GuidanceInput | None = None,
+) -> FlowMap:
+    """The flow map of a network under the guidance of `config.sampling.guidance`: autoguidance with
+    a guide, guidance as an input where the network takes it, and classifier-free guidance else.
+
+    Args:
+      flow_map: of the network.
+      settings: settings of `config.sampling`.
+      network: the network.
+      guide: the flow map of the guide of autoguidance; None for none.
+      values: scalars to use in place of the scale and the interval, see `classifier_free`.
 
     Raises:
-      InputError: a scale or a number of channels that the network cannot take.
+      InputError: a scale or a number of channels that the network cannot take, or a guide of a
+        network that takes its guidance as an input.
     """
     guidance = settings.guidance
     with at("sampling.guidance"):
         guidance.check_channels(network.sample_shape[-1])
+        if network.guidance_input and guide is not None:
+            raise InputError("guide", remedy="the network takes its guidance as an input; leave "
+                             "the guide out")
         if network.guidance_input:
-            return guidance_as_input(flow_map, guidance)
-        return classifier_free(flow_map, guidance)
+            return guidance_as_input(flow_map, guidance, values)
+        if guide is not None:
+            return autoguidance(flow_map, guide, guidance, values)
+        return classifier_free(flow_map, guidance, values)

@@ -3,6 +3,7 @@
     keys of the seed and the indices -> noise -> sample -> samples -> decode -> uint8 images
 """
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +20,15 @@ from dmf.data import pixels
 from dmf.errors import InputError, RunError
 from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.latent_space import LatentSpace
+from dmf.objectives.interpolants import in_interval
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.memoize import memoized
 from dmf.runtime.sharding import map_over_devices, replicate_on_host
 from dmf.sampling import samplers
 from dmf.sampling.build import Sampling, guided_flow_map
 from dmf.sampling.class_labels import class_labels
-from dmf.types import Network, Params
+from dmf.sampling.guidance import SamplingGuidance
+from dmf.types import GuidanceInput, Network, Params
 
 
 class GeneratedImages(NamedTuple):
@@ -45,16 +48,19 @@ Generate = Callable[[Int[np.ndarray, "n"], Int[np.ndarray, "n"]], GeneratedImage
 
 
 def sample_function(
-    network: Network, settings: Sampling, *, steps: int
+    network: Network, settings: Sampling, *, steps: int, guide: Network | None = None
 ) -> Callable[..., jax.Array]:
-    """The function (params, indices, labels, seed) -> samples [n, h, w, c] in float32.
+    """The function (params, indices, labels, seed, guide_params=None, guidance=None) -> samples
+    [n, h, w, c] in float32.
 
-    Sample i depends on the parameters, indices[i], labels[i] and the seed alone.
+    Sample i depends on the parameters, indices[i], labels[i] and the seed alone. `guidance` has
+    scalars in place of the scale and the interval of the settings, see `classifier_free`.
 
     Args:
       network: network whose flow map is sampled.
       settings: settings of `config.sampling`.
       steps: number of sampling steps.
+      guide: the network that guides it by autoguidance; None for none.
 
     Raises:
       InputError: a sampling field that cannot be used.
@@ -62,26 +68,22 @@ def sample_function(
     settings.sampler.schedule(steps, settings.shift)
 
     def generate(
-        params: Params, indices: Int[Array, "n"], labels: Int[Array, "n"], seed: int | jax.Array
-    ) -> Float[Array, "n h w c"]:
+        params: Params, indices: Int[Array, "n"], labels: Int[Array, "n"], seed: int | jax.Array,
+        guide_params: Params | None = None, guidance: GuidanceInput | None = None,
+    ) -> Float[Array, "n h w c"]:  # fmt: skip
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(indices)
 
         def noise(count: jax.Array) -> Float[Array, "n h w c"]:
             step_keys = jax.vmap(lambda key: jax.random.fold_in(key, count))(keys)
             return samplers.noise_like(step_keys, network.sample_shape)
 
-        def flow_map(*inputs: Any) -> jax.Array:
-            return network.apply(params, *inputs)
-
+        flow_map = functools.partial(network.apply, params)
+        guide_map = None if guide is None else functools.partial(guide.apply, guide_params)
         return samplers.sample(
-            guided_flow_map(flow_map, settings, network),
-            noise(jnp.zeros((), jnp.int32)),
-            network.condition(labels),
-            steps=steps,
-            sampler=settings.sampler,
-            shift=settings.shift,
-            step_noise=lambda i: noise(i + 1),
-        )
+            guided_flow_map(flow_map, settings, network, guide=guide_map, values=guidance),
+            noise(jnp.zeros((), jnp.int32)), network.condition(labels), steps=steps,
+            sampler=settings.sampler, shift=settings.shift, step_noise=lambda i: noise(i + 1),
+        )  # fmt: skip
 
     return generate
 
@@ -93,26 +95,31 @@ def image_function(
     *,
     steps: int,
     rounding: str = "nearest",
+    guide: Network | None = None,
 ) -> ImageFunction:
-    """The function (params, indices, labels, seed) -> `GeneratedImages`.
+    """The function (params, indices, labels, seed, guidance=None) -> `GeneratedImages`.
 
     Args:
-      network, settings, steps: as for `sample_function`.
+      network, settings, steps, guide: as for `sample_function`.
       latent_space: decodes samples to images; None where samples are images.
       rounding: to 8 bits, one of `dmf.data.pixels.ROUNDINGS`.
 
     Returns:
-      A function whose params hold "network" and, with a latent space, "autoencoder".
+      A function whose params hold "network", with a latent space "autoencoder", and with a guide
+      "guide".
     """
-    generate = sample_function(network, settings, steps=steps)
+    generate = sample_function(network, settings, steps=steps, guide=guide)
 
     def generate_images(
         params: dict[str, Params],
         indices: Int[Array, "n"],
         labels: Int[Array, "n"],
         seed: int | jax.Array,
+        guidance: GuidanceInput | None = None,
     ) -> GeneratedImages:
-        samples = generate(params["network"], indices, labels, seed)
+        samples = generate(
+            params["network"], indices, labels, seed, params.get("guide"), guidance
+        )
         if latent_space is not None:
             samples = latent_space.decode(params["autoencoder"], samples)
         finite = jnp.isfinite(samples).all(axis=(1, 2, 3))
@@ -131,6 +138,7 @@ class Generator:
         latents: tuple[LatentSpace, Params] | None,
         *,
         mesh: Mesh,
+        guide: tuple[Network, Params] | None = None,
     ):
         """Checks that the flow map can be sampled with these settings, without computing anything.
 
@@ -140,6 +148,8 @@ class Generator:
           latents: the latent space of the samples and the parameters of its autoencoder; None where
             samples are images.
           mesh: devices of this process.
+          guide: the network that guides this one by autoguidance, and its parameters; None for
+            none.
 
         Raises:
           InputError: the samples are latents and there is no autoencoder; or a sampling field that
@@ -156,14 +166,51 @@ class Generator:
         self.mesh = mesh
         self._network, self._settings = network, settings
         self._latent_space, decoder = latents or (None, None)
-        self._frozen_params = {}
-        if decoder is not None:
-            self._frozen_params = {"autoencoder": replicate_on_host(decoder, mesh)}
+        self._guide, guide_params = guide or (None, None)
+        frozen = {"autoencoder": decoder, "guide": guide_params}
+        self._frozen_params = {name: replicate_on_host(params, mesh)
+                               for name, params in frozen.items() if params is not None}
         self._check()
 
     def _check(self) -> None:
         """Traces one sample, so that guidance that the network cannot take is refused early."""
-        _trace(self._network, self._settings)
+        _trace(self._network, self._settings, self._guide)
+
+    def with_guidance(self, guidance: SamplingGuidance) -> "Generator":
+        """The generator of the same flow map under another guidance at sampling. Both share their
+        compiled programs, see `SamplingGuidance.shared`.
+
+        Raises:
+          InputError: guidance that the network cannot take.
+        """
+        other = copy.copy(self)
+        vars(other).pop("identity", None)
+        other._settings = dataclasses.replace(self._settings, guidance=guidance)
+        other._check()
+        return other
+
+    @property
+    def guidance(self) -> SamplingGuidance:
+        """The guidance at sampling."""
+        return self._settings.guidance
+
+    def guidance_effect(self, steps: int) -> Any:
+        """What the images depend on of the guidance, as a value that is hashed: two guidances with
+        equal values give the same images.
+
+        A network that takes its guidance as an input sees the scale and the interval. Otherwise
+        they act where the sampler calls the flow map: an interval in which it does not has no
+        effect, and neither has one with scale 1.
+
+        Args:
+          steps: number of sampling steps.
+        """
+        guidance = self.guidance
+        if self._network.guidance_input:
+            return guidance
+        called = samplers.call_times(self._settings.sampler, steps, self._settings.shift)
+        within = in_interval(jnp.asarray(called), guidance.interval).tolist()
+        return (guidance.scale, *within) if any(within) and not guidance.is_none else None
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -172,10 +219,13 @@ class Generator:
             "sampling": registry.to_config(self._settings),
             "model": registry.to_config(self._network, "model"),
         }
-        if self._latent_space is None:
-            return described
-        decoder = {"parameters": fingerprint(self._frozen_params)}
-        return described | {"latents": dataclasses.asdict(self._latent_space) | decoder}
+        if self._latent_space is not None:
+            decoder = {"parameters": fingerprint(self._frozen_params["autoencoder"])}
+            described["latents"] = dataclasses.asdict(self._latent_space) | decoder
+        if self._guide is not None:
+            described["guide"] = {"model": registry.to_config(self._guide, "model"),
+                                  "parameters": fingerprint(self._frozen_params["guide"])}
+        return described
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -202,33 +252,45 @@ class Generator:
         Raises:
           InputError: a sampling field that cannot be used.
         """
+        # A network that takes its guidance as an input has one program for every guidance.
+        shared = SamplingGuidance() if self._network.guidance_input else self.guidance.shared
         compiled = _compiled(
-            self._network, self._settings, self._latent_space, steps, rounding, self.mesh
-        )
+            self._network, dataclasses.replace(self._settings, guidance=shared),
+            self._latent_space, steps, rounding, self.mesh, self._guide,
+        )  # fmt: skip
         params = {"network": replicate_on_host(params, self.mesh), **self._frozen_params}
-        whole = {"params": params, "seed": jnp.int32(seed)}
+        values = jax.tree.map(jnp.float32, self.guidance.values)
+        whole = {"params": params, "seed": jnp.int32(seed), "guidance": values}
         return lambda indices, labels: compiled(whole, indices, labels)
 
 
 @memoized
-def _trace(network: Network, settings: Sampling) -> None:
+def _trace(network: Network, settings: Sampling, guide: Network | None) -> None:
     """Traces the generation of one sample; an error is not remembered."""
-    generate = sample_function(network, settings, steps=2)
+    generate = sample_function(network, settings, steps=2, guide=guide)
     index = jax.ShapeDtypeStruct((1,), jnp.int32)
-    params = abstract_params(network)
-    jax.eval_shape(lambda *inputs: generate(*inputs, 0), params, index, index)
+    guide_params = None if guide is None else abstract_params(guide)
+    jax.eval_shape(
+        lambda params, guide_params, *inputs: generate(params, *inputs, 0, guide_params),
+        abstract_params(network), guide_params, index, index,
+    )  # fmt: skip
 
 
 @memoized
 def _compiled(
     network: Network, settings: Sampling, latent_space: LatentSpace | None, steps: int,
-    rounding: str, mesh: Mesh,
+    rounding: str, mesh: Mesh, guide: Network | None,
 ) -> Callable[..., GeneratedImages]:  # fmt: skip
-    """The program of `Generator`, to be compiled on its first call."""
-    generate = image_function(network, settings, latent_space, steps=steps, rounding=rounding)
-    return map_over_devices(
-        lambda whole, *parts: generate(whole["params"], *parts, whole["seed"]), mesh
+    """The program of `Generator`, to be compiled on its first call; its scale and interval are
+    inputs."""
+    generate = image_function(
+        network, settings, latent_space, steps=steps, rounding=rounding, guide=guide
     )
+
+    def on_device(whole: dict[str, Any], *parts: jax.Array) -> GeneratedImages:
+        return generate(whole["params"], *parts, whole["seed"], whole["guidance"])
+
+    return map_over_devices(on_device, mesh)
 
 
 def chunks(count: int, size: int, first: int = 0) -> Iterator[Int[np.ndarray, "size"]]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,34 @@ class SamplingGuidance:
         check_between(self, 0, LARGEST_SCALE, "scale")
         check_at_least(self, 0, "channels")
 
+    @property
+    def is_none(self) -> bool:
+        """Whether the scale is 1."""
+        return self.scale == 1
+
+    @property
+    def values(self) -> GuidanceInput:
+        """The scale and the ends of the interval, as numbers."""
+        return GuidanceInput(self.scale, *self.interval)
+
+    @property
+    def shared(self) -> "SamplingGuidance":
+        """The guidance whose compiled program serves this one too, with `values` as an input. There
+        are three programs: without guidance, guidance at all times, and inside an interval.
+
+        >>> SamplingGuidance(scale=1.5, interval=(0.1, 0.8)).shared.interval
+        (0.0, 0.0)
+        """
+        if self.is_none:
+            return SamplingGuidance()
+        interval = (0.0, 1.0) if self.is_everywhere else (0.0, 0.0)
+        return dataclasses.replace(self, scale=0.0, interval=interval)
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether all times lie in the interval."""
+        return tuple(self.interval) == (0, 1)
+
     def check_channels(self, count: int) -> None:
         """Checks that samples of `count` channels can be guided.
 
@@ -47,7 +76,9 @@ class SamplingGuidance:
                              "guide all of them")
 
 
-def classifier_free(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:
+def classifier_free(
+    flow_map: FlowMap, guidance: SamplingGuidance, values: GuidanceInput | None = None
+) -> FlowMap:
     """The flow map under classifier-free guidance (arXiv:2207.12598, arXiv:2404.07724):
     u_null + scale (u_cond - u_null), both at the same (t, r), for t in the interval and u_cond
     outside; u_cond also in channels that are not guided.
@@ -66,6 +97,9 @@ def classifier_free(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:
     Args:
       flow_map: u(x_t, t, r, y).
       guidance: scale and interval.
+      values: scalars to use in place of the scale and the interval, for example traced ones; the
+        guidance then says only in which of its three programs they are used, see
+        `SamplingGuidance.shared`.
 
     Returns:
       The guided flow map, whose y must be a `Condition`; `flow_map` itself where the scale is 1.
@@ -74,34 +108,91 @@ def classifier_free(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:
       InputError: y is no `Condition`, so that it has no null, or x_t has fewer channels than are to
         be guided; when the guided flow map is called.
     """
-    if guidance.scale == 1:
-        return flow_map
-    # No time lies outside the whole interval, so that one program is enough.
-    always = tuple(guidance.interval) == (0, 1)
-
-    def guided(x_t: Images, t: Times, r: Times, y: Any) -> Images:
+    def with_null(x_t: Images, t: Times, r: Times, y: Any) -> tuple[Images, Images]:
         # An array of labels would not tell which label is null.
         if not isinstance(y, Condition):
             raise InputError("y", type(y).__name__, "guidance needs a condition that has a null; "
                              "give ClassLabels(labels, num_classes), or network.condition(labels)")
+        # One batch of twice the size reads the parameters once.
+        twice = jax.tree.map(
+            lambda *parts: jnp.concatenate(parts), (x_t, t, r, y), (x_t, t, r, y.null())
+        )
+        return tuple(jnp.split(flow_map(*twice), 2))
+
+    return _extrapolated(flow_map, with_null, guidance, values)
+
+
+def autoguidance(
+    flow_map: FlowMap,
+    guide: FlowMap,
+    guidance: SamplingGuidance,
+    values: GuidanceInput | None = None,
+) -> FlowMap:
+    """The flow map, guided by a worse version of itself (arXiv:2406.02507, equation 2):
+    u_guide + scale (u - u_guide), both at the same (t, r, y), for t in the interval and u outside.
+
+    The guide is a smaller network or an earlier checkpoint, and sees the same condition. Each call
+    inside the interval costs a forward pass of both.
+
+    >>> x_t, t = jnp.ones((1, 1, 1, 1)), jnp.ones(1)
+    >>> guided = autoguidance(lambda x_t, t, r, y: 3 * x_t, lambda x_t, t, r, y: 2 * x_t,
+    ...                       SamplingGuidance(scale=1.5))
+    >>> guided(x_t, t, t, None).item()  # 2 + 1.5 (3 - 2)
+    3.5
+
+    Args:
+      flow_map: u(x_t, t, r, y).
+      guide: the flow map of the guide.
+      guidance: scale and interval.
+      values: as for `classifier_free`.
+
+    Returns:
+      The guided flow map; `flow_map` itself where the scale is 1.
+
+    Raises:
+      InputError: x_t has fewer channels than are to be guided; when the guided flow map is called.
+    """
+    def with_guide(x_t: Images, t: Times, r: Times, y: Any) -> tuple[Images, Images]:
+        u = flow_map(x_t, t, r, y)
+        return u, guide(x_t, t, r, y).astype(u.dtype)
+
+    return _extrapolated(flow_map, with_guide, guidance, values)
+
+
+def _extrapolated(
+    flow_map: FlowMap,
+    with_other: Callable[..., tuple[Images, Images]],
+    guidance: SamplingGuidance,
+    values: GuidanceInput | None,
+) -> FlowMap:
+    """u_other + scale (u - u_other) for t in the interval and u outside.
+
+    Args:
+      flow_map: u.
+      with_other: the function (x_t, t, r, y) -> (u, u_other).
+      guidance, values: as for `classifier_free`.
+    """
+    if guidance.is_none:
+        return flow_map
+    scale, *interval = guidance.values if values is None else values
+
+    def alone(*inputs: Any) -> tuple[Images, Images]:
+        u = flow_map(*inputs)
+        return u, u
+
+    def guided(*inputs: Any) -> Images:
+        x_t, t, _, _ = inputs
         guidance.check_channels(x_t.shape[-1])
-
-        def both() -> tuple[Images, Images]:
-            # One batch of twice the size reads the parameters once.
-            twice = jax.tree.map(
-                lambda *parts: jnp.concatenate(parts), (x_t, t, r, y), (x_t, t, r, y.null())
+        active = in_interval(t, tuple(interval))
+        # All samples of a step have the same t; in the whole interval one branch is enough.
+        if guidance.is_everywhere:
+            u, u_other = with_other(*inputs)
+        else:
+            u, u_other = jax.lax.cond(
+                active.any(), lambda: with_other(*inputs), lambda: alone(*inputs)
             )
-            return tuple(jnp.split(flow_map(*twice), 2))
-
-        def conditional() -> tuple[Images, Images]:
-            u = flow_map(x_t, t, r, y)
-            return u, u
-
-        active = in_interval(t, guidance.interval)
-        # All samples of a step have the same t.
-        u, u_null = both() if always else jax.lax.cond(active.any(), both, conditional)
-        scale = jnp.where(active, guidance.scale, 1.0)
-        u_guided = u_null + per_sample(scale, u) * (u - u_null)
+        factor = per_sample(jnp.where(active, scale, 1.0).astype(u.dtype), u)
+        u_guided = u_other + factor * (u - u_other)
         if guidance.channels == 0:
             return u_guided
         guided_channels = slice(guidance.channels)
@@ -110,13 +201,16 @@ def classifier_free(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:
     return guided
 
 
-def guidance_as_input(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:
+def guidance_as_input(
+    flow_map: FlowMap, guidance: SamplingGuidance, values: GuidanceInput | None = None
+) -> FlowMap:
     """The flow map of a network that takes guidance as an input, asked for this guidance, at the
     cost of an unguided pass (improved MeanFlow, arXiv:2512.02012).
 
     Args:
       flow_map: u(x_t, t, r, y) of a network whose y may be a `GuidedCondition`.
       guidance: scale and interval.
+      values: scalars to use in place of the scale and the interval, for example traced ones.
 
     Raises:
       InputError: the scale is not positive, or only some channels are to be guided.
@@ -127,10 +221,10 @@ def guidance_as_input(flow_map: FlowMap, guidance: SamplingGuidance) -> FlowMap:
     if not 0 < guidance.scale < math.inf:
         raise InputError("scale", guidance.scale, "a network that takes its guidance as an input "
                          "needs a positive scale; 1 is none")
+    scalars = guidance.values if values is None else values
 
     def guided(x_t: Images, t: Times, r: Times, y: Any) -> Images:
-        values = (jnp.full(t.shape, value, jnp.float32)
-                  for value in (guidance.scale, *guidance.interval))
-        return flow_map(x_t, t, r, GuidedCondition(y, GuidanceInput(*values)))
+        inputs = (jnp.full(t.shape, scalar, jnp.float32) for scalar in scalars)
+        return flow_map(x_t, t, r, GuidedCondition(y, GuidanceInput(*inputs)))
 
     return guided

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from dmf.errors import InputError
 from dmf.objectives.interpolants import LINEAR, Interpolant
 from dmf.registry import define_kind, runtime_field
+from dmf.runtime.memoize import memoized
 from dmf.types import Condition, FlowMap, Images, PRNGKeys
 
 MOST_STEPS = 10_000
@@ -314,3 +315,30 @@ def sample(
     times = schedule[:-1], schedule[1:], jnp.arange(steps)
     (x, _), _ = jax.lax.scan(step, (x, sampler.init(x)), times)
     return x
+
+
+@memoized
+def call_times(sampler: Sampler, steps: int, shift: float = 1.0) -> tuple[float, ...]:
+    """The times t at which a sampler calls the flow map, each once.
+
+    >>> call_times(Euler(), 2), call_times(Heun(), 2)
+    ((1.0, 0.5), (1.0, 0.5))
+
+    Args:
+      sampler: takes the steps; its times must not depend on the samples.
+      steps: number of steps.
+      shift: s in t <- s t / (1 + (s - 1) t); 1 leaves the steps equal.
+
+    Raises:
+      InputError: too few steps.
+    """
+    times: dict[float, None] = {}
+
+    def flow_map(x_t: Images, t: jax.Array, r: jax.Array, y: Any) -> Images:
+        times[float(t[0])] = None
+        return x_t
+
+    x, y = jnp.zeros((1, 1, 1, 1)), jnp.zeros(1, jnp.int32)
+    with jax.disable_jit():  # so that times are numbers
+        sample(flow_map, x, y, steps=steps, sampler=sampler, shift=shift, step_noise=lambda i: x)
+    return tuple(times)

@@ -8,6 +8,7 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dmf.checkpoints.guide import data_differences
 from dmf.checkpoints.load import (
     ADDED_BY_TRAINING,
     load_encoder,
@@ -251,16 +252,12 @@ def _check_teacher(config: ConfigDict, teacher: Network, student: Network) -> No
 
 def _check_same_data(config: ConfigDict, teacher: ConfigDict) -> None:
     """Raises InputError where the teacher was trained on another path, or on other latents."""
-    fields = {"objective.interpolant": [c.objective.get("interpolant") for c in (config, teacher)]}
-    fields |= {f"latents.{name}": [getattr(latents(c.latents), name) for c in (config, teacher)]
-               for name in ("scale", "shift", "mean", "std")}
-    for field, (ours, its) in fields.items():
-        if ours != its:
-            raise InputError(
-                field, ours,
-                f"teacher.checkpoint={config.teacher.checkpoint} was trained with {its}, and must "
-                "be of the same path and latents",
-            )
+    for field, ours, its in data_differences(config, teacher):
+        raise InputError(
+            field, ours,
+            f"teacher.checkpoint={config.teacher.checkpoint} was trained with {its}, and must "
+            "be of the same path and latents",
+        )  # fmt: skip
 
 
 def _tokens_per_side(config: ConfigDict) -> int:

@@ -8,6 +8,7 @@ and the train state. All processes call it together.
 import abc
 import contextlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from dmf.checkpoints.manager import SnapshotManager
 from dmf.data import pixels
 from dmf.errors import InputError, RunError
 from dmf.evaluation import flow_map_evaluation
-from dmf.evaluation.build import evaluation
+from dmf.evaluation.build import evaluated_steps, evaluation
 from dmf.evaluation.evaluator import Evaluator
 from dmf.evaluation.metrics import lookup_metric
 from dmf.runtime import processes
@@ -121,7 +122,8 @@ class SampleGridCallback(Callback):
 
 class EvaluationCallback(Callback):
     """Evaluates the train state, writes the results to evaluations/STEP.json, and writes the scores
-    to the metrics as evaluation/METRIC/EMA/STEPS."""
+    to the metrics as evaluation/METRIC/EMA/STEPS, or .../EMA/STEPS/SCALE/START-END where guidance
+    is searched."""
 
     def __init__(
         self,
@@ -147,15 +149,14 @@ class EvaluationCallback(Callback):
         if not self._settings.every:
             return
         self._check_emas()
-        self._steps = self._settings.steps or training.sampling.steps
-        field = "evaluation.steps" if self._settings.steps else "sampling.steps"
-        training.sampling.check_steps(field, self._steps)
+        self._steps = evaluated_steps(self._settings, training.sampling)
         network = training.recipe.network
         labelled = bool(network.num_classes)
         self._evaluator = Evaluator(config, self._folder / ".parts", labelled=labelled)
         self._generator = Generator(
             network, training.sampling, load_latent_space(config), mesh=self._evaluator.mesh
         )
+        flow_map_evaluation.guided_generators(self._generator, self._settings)  # checks them
         self._evaluator.check(
             self._generator.image_shape, self._settings.count, labelled=labelled
         )
@@ -189,12 +190,13 @@ class EvaluationCallback(Callback):
             ((name, chosen_params(state, name)) for name in settings.emas),
             steps=self._steps,
         )
-        description = flow_map_evaluation.sample_description(settings, self._generator)
-        result = evaluator.result(rows, step=step, **description)
+        result = flow_map_evaluation.result(
+            evaluator, self._generator, settings, rows, step=step
+        )
         evaluator.finish(write_json, evaluation_file(self._workdir, step), result)
         if self.writer is not None:
             self.writer.write(step, {
-                f"evaluation/{metric}/{row['ema'] or 'params'}/{row['steps']}": row[metric]
+                f"evaluation/{metric}/{_metric_place(row)}": row[metric]
                 for row in rows for metric in evaluator.protocol.metrics
             })
 
@@ -262,6 +264,19 @@ class SnapshotCallback(Callback):
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._manager.__exit__(kind, error, trace)
+
+
+def _metric_place(row: Mapping[str, Any]) -> str:
+    """The end of the name of a metric of an evaluation: EMA/STEPS, and SCALE/START-END where
+    guidance is searched.
+
+    >>> _metric_place({"ema": "main", "steps": 2, "guidance": 1.5, "interval": [0.4, 0.65]})
+    'main/2/1.5/0.4-0.65'
+    """
+    parts = [row["ema"] or "params", row["steps"]]
+    if "guidance" in row:
+        parts += [row["guidance"], "-".join(map(str, row["interval"]))]
+    return "/".join(map(str, parts))
 
 
 class Profiler:

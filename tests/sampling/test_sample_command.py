@@ -85,6 +85,18 @@ def test_a_grid_of_images_that_are_not_finite_is_refused(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_guide_guides_and_the_network_itself_changes_nothing(tmp_path):
+    images, run = {}, small_network.run()
+    guided = ("--config.sampling.guidance.scale=3", f"--guide={run}")
+    for name, flags in (("plain", ()), ("itself", guided),
+                        ("raw", (*guided, "--guide-ema="))):  # fmt: skip
+        output = tmp_path / f"{name}.npz"
+        assert sample(output, "--steps=1", "--count=8", *flags) == 0
+        images[name] = read(output)[0].astype(int)
+    assert np.abs(images["itself"] - images["plain"]).max() <= 1
+    assert np.abs(images["raw"] - images["plain"]).max() > 1
+
+
 @pytest.mark.parametrize(
     ("flag", "name", "words"),
     [
@@ -92,6 +104,9 @@ def test_a_grid_of_images_that_are_not_finite_is_refused(tmp_path, capsys):
         ("--steps=1,2", "x", "--steps=1,2: several are for a .png grid; give one"),
         ("--rounding=sideways", "x.npz", f"--rounding=sideways: {ROUNDINGS}"),
         ("--rounding=sideways", "x.png", f"--rounding=sideways: {ROUNDINGS}"),
+        ("--guide-ema=main", "x.npz", "--guide-ema=main: it is of --guide=DIR; give that too"),
+        ("--guide=nowhere", "x.npz", "guide=nowhere: the guidance scale is 1, which is no "
+         "guidance; give another one, --config.sampling.guidance.scale=2"),
         ("--labels=0,random", "x.npz", "--labels=0,random: give whole numbers"),
     ],
 )

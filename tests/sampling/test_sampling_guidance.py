@@ -8,9 +8,14 @@ import pytest
 
 from dmf.errors import InputError
 from dmf.objectives.interpolants import per_sample
-from dmf.sampling.guidance import SamplingGuidance, classifier_free, guidance_as_input
+from dmf.sampling.guidance import (
+    SamplingGuidance,
+    autoguidance,
+    classifier_free,
+    guidance_as_input,
+)
 from dmf.sampling.samplers import sample
-from dmf.types import ClassLabels, Condition
+from dmf.types import ClassLabels, Condition, GuidanceInput
 
 NAN = float("nan")
 NULL = 3
@@ -138,6 +143,54 @@ def test_guidance_as_an_input_of_the_network():
     labels = ClassLabels(jnp.arange(2), num_classes=NULL)
     given = guided_map(X_T[:2], T[:2], T[:2], labels)
     np.testing.assert_allclose(given.reshape(2, 4), [[0, 2.5, 0.1, 0.7], [1, 2.5, 0.1, 0.7]])
+
+
+def guide(x_t, t, r, y):
+    """A worse flow map, of the same condition."""
+    return flow_map(x_t, t, r, y) - per_sample(0.1 + t * y.labels, x_t)
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), INTERVAL])
+def test_autoguidance_is_its_formula_inside_its_interval(interval):
+    u, u_guide = (np.asarray(each(X_T, T, T / 2, Y)) for each in (flow_map, guide))
+    guidance = SamplingGuidance(scale=2.5, interval=interval)
+    active = WITHIN | (interval != INTERVAL)
+    expected = np.where(active, u_guide + 2.5 * (u - u_guide), u)
+    guided = autoguidance(flow_map, guide, guidance)(X_T, T, T / 2, Y)
+    np.testing.assert_allclose(guided, expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(guided - u).max(where=active, initial=0) > 0.1
+    itself = autoguidance(flow_map, flow_map, guidance)(X_T, T, T / 2, Y)
+    np.testing.assert_array_equal(itself, u)
+    assert autoguidance(flow_map, guide, SamplingGuidance(interval=interval)) is flow_map
+
+
+def test_a_guide_needs_no_null_and_may_have_another_precision():
+    """Its condition may be anything that the network knows, also labels that have no null."""
+    def coarse(x_t, t, r, y):
+        return guide(x_t, t, r, y).astype(jnp.bfloat16)
+
+    guidance, y = SamplingGuidance(scale=2.0, interval=INTERVAL), Y.replace(num_classes=0)
+    guided = autoguidance(flow_map, coarse, guidance)(X_T, T, T, y)
+    fine = autoguidance(flow_map, guide, guidance)(X_T, T, T, y)
+    np.testing.assert_allclose(guided, fine, atol=0.2)
+
+
+@pytest.mark.parametrize("guidance", [
+    SamplingGuidance(scale=2.5, interval=INTERVAL), SamplingGuidance(scale=0.0),
+])  # fmt: skip
+def test_one_program_serves_every_scale_and_interval(guidance):
+    @jax.jit
+    def program(values):
+        return [made(guidance.shared, values)(X_T, T, T / 2, Y) for made in (
+            lambda *parts: classifier_free(flow_map, *parts),
+            lambda *parts: autoguidance(flow_map, guide, *parts),
+        )]  # fmt: skip
+
+    shared = program(GuidanceInput(*map(jnp.float32, guidance.values)))
+    expected = (classifier_free(flow_map, guidance)(X_T, T, T / 2, Y),
+                autoguidance(flow_map, guide, guidance)(X_T, T, T / 2, Y))  # fmt: skip
+    for ours, its in zip(shared, expected, strict=True):
+        np.testing.assert_allclose(ours, its, rtol=1e-5, atol=1e-5)
 
 
 class Text(flax.struct.PyTreeNode):

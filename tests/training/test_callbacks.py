@@ -90,12 +90,31 @@ def test_an_evaluation_that_is_missing_is_made_up_for(tmp_path, monkeypatch):
     assert last["evaluation/fd_pixels/main/1"] == pytest.approx(distance, rel=1e-6)
 
 
+def test_guidance_is_searched_at_an_evaluation_of_a_run(tmp_path):
+    shutil.copytree(small_network.run(), tmp_path / "run")
+    train(small_network.config({
+        "evaluation.every": 8, "evaluation.steps": (2,), "evaluation.guidance_scales": (1.0, 2.0),
+        "evaluation.guidance_intervals": ((0.4, 0.65),), "evaluation.metrics": ("fd_pixels",),
+    }), tmp_path / "run")  # fmt: skip
+    found = json.loads((tmp_path / "run/evaluations/00000008.json").read_text())
+    rows = found["results"]
+    assert [(row["guidance"], row["interval"]) for row in rows] == [
+        (1.0, [0.4, 0.65]), (2.0, [0.4, 0.65])
+    ]  # fmt: skip
+    assert found["best"] == min(rows, key=lambda row: row["fd_pixels"])
+    last = metrics_writer.read_metrics(epath.Path(tmp_path / "run"))[-1]
+    for row in rows:
+        name = f"evaluation/fd_pixels/main/2/{row['guidance']}/0.4-0.65"
+        assert last[name] == pytest.approx(row["fd_pixels"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"evaluation.emas": ("slow",)}, "evaluation.emas=slow: config.emas has main"),
         ({"evaluation.count": 64}, "evaluation.count=64: fd_pixels needs more than 64 images"),
         ({"evaluation.protocol": "adm"}, "give --inception=DIR"),
+        ({"evaluation.guidance_intervals": ((0.2, 0.8),)}, "the only guidance scale is 1, which"),
         ({"evaluation.reference": "nowhere.npz"}, "reference=nowhere.npz: there is no such file"),
     ],
 )
