@@ -21,6 +21,7 @@ import tiny
 from etils import epath
 
 from dmf.checkpoints import manager
+from dmf.checkpoints.load import load_network
 from dmf.checkpoints.params import latest_step
 from dmf.errors import Lost
 from dmf.runtime import checksums, files, processes
@@ -168,6 +169,17 @@ def test_two_processes_train_and_evaluate_as_one_and_one_resumes(tmp_path, netwo
 ])  # fmt: skip
 def test_any_axis_may_cross_the_border_of_processes(tmp_path, processes, mesh):
     check_trains_as_one(tmp_path, "DiT", processes, mesh)
+
+
+@pytest.mark.slow
+def test_two_processes_keep_snapshots_of_power_emas_beside_their_checkpoints(tmp_path):
+    fields = {"run.steps": 6, "emas.power.name": "power", "run.snapshot_every": 1,
+              "run.keep_snapshots": 4, "run.checkpoint_every": 2}
+    run = Run(tmp_path, processes=2, devices=2, fields=fields)
+    assert run.wait() == [0, 0], run.log(0)
+    assert sorted(path.name for path in run.workdir.glob("ema_snapshots/*")) == ["2", "4", "6"]
+    kept, synthesised = (load_network(run.workdir, ema)[2] for ema in ("power", "std=0.1"))
+    assert checksums.fingerprint(kept) == checksums.fingerprint(synthesised)
 
 
 @pytest.mark.slow
