@@ -66,8 +66,12 @@ def reduced(config: ConfigDict) -> ConfigDict:
     model, size = config.model, config.model.patch_size
     split = model.split_depth and 1
     model.update(input_size=4 * size, depth=2, width=32, heads=2, num_classes=10, remat="none")
-    model.update(split_depth=split, scan=True, alignment_depth=min(model.alignment_depth, 1))
-    model.update(alignment_width=16, alignment_hidden=16)
+    model.update(split_depth=split, scan=True)
+    if model.name == "in_context_dit":
+        model.update(head_depth=1, patch_bottleneck=min(model.patch_bottleneck, 8))
+    else:
+        model.update(alignment_depth=min(model.alignment_depth, 1))
+        model.update(alignment_width=16, alignment_hidden=16)
     config.data.batch_size = 8
     config.optimizer.warmup_steps = 0
     return config
@@ -133,9 +137,8 @@ def test_a_row_has_its_shapes_at_full_size(key):
     recipe = build.recipe(config, make_mesh(devices=jax.devices()[:1]),
                           network(config.model) if config.teacher.checkpoint else None)
     state = abstract_state(recipe)
-    assert state.params["blocks"]["mlp"]["in"]["kernel"].shape[:2] == (
-        config.model.depth, config.model.width
-    )
+    trunk = getattr(recipe.network, "trunk_depth", config.model.depth)
+    assert state.params["blocks"]["mlp"]["in"]["kernel"].shape[:2] == (trunk, config.model.width)
     _, rows, frozen = abstract_inputs(recipe)
     (count,) = rows.y.shape
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from dmf.errors import InputError
 from dmf.objectives.guidance import Guidance
-from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
+from dmf.objectives.interpolants import LINEAR, Interpolant, ScaledLinear, per_sample
 from dmf.objectives.tangent import Tangent
 from dmf.types import (
     Batch,
@@ -125,9 +125,11 @@ def _velocity(
 
 def check_prediction(interpolant: Interpolant, network: Network) -> None:
     """Raises InputError where the network predicts data and the path is not linear."""
-    if network.prediction == "data" and interpolant != LINEAR:
+    straight = interpolant == LINEAR or isinstance(interpolant, ScaledLinear)
+    if network.prediction == "data" and not straight:
         raise InputError("model.prediction", "data", "(x_t - x) / t is the velocity of the linear "
-                         "path alone; set objective.interpolant=linear, or this to velocity")
+                         "path alone; set objective.interpolant=linear (or scaled_linear), or this "
+                         "to velocity")
 
 
 def check_label_dropout(probability: float) -> None:

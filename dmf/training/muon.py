@@ -25,7 +25,8 @@ _BLOCK_MATRICES = (
 # tokens and the linear layer of the patches, a convolution, are none.
 _OTHER_MATRICES = (
     (r"_embedding/(.*/)?(in|out)/kernel$", (-2,), (-1,)),
-    (r"(^|/)(final_layer/|[uv]_head/)linear/kernel$", (-2,), (-1,)),
+    (r"(^|/)(final|[uv]_head)/linear/kernel$", (-2,), (-1,)),
+    (r"(^|/)final/modulation/linear/kernel$", (-3,), (-1,)),
 )
 
 

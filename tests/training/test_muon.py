@@ -111,6 +111,14 @@ def test_linear_layers_outside_of_blocks_are_matrices_where_they_are_chosen(chos
     assert (axes["u_head"]["linear"]["kernel"] is None) == (chosen == "blocks")
 
 
+def test_the_last_layers_of_each_network_are_matrices():
+    kernel = {"linear": {"kernel": jnp.ones((4, 2, 4))}}
+    params = {"final": {"modulation": kernel, **kernel}, "v_head": {"final": kernel}}
+    axes = jax.tree.leaves(Muon(matrices="all").matrix_axes(params),
+                           is_leaf=lambda x: hasattr(x, "output_axis"))
+    assert axes == [((-2,), (-1,)), ((-3,), (-1,)), ((-2,), (-1,))]
+
+
 def test_the_state_is_sharded_like_the_parameters():
     shapes = {"blocks": {"mlp": {"in": {"kernel": (2, 64, 128)}}}, "label": {"table": (640, 16)}}
     params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes,
