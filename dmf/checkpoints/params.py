@@ -392,13 +392,7 @@ def write_params(directory: epath.Path, params: Params) -> None:
 def write_config_and_card(
     directory: epath.Path, config: Mapping[str, Any], card: str, *, origin: str
 ) -> None:
-    """Writes the config and the model card of an export of any format.
-
-    Args:
-      directory: the export.
-      config: the config as JSON holds it.
-      card: text of the model card.
-      origin: where the parameters come from.
-    """
+    """Writes the config of an export, as JSON holds it, with the origin of its parameters, and its
+    model card."""
     write_json(directory / CONFIG_FILE, {"format": FORMAT, "origin": origin, **config})
     (directory / CARD_FILE).write_text(card)
