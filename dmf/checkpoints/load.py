@@ -30,11 +30,6 @@ from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
 from dmf.sampling.build import Sampling, sampling
 from dmf.types import FlowMap, Network, Params
 
-# Parameters that a run may have and its initial checkpoint may lack: those of the objective,
-# embeddings that are zero at first, and the scales of qk-norm, which are one.
-QK_NORM = ("blocks/attention/q_norm", "blocks/attention/k_norm")
-ADDED_BY_TRAINING = ("log_variance", "interval_embedding", "target_embedding", "both_embedding",
-         "guidance_embedding", "projector", *QK_NORM)  # fmt: skip
 # Parameters that only training uses.
 _DROPPED_AFTER_TRAINING = ("log_variance", "projector", "v_head")
 # The folder of the autoencoder in an export over latents.

@@ -136,6 +136,12 @@ class DiT(SimpleNetwork):
         TPUs and NVIDIA GPUs) or "auto" (the faster one for the device and the number of tokens).
     """
 
+    # Beside those of all networks: embeddings, and the scales of qk-norm, which are one at first.
+    added_by_training: ClassVar[tuple[str, ...]] = (
+        *SimpleNetwork.added_by_training, "interval_embedding", "target_embedding",
+        "both_embedding", "guidance_embedding", "blocks/attention/q_norm",
+        "blocks/attention/k_norm",
+    )  # fmt: skip
     # The fields that a run shares with the checkpoint that it starts from.
     sizes: ClassVar[tuple[str, ...]] = (
         "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",

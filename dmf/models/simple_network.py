@@ -52,6 +52,8 @@ class SimpleNetwork:
     True
     """
 
+    # Parameters that a run may have and its initial checkpoint may lack.
+    added_by_training = ("log_variance", "projector")
     guidance_input = False
     velocity_head = False
     prediction = "velocity"

@@ -9,13 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmf.checkpoints.guide import data_differences
-from dmf.checkpoints.load import (
-    ADDED_BY_TRAINING,
-    load_encoder,
-    load_network,
-    load_params,
-    read_config,
-)
+from dmf.checkpoints.load import load_encoder, load_network, load_params, read_config
 from dmf.data.batch_transform import BatchTransform
 from dmf.data.build import Data, data, data_loader, dataset
 from dmf.data.data_loader import DataLoader
@@ -27,6 +21,7 @@ from dmf.models.encoders.patch_features import (
     check_feature_width,
     check_stored_features,
 )
+from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives.build import interpolant, objective
 from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import check_prediction
@@ -378,5 +373,6 @@ def pretrained(config: ConfigDict, student: Network, mesh: Mesh) -> Params:
     check_same(config)
     with at("init"):
         return load_params(
-            student, chosen.checkpoint, chosen.ema, mesh=mesh, allow_missing=ADDED_BY_TRAINING
-        )
+            student, chosen.checkpoint, chosen.ema, mesh=mesh,
+            allow_missing=getattr(student, "added_by_training", SimpleNetwork.added_by_training),
+        )  # fmt: skip

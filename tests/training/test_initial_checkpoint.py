@@ -5,14 +5,18 @@ import pathlib
 import shutil
 
 import golden_in_context as gic
+import jax
 import pytest
 import tiny
+from etils import epath
 from ml_collections import ConfigDict
 
 from dmf.checkpoints import load
+from dmf.checkpoints.params import write_config_and_card, write_params
 from dmf.cli.config_flag import configured
 from dmf.default_config import get_config
 from dmf.errors import InputError
+from dmf.runtime.sharding import make_mesh
 from dmf.training import build
 from dmf.training.initial_checkpoint import check_same
 
@@ -104,3 +108,14 @@ def test_a_checkpoint_without_a_velocity_head_trains_none(tmp_path):
                 check_same(config)
         config.model.velocity_head = config.model.velocity_head and not refused
         check_same(config)
+
+
+def test_no_embedding_of_an_in_context_network_may_be_missing(tmp_path):
+    """They are not zero at first, as those that a DiT gets in addition."""
+    network, params = gic.network("imf_tiny"), dict(gic.params("imf_tiny"))
+    del params["interval_embedding"]
+    write_params(epath.Path(tmp_path), params)
+    write_config_and_card(epath.Path(tmp_path), {}, "", origin="drawn")
+    with pytest.raises(InputError, match="interval_embedding"):
+        load.load_params(network, tmp_path, "", mesh=make_mesh(devices=jax.devices()[:1]),
+                         allow_missing=network.added_by_training)
