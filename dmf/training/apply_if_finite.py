@@ -11,7 +11,7 @@ import optax
 
 
 class ApplyIfFiniteState(NamedTuple):
-    """The state of an optimizer that may skip steps.
+    """The state of an optimizer that may skip steps. Leaves may also be shapes or shardings.
 
     Attributes:
       inner_state: state of the inner optimizer.
@@ -20,8 +20,8 @@ class ApplyIfFiniteState(NamedTuple):
     """
 
     inner_state: Any
-    consecutive_skips: jax.Array
-    total_skips: jax.Array
+    consecutive_skips: Any
+    total_skips: Any
 
 
 def apply_if_finite(
