@@ -78,7 +78,7 @@ def test_the_same_command_resumes(run, capfd):
 def test_a_checkpoint_runs_no_file_by_itself(run, capfd):
     assert tiny.dmf("sample", f"--checkpoint={run}", f"--output={run}/no.png") == 2
     (line,) = capfd.readouterr().err.strip().splitlines()
-    assert re.search("model.name=perceptron: choose one of dit; or give .*--plugins=FILE", line)
+    assert re.search("model.name=perceptron: choose one of dit, .*; or give .*--plugins=FILE", line)
     assert tiny.dmf("sample", f"--checkpoint={run}", "--plugins=no.py", "--output=no.png") == 2
     assert "--plugins=no.py: no such file" in capfd.readouterr().err
 
