@@ -228,9 +228,9 @@ def open_parts(
       RunError: the checkpoint is damaged.
     """
     stored = stored_params.read_config(directory)
-    kind = load.frozen_kind(stored)
+    kind, std = load.frozen_kind(stored), power_ema.requested_std(ema)
     if kind:
-        if power_ema.requested_std(ema) is not None:
+        if std is not None:
             raise InputError("ema", ema, f"{directory} holds a frozen network, which has no EMAs")
         network, params = load.load_encoder(
             directory, load.frozen_section(stored, directory)["name"]
@@ -239,7 +239,7 @@ def open_parts(
     network, config, params = load.load_network(directory, ema, config=config)
     step = stored_params.latest_step(directory)
     exported = load.config_to_json(config)
-    origin = stored_params.read_origin(directory) or model_card.trained(exported, step)
+    origin = stored_params.read_origin(directory) or model_card.trained(exported, step, std)
     decoder = open_parts(config.latents.autoencoder, "") if config.latents.autoencoder else None
     return Parts(network, exported, params, origin, decoder)
 

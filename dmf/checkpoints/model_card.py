@@ -33,11 +33,11 @@ SAFETENSORS = """`model.safetensors` has the names, shapes and layouts of {namin
 _NETWORKS = {"dit": "diffusion transformer", "in_context_dit": "in-context transformer"}
 
 
-def trained(config: Mapping[str, Any], step: int | None) -> str:
-    """The origin of the parameters of a run, as one line."""
+def trained(config: Mapping[str, Any], step: int | None, std: float | None = None) -> str:
+    """The origin of the parameters of a run, one line; `std` is the width of a synthesised EMA."""
     data, steps = config["data"], "?" if step is None else f"{step:,}"
     return (f"trained on {data['name']}, {config['objective']['name']} objective, {steps} steps of "
-            f"{data['batch_size']}")
+            f"{data['batch_size']}" + ("" if std is None else f", EMA of std={std}"))
 
 
 def model_card(config: Mapping[str, Any], params: Params, *, origin: str, usage: str) -> str:

@@ -188,5 +188,7 @@ def test_a_run_keeps_its_snapshots_when_it_resumes(tmp_path, capfd):
         assert tiny.dmf(*arguments, "--ema-std=0.15") == 0
         exported = load.load_network(tmp_path / "export")[2]["out"]
         np.testing.assert_array_equal(exported, found)
+        card = (tmp_path / "export/README.md").read_text()
+        assert "12 steps of 16, EMA of std=0.15 |" in card
         with pytest.raises(InputError, match="^ema=std=0.15: .*export is no run with a checkpoint"):
             load.load_network(tmp_path / "export", "std=0.15")

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 from optax import contrib
 
+from configs import default
 from dmf.checkpoints.manager import CheckpointManager
 from dmf.errors import InputError
 from dmf.runtime.sharding import make_mesh
 from dmf.training import build
+from dmf.training.loop import train
 from dmf.training.muon import Muon
 from dmf.training.train_state import initial_train_state, train_state_shardings
 
@@ -154,6 +157,18 @@ def test_the_state_is_saved_and_steps_may_be_skipped(tmp_path):
         lambda finite: optimizer.update(params, state, params, finite=finite), jnp.bool_(True)
     )[1]
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+@pytest.mark.slow
+def test_a_run_is_the_same_on_another_mesh(tmp_path):
+    params = []
+    for name, mesh in (("data", {}), ("all", {"mesh.fsdp": 2, "mesh.tensor": 2})):
+        config = tiny.config({"run.steps": 4, **mesh})
+        config.optimizer = default.component(Muon(learning_rate=3e-3, matrices="all"))
+        state = train(config, tmp_path / name)
+        params.append(jax.flatten_util.ravel_pytree(jax.device_get(state.params))[0])
+    first, second = params
+    assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
 
 
 def test_what_muon_cannot_use_is_refused():
