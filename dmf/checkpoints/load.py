@@ -71,6 +71,25 @@ def load_params(
     return stored_params.restore_params(directory, target, ema=ema, **allowed)
 
 
+def check_params(directory: epath.PathLike, ema: str) -> None:
+    """Checks that a run or an export has some parameters, without reading them.
+
+    Args:
+      directory: a workdir, one of its checkpoints/STEP, or an export.
+      ema: name of the EMA parameters, or std=WIDTH; empty for the raw parameters.
+
+    Raises:
+      InputError: there is no checkpoint, or no such EMA parameters, and none that they could be
+        synthesised from.
+      RunError: the checkpoint is damaged.
+    """
+    std = power_ema.requested_std(ema)
+    if std is None:
+        stored_params.check_saved(directory, ema)
+    else:
+        power_ema.weighted_averages(directory, std)
+
+
 def config_to_json(config: ConfigDict) -> dict[str, Any]:
     """A config as JSON holds it: dictionaries, lists and plain values.
 

@@ -160,8 +160,25 @@ def synthesise(
         has another architecture.
       RunError: a snapshot or the checkpoint is damaged.
     """
-    directory = absolute(directory)
-    stored, step = stored_averages(directory, std)
+    directory, total = absolute(directory), None
+    chosen, told = weighted_averages(directory, std)
+    log(told)
+    for weight, item in chosen:
+        params = _restore(directory, item, abstract, allowed)
+        total = _scaled(params, weight) if total is None else _added(total, params, weight)
+    return total
+
+
+def weighted_averages(
+    directory: epath.PathLike, std: float
+) -> tuple[list[tuple[float, epath.Path]], str]:
+    """The weights of the stored averages that a width is made of, with their Orbax items; and a
+    line that says how close the sum of their profiles is.
+
+    Raises:
+      InputError: there is no run, it kept no power EMAs, or they are too few for this width.
+    """
+    stored, step = stored_averages(absolute(directory), std)
     wanted = Profile(step, exponent(std))
     found, error = weights([average.profile for average in stored], wanted)
     steps, widths = ({average.profile[i] for average in stored} for i in range(2))
@@ -170,14 +187,9 @@ def synthesise(
     if error > MAX_ERROR:
         raise InputError("ema", f"{PREFIX}{std}", f"{told}; choose a width nearer to theirs, or "
                          "train with two widths and more snapshots (run.keep_snapshots)")
-    log(f"EMA of std={std} at step {step}: {told}")
-    chosen = [(weight, average.item) for weight, average in zip(found, stored, strict=True)
+    chosen = [(float(weight), average.item) for weight, average in zip(found, stored, strict=True)
               if abs(weight) > _SMALLEST_WEIGHT]
-    total = None
-    for weight, item in chosen:
-        params = _restore(directory, item, abstract, allowed)
-        total = _scaled(params, weight) if total is None else _added(total, params, weight)
-    return total
+    return chosen, f"EMA of std={std} at step {step}: {told}"
 
 
 def stored_averages(directory: epath.Path, std: float) -> tuple[list[Stored], int]:

@@ -203,7 +203,8 @@ def _emas(values: absl_flags.FlagValues, emas: tuple[str, ...]) -> tuple[str, ..
     Raises:
       InputError: there is no such checkpoint, or no such EMA parameters in it.
     """
-    from dmf.checkpoints.params import check_saved, is_export
+    from dmf.checkpoints.load import check_params
+    from dmf.checkpoints.params import is_export
 
     if not emas:
         raise InputError("evaluation.emas", emas, "give one name or several, '' for the raw "
@@ -211,7 +212,7 @@ def _emas(values: absl_flags.FlagValues, emas: tuple[str, ...]) -> tuple[str, ..
     if values.ema is None and is_export(values.checkpoint):
         emas = emas[:1]
     for ema in emas:
-        check_saved(values.checkpoint, ema)
+        check_params(values.checkpoint, ema)
     return emas
 
 

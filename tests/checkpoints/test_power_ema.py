@@ -182,6 +182,11 @@ def test_a_run_keeps_its_snapshots_when_it_resumes(tmp_path, capfd):
             exact = exact_mean(raw.astype(np.float64), std)
             assert np.abs(found - exact).max() < rtol * np.abs(raw - exact).max() + 5e-7, ema
         capfd.readouterr()
+        evaluate = ("evaluate", f"--checkpoint={tmp_path}", "--steps=1", "--count=72")
+        assert tiny.dmf(*evaluate, "--ema=std=0.15,wide") == 0
+        rows = json.loads((tmp_path / "evaluation.json").read_text())["results"]
+        assert [row["ema"] for row in rows] == ["std=0.15", "wide"]
+        assert tiny.dmf(*evaluate, "--ema=wide,std=0.5") == 2
         arguments = ("export", f"--checkpoint={tmp_path}", f"--output={tmp_path}/export")
         assert tiny.dmf(*arguments, "--ema=wide", "--ema-std=0.1") == 2
         assert "--ema-std=0.1: give it or --ema, not both" in capfd.readouterr().err
