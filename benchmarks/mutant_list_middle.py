@@ -148,6 +148,20 @@ _SAMPLING = (
         ("tests/sampling/test_sampling_guidance.py",),
     ),
     Mutant(
+        "shared_guidance", "a compiled program takes the scale that it was traced with",
+        "dmf/sampling/generator.py",
+        '*parts, whole["seed"], whole["guidance"])',
+        '*parts, whole["seed"])',
+        ("tests/sampling/test_generator.py",),
+    ),
+    Mutant(
+        "guide_condition", "the guide of autoguidance does not see the label",
+        "dmf/sampling/guidance.py",
+        "return u, guide(x_t, t, r, y).astype(u.dtype)",
+        "return u, guide(x_t, t, r, y.null()).astype(u.dtype)",
+        ("tests/sampling/test_sampling_guidance.py",),
+    ),
+    Mutant(
         "guidance_base", "guidance is added to the conditional velocity",
         "dmf/sampling/guidance.py",
         "u_guided = u_other + factor * (u - u_other)",
@@ -364,6 +378,20 @@ _EVALUATION = (
         "values[:: self.feature_strides[kind]]",
         ("tests/evaluation/test_feature_statistics.py",
          "tests/evaluation/test_statistics_collector.py"),
+    ),
+    Mutant(
+        "equal_images", "a search of guidance generates equal images again",
+        "dmf/evaluation/flow_map_evaluation.py",
+        "            if key in measured:",
+        "            if False and key in measured:",
+        ("tests/evaluation/test_guidance_search.py",),
+    ),
+    Mutant(
+        "best_row", "the row with the largest distance is called the best",
+        "dmf/evaluation/result_rows.py",
+        "max if known.higher_is_better else min",
+        "min if known.higher_is_better else max",
+        ("tests/experiments/test_guidance_table.py", "tests/evaluation/test_guidance_search.py"),
     ),
     Mutant(
         "evaluation_rounding", "samples are rounded to the nearest level whatever the protocol",

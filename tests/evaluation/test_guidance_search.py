@@ -6,13 +6,19 @@ import json
 import numpy as np
 import pytest
 import small_network
+import test_generator
 import tiny
 import tiny_networks
 from two_layers import TwoLayers
 
 from dmf.checkpoints import guide, load
+from dmf.errors import InputError
 from dmf.evaluation import metrics
+from dmf.evaluation.build import Evaluation
 from dmf.evaluation.evaluator import Evaluator
+from dmf.evaluation.flow_map_evaluation import guided_generators
+from dmf.runtime.sharding import local_mesh
+from dmf.sampling.build import Sampling
 from dmf.sampling.generator import Generator
 
 pytestmark = pytest.mark.usefixtures("small_network_registered")
@@ -116,6 +122,7 @@ def _check_rows(result):
     assert result["sampling"]["guidance"] == {"channels": 0}, "rows say scale and interval"
 
 
+@pytest.mark.slow
 def test_fields_of_the_config_search_as_the_flags_do(tmp_path, reference, generated):
     """And each row is what its guidance alone gives."""
     fields = ("--config.evaluation.guidance_scales=2,4", "--config.evaluation.emas=('main','')",
@@ -137,6 +144,7 @@ def test_fields_of_the_config_search_as_the_flags_do(tmp_path, reference, genera
     assert "best" not in found["alone"] and not (tmp_path / "alone.md").exists()
 
 
+@pytest.mark.slow
 def test_a_guide_is_searched_as_the_null_condition_is(tmp_path, reference, generated):
     guided = tmp_path / "guided.json"
     assert evaluate(guided, reference, "--guidance=1,3", "--steps=2",
@@ -152,13 +160,24 @@ def test_a_guide_is_searched_as_the_null_condition_is(tmp_path, reference, gener
     assert len(generated) == 3
 
 
+def test_scale_1_is_no_guidance_as_an_input_either():
+    """The interval that stands first makes no difference to the images without guidance."""
+    network = test_generator.Asked()
+    base = Generator(network, Sampling(), None, mesh=local_mesh(1))
+    settings = Evaluation(guidance_scales=(1.0, 2.0), guidance_intervals=((0.4, 0.65), (0.3, 0.7)))
+    searched = guided_generators(base, settings)
+    assert [fields["guidance"] for fields, _ in searched] == [1.0, 2.0, 1.0, 2.0]
+    assert [fields["interval"] for fields, _ in searched][1:3] == [[0.4, 0.65], [0.3, 0.7]]
+    assert [guided.guidance.interval for _, guided in searched[::2]] == [(0.0, 1.0)] * 2
+    assert len({guided.guidance_effect(1) for _, guided in searched}) == 3
+
+
 BAD = {
     "upside down": (["--guidance=2", "--interval=0.7:0.3"],
                     "evaluation.guidance_intervals=(0.7, 0.3): give (start, end) with 0 <= start"),
     "half an interval": (["--guidance=2", "--interval=0.7"],
                          "--interval=0.7: give pairs of numbers, for example"),
     "no number": (["--guidance=1,two"], "--guidance=1,two: give numbers, for example (0.5, 1.5)"),
-    "nothing": (["--guidance="], "--guidance=: give numbers"),
     "negative": (["--guidance=1,-2"], "evaluation.guidance_scales=(1.0, -2.0): give numbers from"),
     "no scale": (["--interval=0.4:0.65"], "the only guidance scale is 1, which is none in every"),
     "no ema": (["--ema=main,slow,"], "ema=slow: RUN has main"),
@@ -168,44 +187,13 @@ BAD = {
     "no ema of the guide": (["--guidance=2", "--guide=RUN", "--guide-ema=slow"],
                             "guide.ema=slow: RUN has main"),
     "ema of no guide": (["--guide-ema=main"], "--guide-ema=main: it is of --guide=DIR"),
-    "shape": (["--guidance=2", "--guide=SIDE"], "guide=SIDE: its samples have shape (4, 4, 1), "
-              "those of the checkpoint (8, 8, 1); give a guide of the same shape"),
-    "condition": (["--guidance=2", "--guide=CLASSES"], "guide=CLASSES: it has 7 classes, the "
-                  "checkpoint 10; give a guide of the same condition"),
-    "input": (["--guidance=2", "--guide=INPUT"], "guide=INPUT: it takes its guidance as an input, "
-              "which excludes a guide"),
-    "path": (["--guidance=2", "--guide=PATH"], "guide=PATH: its objective.interpolant is cosine, "
-             "and that of the checkpoint linear; give a guide of the same path"),
     "of images": (["--checkpoint=", "--images=x.npz", "--guidance=2"],
                   "--guidance=2: it is for samples of a flow map; leave it out"),
 }  # fmt: skip
 
 
-class Asked(TwoLayers):
-    guidance_input = True
-
-
-OTHERS = {"SIDE": TwoLayers(side=4), "CLASSES": TwoLayers(num_classes=7), "INPUT": Asked(),
-          "PATH": TwoLayers()}  # fmt: skip
-
-
-@pytest.fixture
-def other_guides(monkeypatch):
-    """Directories of `OTHERS` hold these networks."""
-    load_network = guide.load_network
-
-    def other(directory, ema, **given):
-        if directory not in OTHERS:
-            return load_network(directory, ema, **given)
-        interpolant = "cosine" if directory == "PATH" else "linear"
-        config = small_network.config({"objective.interpolant": interpolant})
-        return OTHERS[directory], config, {}
-
-    monkeypatch.setattr(guide, "load_network", other)
-
-
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line(tmp_path, capsys, case, other_guides):
+def test_bad_input_is_one_line(tmp_path, capsys, case):
     run = str(small_network.run())
     flags, message = ([*BAD[case][0]], BAD[case][1].replace("RUN", run))
     capsys.readouterr()
@@ -214,3 +202,24 @@ def test_bad_input_is_one_line(tmp_path, capsys, case, other_guides):
              if not line.startswith("loading ")]  # fmt: skip
     assert len(lines) == 1 and message in lines[0], lines
     assert not any(tmp_path.iterdir())
+
+
+class Asked(TwoLayers):
+    guidance_input = True
+
+
+@pytest.mark.parametrize(("other", "interpolant", "message"), [
+    (TwoLayers(side=4), "linear", r"its samples have shape \(4, 4, 1\), those of the checkpoint "
+                                  r"\(8, 8, 1\); give a guide of the same shape"),
+    (TwoLayers(num_classes=7), "linear", "it has 7 classes, the checkpoint 10; give a guide of the "
+                                         "same condition"),
+    (Asked(), "linear", "it takes its guidance as an input, which excludes a guide"),
+    (TwoLayers(), "cosine", "its objective.interpolant is cosine, and that of the checkpoint "
+                            "linear; give a guide of the same path"),
+])  # fmt: skip
+def test_a_guide_of_another_kind_is_refused(monkeypatch, other, interpolant, message):
+    config = small_network.config({"objective.interpolant": interpolant})
+    monkeypatch.setattr(guide, "load_network", lambda *a, **k: (other, config, {}))
+    with pytest.raises(InputError, match=f"^guide=DIR: {message}"):
+        guide.load_guide("DIR", "main", config=small_network.config(), mesh=local_mesh(1),
+                         scales=[1.0, 2.0])  # fmt: skip

@@ -81,16 +81,16 @@ def test_generators_under_other_guidance_share_two_programs(guided, monkeypatch)
     images = {}
     for guidance in GUIDANCES:
         images[guidance] = base.with_guidance(guidance)(params, steps=2)(INDICES, LABELS).images
-        alone = Sampling(shift=settings.shift, guidance=guidance)
-        function = image_function(small_network.NETWORK, alone, None, steps=2,
-                                  guide=small_network.NETWORK if guided else None)  # fmt: skip
-        expected = function(given, jnp.asarray(INDICES), jnp.asarray(LABELS), 0).images
-        assert np.abs(np.asarray(images[guidance], int) - expected).max() <= 1
     assert len(made) == 2, "one without guidance, and one for all that have an interval"
     unguided, *others, outside = images.values()
     for each in others:
         assert np.abs(np.asarray(each, int) - unguided).max() > 1
     np.testing.assert_array_equal(outside, unguided)
+    alone = Sampling(shift=settings.shift, guidance=GUIDANCES[1])
+    function = image_function(small_network.NETWORK, alone, None, steps=2,
+                              guide=small_network.NETWORK if guided else None)  # fmt: skip
+    expected = function(given, jnp.asarray(INDICES), jnp.asarray(LABELS), 0).images
+    assert np.abs(np.asarray(images[GUIDANCES[1]], int) - expected).max() <= 1
 
 
 def test_guidances_with_the_same_effect_are_found():
@@ -100,6 +100,11 @@ def test_guidances_with_the_same_effect_are_found():
     assert len({none(2), middle(2), first(2)}) == 3
     wider = base.with_guidance(SamplingGuidance(scale=2.0, interval=(0.3, 0.7))).guidance_effect
     assert wider(2) == middle(2) and wider(3) != middle(3), "a step at 1/3"
+    with small_network.registered():
+        before = base.identity
+        after = base.with_guidance(GUIDANCES[1]).identity
+    assert after["model"] == before["model"]
+    assert after["sampling"]["guidance"] == {"scale": 2.0, "interval": (0.4, 0.65), "channels": 0}
 
 
 @pytest.mark.parametrize("sampler", [Restart(), Heun(), EulerMaruyama(last_time=0.5)])

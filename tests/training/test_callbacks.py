@@ -90,6 +90,7 @@ def test_an_evaluation_that_is_missing_is_made_up_for(tmp_path, monkeypatch):
     assert last["evaluation/fd_pixels/main/1"] == pytest.approx(distance, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_guidance_is_searched_at_an_evaluation_of_a_run(tmp_path):
     shutil.copytree(small_network.run(), tmp_path / "run")
     train(small_network.config({
