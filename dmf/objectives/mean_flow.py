@@ -3,7 +3,7 @@
 The average velocity u(x_t, t, r) and the velocity v_t satisfy u = v_t - (t - r) du/dt (equation 6).
 du/dt is the total derivative along the path, v_t ∂u/∂x + ∂u/∂t (equation 8): the derivative of
 u(x_t, t, r) in the direction (v_t, 1, 0), which `jax.jvp` computes together with u.
-`mean_flow_loss` is algorithm 1 from top to bottom.
+`mean_flow_loss` is algorithm 1: `average_velocity`, then `identity_loss`.
 """
 
 import dataclasses

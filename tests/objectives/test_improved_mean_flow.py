@@ -12,6 +12,9 @@ from gaussian_data import Gaussian
 from two_heads import TwoHeads
 
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
+from dmf.models.dit import DiT
+from dmf.models.in_context_dit import InContextDiT
 from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives import (
     COSINE,
@@ -122,6 +125,30 @@ def test_the_loss_is_its_formula_whatever_is_shared(network, weighting, sharings
         for name, metric in expected[1].items():
             gv.assert_near(values[1][name], metric, 1e-5)
         gv.assert_near(values[2], expected[2], 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [
+    InContextDiT(input_size=8, channels=1, num_classes=10, depth=4, head_depth=1, width=32, heads=2,
+                 conditioning="decoupled", split_depth=2),
+    DiT(input_size=8, channels=1, num_classes=10, depth=3, width=32, heads=2, guidance_input=True,
+        conditioning="meanflow", velocity_head=True, head_depth=1),
+], ids=["decoupled", "dit"])
+def test_sharing_changes_nothing_for_other_networks(model):
+    draw = np.random.default_rng(0).standard_normal
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.2 * draw(leaf.shape), "f"),
+                          abstract_params(model))
+    batch = Batch(jnp.asarray(draw((8, *model.sample_shape)), "f"), BATCH.y)
+    draws = DRAWS._replace(noise=jnp.asarray(draw((8, *model.sample_shape)), "f"))
+    plain, shared = values_and_gradients([
+        lambda params, o=ImprovedMeanFlow(compute_sharing=sharing):
+        o.loss(model, params, batch, draws, {}) for sharing in (PLAIN, MICROBATCHES)
+    ], params)
+    assert (plain[1]["du_dt_norm"] > 0).tolist() == (R < T).tolist()
+    np.testing.assert_allclose(shared[0], plain[0], rtol=1e-5)
+    gv.assert_near(shared[2], plain[2], 1e-5)
+    for name, metric in plain[1].items():
+        gv.assert_near(shared[1][name], metric, 1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
