@@ -136,7 +136,8 @@ class DataLoader:
         return int(self._order[position])
 
     def _read(self, step: int, spans: Sequence[tuple[int, int]]) -> Rows:
-        """The samples of some spans of a batch, in one read: each read starts threads."""
+        """The samples of some spans of a batch, in one read, which the dataset divides among
+        its threads."""
         first = step * self.batch_size
         rows = self.dataset.read([self.index(first + i) for span in spans for i in range(*span)])
         check_labels(rows["y"], self.dataset)

@@ -1,6 +1,5 @@
 """Sets of images of one size, by index: image files, arrays, or the samples of a dataset."""
 
-import concurrent.futures
 import dataclasses
 import os
 import zipfile
@@ -20,6 +19,7 @@ from dmf.data.tfds_records import is_dataset
 from dmf.errors import InputError
 from dmf.runtime.files import is_regular_file
 from dmf.runtime.paths import user_path
+from dmf.runtime.thread_pool import ThreadPool
 
 ARRAY = "arr_0"
 _GREY_MODES = ("1", "L")
@@ -142,6 +142,9 @@ class FileImages:
     field: str
     side: int = 0
     notes: str = ""
+    _threads: ThreadPool = dataclasses.field(
+        init=False, default_factory=lambda: ThreadPool(os.cpu_count(), "decode")
+    )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -149,8 +152,7 @@ class FileImages:
     def read(self, indices: Int[np.ndarray, "m"]) -> UInt8[np.ndarray, "m h w c"]:
         """Several images, decoded in threads, see `ImageSet`."""
         try:
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count(), "decode") as pool:
-                return np.stack(list(pool.map(self._read_one, indices.tolist())))
+            return np.stack(self._threads.map(self._read_one, indices.tolist()))
         except InputError as error:
             raise InputError(self.field, self.source, str(error)) from None
 

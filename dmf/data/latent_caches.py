@@ -16,7 +16,6 @@ There may be a million files: opening a cache lists them and reads the headers o
 error about any other file is raised when that file is read. Nothing is ever unpickled.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -34,6 +33,7 @@ from dmf.data.archives import Files, Folder, open_archive, taken_names
 from dmf.data.npy_files import header_size, npz_arrays, parse_array, parse_header
 from dmf.errors import InputError
 from dmf.runtime.paths import user_path
+from dmf.runtime.thread_pool import ThreadPool
 
 LABELS_FILE = "dataset.json"
 # Folders that may hold the labels file, and the files that it lists.
@@ -42,7 +42,7 @@ SUFFIXES = (".npy", ".npz")
 # Number of files whose headers are compared when a cache is opened.
 CHECKED_FILES = 8
 MAX_CLASSES = 2**31
-# Threads that read the files of a batch, because a file on a network disk takes milliseconds.
+# Threads of a cache that read files, because a file on a network disk takes milliseconds.
 READ_THREADS = 16
 _EDM2_NAME = re.compile(r"(?:.*/)?(\d{5})/img-mean-std-\1\d{3}\.npy")
 _MOMENTS, _MEAN_STD = ("moments", "moments_flip"), ("mean", "std", "mean_flip", "std_flip")
@@ -100,6 +100,9 @@ class LatentCache:
     known_labels: Int64[np.ndarray, "n"] | None
     has_labels: bool
     class_limit: int | None
+    _threads: ThreadPool = dataclasses.field(
+        init=False, default_factory=lambda: ThreadPool(READ_THREADS, "read")
+    )
 
     def __len__(self) -> int:
         return len(self.names)
@@ -149,8 +152,7 @@ class LatentCache:
         size = max(1, -(-len(indices) // READ_THREADS))
         spans = [range(i, min(i + size, len(y))) for i in range(0, len(y), size)]
         with _errors_of_directory(self.directory):
-            with concurrent.futures.ThreadPoolExecutor(READ_THREADS, "read") as pool:
-                list(pool.map(fill, spans))
+            self._threads.map(fill, spans)
             self._check_values(moments, indices)
         return {"x": moments, "y": y}
 

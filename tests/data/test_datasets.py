@@ -1,6 +1,7 @@
 """Rows and batches: what is on disk is the data, and a batch is a function of (seed, step)."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -219,7 +220,7 @@ def test_rows_are_as_they_are_stored(prepared):
     np.testing.assert_array_equal(x[:, 0, 0, 0] // 6 % 3, y)
 
 
-def test_images_are_decoded_on_all_cores_as_tfds_decodes_them(tmp_path, monkeypatch):
+def test_images_are_decoded_on_all_cores_as_tfds_decodes_them(tmp_path, monkeypatch, started):
     builder = Photos(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     monkeypatch.setattr(datasets, "IN_MEMORY_BYTES", 0)
@@ -228,6 +229,10 @@ def test_images_are_decoded_on_all_cores_as_tfds_decodes_them(tmp_path, monkeypa
     assert photos.packed  # Not decoded by TFDS, in one thread.
     np.testing.assert_array_equal(rows["x"], [row["image"] for row in expected])
     assert rows["y"].tolist() == [row["label"] for row in expected]
+    for _ in range(os.cpu_count() + 1):
+        photos.read([0])
+    decoding = [thread for thread in started if thread.name.startswith("decode")]
+    assert 1 <= len(decoding) <= os.cpu_count()
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,13 @@ def test_files(tmp_path, pixels, pack):
     assert (opened.name, opened.notes) == (pathlib.Path(source).name, "")
 
 
+def test_no_thread_is_started_for_a_batch(tmp_path, started):
+    opened = open_image_set(folder(tmp_path / "set", named(GREYS)))
+    for _ in range(os.cpu_count() + 1):
+        opened.read(np.arange(4))
+    assert 1 <= len(started) <= os.cpu_count()
+
+
 @over_places
 def test_folders_of_classes_are_labels(tmp_path, pack):
     classes = ("ant", "bee", "cow", "dog")

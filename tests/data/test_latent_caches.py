@@ -145,6 +145,17 @@ def test_files_are_read_at_once(tmp_path, monkeypatch):
     np.testing.assert_array_equal(cache.read(range(count))["x"][:, 0], rows[:, 0])
 
 
+def test_no_thread_is_started_for_a_batch_and_all_end_with_the_cache(tmp_path, started):
+    cache = open_cache(write_edm2(tmp_path))
+    for _ in range(latent_caches.READ_THREADS + 1):
+        cache.read(SHUFFLED)
+    assert 1 <= len(started) <= latent_caches.READ_THREADS
+    del cache
+    for thread in started:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in started)
+
+
 @pytest.mark.parametrize("packed", [None, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("base", ["", "vae-sd"])
 def test_the_layout_of_edm2_and_repa(tmp_path, base, packed):
