@@ -90,7 +90,8 @@ FURTHER_CASES = (
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
 )
 GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
-        "a100:8": "NVIDIA A100-SXM4-80GB", "h200:8": "NVIDIA H200"}  # fmt: skip
+        "a100:8": "NVIDIA A100-SXM4-80GB", "a100-40gb:8": "NVIDIA A100-SXM4-40GB",
+        "h200:8": "NVIDIA H200"}  # fmt: skip
 GPU_CONFIGS = (("dmf_xl2_256", 256), ("dmf_xl2_512", 256))
 FURTHER_GPU_CASES = (
     # Larger batches on 80 GB, without and with rematerialisation.

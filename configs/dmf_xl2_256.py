@@ -3,8 +3,8 @@
     dmf train --config=configs/dmf_xl2_256.py --workdir=runs/dmf_xl2_256
 
 `--config.init.checkpoint=DIR` names the flow model. The scores are without guidance at sampling,
-with latents decoded by sd-vae-ft-ema. It fits 16 TPU v5e, 16 v6e, 4 v5p, and 8 A100 or
-H100 of 80 GB, also with `--config.model.remat=none`; on 256 v5e add it (docs/scaling.md).
+with latents decoded by sd-vae-ft-ema. It fits 16 TPU v5e, 16 v6e, 4 v5p, 8 A100 of 40 or 80 GB,
+and 8 H100, also with `--config.model.remat=none`; on 256 v5e add it (docs/scaling.md).
 """
 
 from ml_collections import ConfigDict
