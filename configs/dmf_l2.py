@@ -6,6 +6,9 @@ Training starts from SiT-L/2 of 400 k steps, for `*_repa` from one with represen
 `guided` and `*_repa` have model guidance 0.6 on [0, 0.7], like the published XL run. Assumptions
 that are not published: 400 k steps of fine-tuning, and for the rows of MeanFlow the settings of its
 own paper with the same guidance.
+
+XL/2 fits 8 A100 of 40 GB with `--config.model.remat=none` (dmf_xl2_256.py, meanflow.py); L/2 has
+fewer parameters and activations, and was not compiled.
 """
 
 import functools

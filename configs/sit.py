@@ -7,6 +7,9 @@ table, and have the same settings. Times are logit-normal, like everywhere in th
 `xl2_short` has MeanFlow's budget without the fine-tuning. Rows that end in `repa` are aligned to
 DINOv2-B (REPA, arXiv:2410.06940), whose patch features their batches must carry: after block 8, and
 after block 4 of the 12 of S and B.
+
+XL/2 fits 16 TPU v5e and 8 A100 of 40 GB (sit_xl2.py, sit_xl2_repa_256.py); the smaller sizes have
+fewer parameters and activations, and were not compiled.
 """
 
 import dataclasses
