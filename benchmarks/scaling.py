@@ -99,10 +99,11 @@ FURTHER_GPU_CASES = (
     Case("h100:8", "dmf_xl2_256", 2048, LADDER[1]),
     Case("h100:8", "dmf_xl2_512", 128, LADDER[0]),
     Case("h100:8", "dmf_xl2_512", 512, LADDER[1]),
-    # The other recipes on the smallest card.
+    # The other recipes on the smallest card, and on one of 80 GB.
     *(Case("a100-40gb:8", config, 256, LADDER[0])
-      for config in ("sit_xl2", "sit_xl2_repa_256", "meanflow")),
+      for config in ("sit_xl2", "sit_xl2_repa_256", "meanflow", "dmf_distilled")),
     Case("a100-40gb:8", "sit_xl2_repa_512", 256, LADDER[1]),
+    *(Case("h100:8", config, 256, LADDER[0]) for config in ("meanflow", "sit_xl2_repa_256")),
 )  # fmt: skip
 # All programs of XL/2 with remat "none" in the tables take more than this for each sample of 256
 # tokens. A case for which it is more than a chip has is not compiled.

@@ -5,6 +5,10 @@
 A third party published the scores, for the method of arXiv:2510.24474, without the protocol, the
 guidance scale and interval, and the length. Here the interval and the length are those of the
 published XL run, the scale is 1.5, and the protocol is edm2.
+
+L/2 and its teacher fit 8 A100 of 40 or 80 GB with `--config.model.remat=none`: 15.79 of 29.57 GiB
+(`dmf compile --config=configs/dmf_distilled.py:l2 --topology=a100-40gb:8
+--config.model.remat=none`). B/2 has fewer parameters and activations.
 """
 
 import functools

@@ -5,9 +5,10 @@
 Adam 1e-4 without a clip, batch 256, 25% of samples with r < t. The effective guidance scale is 2.5
 for L/2 and XL/2, and 2 for the others. Latents of sd-vae-ft-mse.
 
-XL/2 fits 16 TPU v5e and 8 A100 of 40 or 80 GB, there also with `--config.model.remat=none`: 26.00
-of 29.57 GiB (`dmf compile --config=configs/meanflow.py:xl2 --topology=a100-40gb:8
---config.model.remat=none`). The smaller sizes have fewer parameters and activations.
+XL/2 fits 16 TPU v5e, 8 A100 of 40 or 80 GB and 8 H100, the GPUs also with
+`--config.model.remat=none`: 26.00 of 29.57 GiB (`dmf compile --config=configs/meanflow.py:xl2
+--topology=a100-40gb:8 --config.model.remat=none`), and 25.98 of 59.33 on `h100:8`. The smaller
+sizes have fewer parameters and activations.
 """
 
 import functools

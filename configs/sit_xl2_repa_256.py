@@ -10,9 +10,10 @@ Alignment 0.5 at block 8 with DINOv2-B, `dmf convert`ed into `runs/dinov2_b`. DI
 4 M steps, batch 256. Published: FID 1.42 at 250 SDE steps (ADM protocol) with guidance 1.8 for t in
 [0, 0.7], of a model of REPA's own; the times here are those of the model that DMF starts from.
 
-It fits 16 TPU v5e and 8 A100 of 40 or 80 GB, there also with `--config.model.remat=none`: 16.44 of
-29.57 GiB with DINOv2-B (`dmf compile --config=configs/sit_xl2_repa_256.py --topology=a100-40gb:8
---config.model.remat=none`).
+It fits 16 TPU v5e, 8 A100 of 40 or 80 GB and 8 H100, the GPUs also with
+`--config.model.remat=none`: 16.44 of 29.57 GiB with DINOv2-B
+(`dmf compile --config=configs/sit_xl2_repa_256.py --topology=a100-40gb:8
+--config.model.remat=none`), and 16.71 of 59.33 on `h100:8`.
 """
 
 from ml_collections import ConfigDict
