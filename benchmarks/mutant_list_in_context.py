@@ -60,7 +60,7 @@ IN_CONTEXT = (
         "dmf/models/transformer.py",
         "cut = config.depth - config.head_depth",
         "cut = config.depth",
-        ("tests/models/test_dit.py",),
+        ("tests/models/test_velocity_head.py",),
     ),
     Mutant(
         "gate_rule", "the gate of a SwiGLU is split over rows",
