@@ -94,8 +94,8 @@ def weights(stored: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, flo
 
     They add up to 1, so that parameters that never changed come out unchanged.
 
-    >>> found, error = weights([Profile(4, 2.0), Profile(8, 2.0)], Profile(8, 2.0))
-    >>> [round(abs(weight), 6) for weight in found.tolist()], round(error, 6)
+    >>> solution, error = weights([Profile(4, 2.0), Profile(8, 2.0)], Profile(8, 2.0))
+    >>> [round(abs(weight), 6) for weight in solution.tolist()], round(error, 6)
     ([0.0, 1.0], 0.0)
 
     Args:
@@ -161,8 +161,8 @@ def synthesise(
       RunError: a snapshot or the checkpoint is damaged.
     """
     directory, total = absolute(directory), None
-    chosen, told = weighted_averages(directory, std)
-    log(told)
+    chosen, summary = weighted_averages(directory, std)
+    log(summary)
     for weight, item in chosen:
         params = _restore(directory, item, abstract, allowed)
         total = _scaled(params, weight) if total is None else _added(total, params, weight)
@@ -180,16 +180,17 @@ def weighted_averages(
     """
     stored, step = stored_averages(absolute(directory), std)
     wanted = Profile(step, exponent(std))
-    found, error = weights([average.profile for average in stored], wanted)
+    solution, error = weights([average.profile for average in stored], wanted)
     steps, widths = ({average.profile[i] for average in stored} for i in range(2))
-    told = (f"from {len(widths)} power EMA{'s' * (len(widths) > 1)} at {len(steps)} "
+    summary = (f"from {len(widths)} power EMA{'s' * (len(widths) > 1)} at {len(steps)} "
             f"step{'s' * (len(steps) > 1)}, its weights are {error:.1%} off")
     if error > MAX_ERROR:
-        raise InputError("ema", f"{PREFIX}{std}", f"{told}; choose a width nearer to theirs, or "
+        raise InputError("ema", f"{PREFIX}{std}", f"{summary}; choose a width nearer to theirs, or "
                          "train with two widths and more snapshots (run.keep_snapshots)")
-    chosen = [(float(weight), average.item) for weight, average in zip(found, stored, strict=True)
+    pairs = zip(solution.tolist(), stored, strict=True)
+    chosen = [(weight, average.item) for weight, average in pairs
               if abs(weight) > _SMALLEST_WEIGHT]
-    return chosen, f"EMA of std={std} at step {step}: {told}"
+    return chosen, f"EMA of std={std} at step {step}: {summary}"
 
 
 def stored_averages(directory: epath.Path, std: float) -> tuple[list[Stored], int]:
