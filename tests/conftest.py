@@ -43,27 +43,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Where the longest tests are.
 LONGEST = ("tests/runtime/test_processes", "tests/experiments/test_sweep", "tests/training/")
 
-import beartype
-import beartype.claw
 import jax
-import jaxtyping
 import pytest
+import type_checks
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 # Programs live as long as a test session. Looking through them for garbage takes a twentieth of it.
 gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Whether the dimensions of all arrays of a call agree takes longer to check than many a function
-# takes: it is checked in the rooms whose functions have arrays with dimensions.
-SHAPED = ("data", "evaluation", "models", "objectives", "sampling", "training", "types")
-TYPED = ("checkpoints", "cli", "default_config", "errors", "experiments", "registry", "runtime")
-jaxtyping.install_import_hook([f"dmf.{module}" for module in SHAPED], "beartype.beartype")
-beartype.claw.beartype_packages(
-    [f"dmf.{module}" for module in TYPED],
-    # A whole number is a number too; annotated variables are not checked.
-    conf=beartype.BeartypeConf(is_pep484_tower=True, claw_is_pep526=False),
-)
+type_checks.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

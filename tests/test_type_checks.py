@@ -3,10 +3,10 @@
 import pathlib
 
 import beartype.roar
-import conftest
 import jax.numpy as jnp
 import jaxtyping
 import pytest
+import type_checks
 
 import dmf
 from dmf import registry
@@ -17,7 +17,7 @@ def test_every_module_is_checked():
     root = pathlib.Path(dmf.__file__).parent
     modules = {path.stem for path in root.iterdir() if path.suffix == ".py" or
                (path / "__init__.py").exists()}  # fmt: skip
-    assert modules - {"__init__", "__main__"} == {*conftest.SHAPED, *conftest.TYPED}
+    assert modules - {"__init__", "__main__"} == {*type_checks.SHAPED, *type_checks.TYPED}
 
 
 def test_a_value_of_another_type_is_refused():
