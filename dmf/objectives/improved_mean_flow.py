@@ -30,7 +30,7 @@ from dmf.objectives.guidance import (
     unconditional_needed,
 )
 from dmf.objectives.interpolants import per_sample
-from dmf.objectives.mean_flow import MeanFlow, identity_loss, value_and_tangent
+from dmf.objectives.mean_flow import MeanFlow, identity_loss
 from dmf.objectives.objective import squared_error, values_per_sample
 from dmf.objectives.path_sample import Draws, PathSample, path_sample
 from dmf.objectives.tangent import Tangent
@@ -185,10 +185,11 @@ def heads_and_tangent(
     def flow_map(x_t: Images, t: jax.Array, r: jax.Array) -> Images:
         return network.apply(params, x_t, t, r, sample.y)
 
+    primals, tangents = (sample.x_t, t, r), (v_c, jnp.ones_like(t), jnp.zeros_like(r))
     if objective.compute_sharing.enabled and not tangent.finite_difference:
-        directions = (v_c, jnp.ones_like(t), jnp.zeros_like(r))
-        u, du_dt, v = jax.jvp(heads, (sample.x_t, t, r), directions, has_aux=True)
+        u, du_dt, v = jax.jvp(heads, primals, tangents, has_aux=True)
     else:
-        u, du_dt = value_and_tangent(tangent, flow_map, sample, v_c)
-        _, v = heads(sample.x_t, t, r)
+        differentiate = tangent.central_difference if tangent.finite_difference else jax.jvp
+        u, du_dt = differentiate(flow_map, primals, tangents)
+        _, v = heads(*primals)
     return u, v, jax.lax.stop_gradient(jnp.where(per_sample(r < t, du_dt), du_dt, 0.0))

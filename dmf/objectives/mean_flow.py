@@ -7,7 +7,7 @@ u(x_t, t, r) in the direction (v_t, 1, 0), which `jax.jvp` computes together wit
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -174,7 +174,7 @@ def average_velocity(
     tangent = objective.tangent
     if objective.compute_sharing.shares_encoder(network, tangent):
         return shared_encoder_jvp(network, params, sample, guided, tangent)
-    x_t, t, y = sample.x_t, sample.t, sample.y
+    x_t, t, r, y = sample.x_t, sample.t, sample.r, sample.y
     conditional = None
     if guided.kappa is not None or tangent.is_predicted:
         conditional = network.apply(jax.lax.stop_gradient(params), x_t, t, t, y)
@@ -184,19 +184,12 @@ def average_velocity(
     def flow_map(x_t: Images, t: jax.Array, r: jax.Array) -> Images:
         return network.apply(params, x_t, t, r, y)
 
-    u, du_dt = value_and_tangent(tangent, flow_map, sample, v)
-    return u, v_g, du_dt
-
-
-def value_and_tangent(
-    tangent: Tangent, flow_map: Callable[..., Images], sample: PathSample, v: Images
-) -> tuple[Images, Images]:
-    """u and du/dt of a function u(x_t, t, r) at a sample, d/dt along (v, 1, 0)."""
-    t, r = sample.t, sample.r
-    primals, tangents = (sample.x_t, t, r), (v, jnp.ones_like(t), jnp.zeros_like(r))
+    primals, tangents = (x_t, t, r), (v, jnp.ones_like(t), jnp.zeros_like(r))
     if tangent.finite_difference:
-        return tangent.central_difference(flow_map, primals, tangents)
-    return jax.jvp(flow_map, primals, tangents)  # equation 8
+        u, du_dt = tangent.central_difference(flow_map, primals, tangents)
+    else:
+        u, du_dt = jax.jvp(flow_map, primals, tangents)  # equation 8
+    return u, v_g, du_dt
 
 
 def tangent_flops(objective: Objective, network: Network) -> float:
