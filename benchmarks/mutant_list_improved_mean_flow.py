@@ -1,11 +1,12 @@
-"""The mutants of the in-context network and of the second head."""
+"""The mutants of improved MeanFlow: its network, the second head, and its objective."""
 
 from benchmarks.mutant_list import Mutant
 
 _NETWORK = ("tests/models/test_in_context_dit.py",)
 _GOLDEN = ("tests/models/test_golden_in_context.py",)
+_LOSS = ("tests/objectives/test_improved_mean_flow.py",)
 
-IN_CONTEXT = (
+_NETWORKS = (
     Mutant(
         "rotary_axes", "columns turn the first half of the pairs of a head, and rows the second",
         "dmf/models/rotary.py",
@@ -70,3 +71,50 @@ IN_CONTEXT = (
         ("tests/runtime/test_sharding.py",),
     ),
 )  # fmt: skip
+
+_OBJECTIVE = (
+    Mutant(
+        "kept_label", "the direction of the tangent of improved MeanFlow drops labels",
+        "dmf/objectives/improved_mean_flow.py",
+        "self, network, params, sample, network.condition(batch.y), needed",
+        "self, network, params, sample, sample.y.condition, needed",
+        _LOSS,
+    ),
+    Mutant(
+        "scale_outside", "the velocity head guides outside the interval that was drawn",
+        "dmf/objectives/improved_mean_flow.py",
+        "jnp.where(in_drawn_interval(t, guidance), guidance.scale, 1.0)",
+        "guidance.scale",
+        _LOSS,
+    ),
+    Mutant(
+        "needed_rows", "the conditional velocity is skipped where r < t",
+        "dmf/objectives/improved_mean_flow.py",
+        "needed = apart if",
+        "needed = ~apart if",
+        _LOSS,
+    ),
+    Mutant(
+        "whole_interval", "the interval of a sample with r = t is not (0, 1)",
+        "dmf/objectives/improved_mean_flow.py",
+        "jnp.where(apart, start, 0.0), jnp.where(apart, end, 1.0)",
+        "start, end",
+        _LOSS,
+    ),
+    Mutant(
+        "least_time", "velocities of data are divided by times below the least one",
+        "dmf/objectives/path_sample.py",
+        "jnp.maximum(draws.t, network.min_time)",
+        "draws.t",
+        _LOSS,
+    ),
+    Mutant(
+        "drawn_kappa", "the conditional velocity has the coefficient 1 / scale",
+        "dmf/objectives/guidance.py",
+        "omega, kappa = 1.0, 1 - 1 / guidance.scale",
+        "omega, kappa = 1.0, 1 / guidance.scale",
+        _LOSS,
+    ),
+)  # fmt: skip
+
+IMPROVED_MEAN_FLOW = (*_NETWORKS, *_OBJECTIVE)
