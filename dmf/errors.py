@@ -88,6 +88,18 @@ def check_between(
             )
 
 
+def check_valid(component: Any, valid: Any, field: str, remedy: str) -> None:
+    """Raises InputError for a field of a component that is not valid, with what would be right.
+
+    >>> import types
+    >>> check_valid(types.SimpleNamespace(rate=-1.0), False, "rate", "it must be positive")
+    Traceback (most recent call last):
+    dmf.errors.InputError: rate=-1.0: it must be positive
+    """
+    if not valid:
+        raise InputError(field, getattr(component, field), remedy)
+
+
 def check_choice(component: Any, field: str, choices: Collection[str]) -> None:
     """Raises InputError where a field of a component is none of its choices."""
     value = getattr(component, field)

@@ -14,13 +14,14 @@ alone, and `decode` is the rest, so that several velocities at one x_t share the
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError, check_between, check_choice
+from dmf.errors import check_between, check_choice, check_valid
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
@@ -182,7 +183,7 @@ class DiT(SimpleNetwork):
         self._check_computation()
 
     def _check_sizes(self) -> None:
-        check = self._check
+        check = functools.partial(check_valid, self)
         check_between(self, 1, LARGEST_DEPTH, "depth")
         check_between(self, 1, LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
                       "heads", "alignment_width", "alignment_hidden")
@@ -197,7 +198,7 @@ class DiT(SimpleNetwork):
               f"give a whole number from 0 (none) to model.depth={self.depth}")
 
     def _check_conditioning(self) -> None:
-        check, block_times = self._check, self.block_times
+        check, block_times = functools.partial(check_valid, self), self.block_times
         check(self.conditioning in CONDITIONINGS, "conditioning",
               f"choose one of {', '.join(CONDITIONINGS)}")
         check(not self.velocity_head or self.conditioning == "meanflow", "velocity_head",
@@ -217,7 +218,8 @@ class DiT(SimpleNetwork):
               f"give a whole number from 0 to model.depth={self.depth}")
 
     def _check_times(self) -> None:
-        check, conditioning, block_times = self._check, self.conditioning, self.block_times
+        check = functools.partial(check_valid, self)
+        conditioning, block_times = self.conditioning, self.block_times
         spelled_out = len(block_times) == self.depth and set(block_times) <= set(TIME_LETTERS)
         check(block_times in BLOCK_TIME_PATTERNS or spelled_out, "block_times",
               f"choose one of {', '.join(BLOCK_TIME_PATTERNS)}, or give model.depth={self.depth} "
@@ -235,12 +237,8 @@ class DiT(SimpleNetwork):
         check_choice(self, "attention", IMPLEMENTATIONS)
         check_choice(self, "dtype", COMPUTE_DTYPES)
         check_choice(self, "gradient_dtype", COMPUTE_DTYPES)
-        self._check(set(self.float32_parts) <= set(FLOAT32_PARTS), "float32_parts",
+        check_valid(self, set(self.float32_parts) <= set(FLOAT32_PARTS), "float32_parts",
                     f"choose any of {', '.join(FLOAT32_PARTS)}")
-
-    def _check(self, valid: bool, field: str, remedy: str) -> None:
-        if not valid:
-            raise InputError(field, getattr(self, field), remedy)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -7,19 +7,21 @@ does not need. For pixels (pixel MeanFlow, arXiv:2601.22158) the heads predict d
 velocities are made, patches are embedded through a bottleneck, and positions are those of a grid.
 
 - "meanflow": the tokens of h hold the embedding of h in every block.
-- "decoupled": they hold the embedding of 0 in the first `split_depth` blocks, and then that of h.
+- "decoupled": they hold the embedding of 0 in the first `split_depth` blocks; then its difference
+  to that of h is added.
   At r = t this is the "meanflow" network with the same parameters.
 
 As in `dmf.models.dit`, `encode` ends before the first block that depends on r.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError, check_between, check_choice
+from dmf.errors import check_between, check_choice, check_valid
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.dit import LARGEST_CLASSES, LARGEST_DEPTH, LARGEST_SIZE
@@ -160,7 +162,7 @@ class InContextDiT(SimpleNetwork):
         check_choice(self, "gradient_dtype", COMPUTE_DTYPES)
 
     def _check_sizes(self) -> None:
-        check = self._check
+        check = functools.partial(check_valid, self)
         check_between(self, 1, LARGEST_DEPTH, "depth")
         check_between(self, 1, LARGEST_SIZE, "input_size", "channels", "patch_size", "width",
                       "heads")
@@ -178,7 +180,8 @@ class InContextDiT(SimpleNetwork):
               f"{pairs}, for model.positions={self.positions}")
 
     def _check_conditioning(self) -> None:
-        check, decoupled = self._check, self.conditioning == "decoupled"
+        check = functools.partial(check_valid, self)
+        decoupled = self.conditioning == "decoupled"
         check_choice(self, "prediction", PREDICTIONS)
         check(SMALLEST_TIME <= self.min_time <= 1, "min_time",
               f"give a time from {SMALLEST_TIME} to 1; published: 0.05")
@@ -191,10 +194,6 @@ class InContextDiT(SimpleNetwork):
         check(not decoupled or self.split_depth in range(self.trunk_depth + 1), "split_depth",
               f"the decoupled conditioning needs a whole number from 0 to {self.trunk_depth}, the "
               "depth of the trunk")
-
-    def _check(self, valid: bool, field: str, remedy: str) -> None:
-        if not valid:
-            raise InputError(field, getattr(self, field), remedy)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:

@@ -8,8 +8,8 @@ import jax
 import optax
 from optax import contrib
 
-from dmf.errors import InputError, check_choice
-from dmf.training.optimizer import DECAY_RATE, NONE, Optimizer, check_ranges
+from dmf.errors import InputError, check_choice, check_valid
+from dmf.training.optimizer import DECAY_RATE, Optimizer, check_adam
 from dmf.types import Params
 
 MATRICES = ("blocks", "all")
@@ -60,14 +60,8 @@ class Muon(Optimizer):
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "matrices", MATRICES)
-        check_ranges(
-            self,
-            ("momentum", 0 <= self.momentum < 1, DECAY_RATE),
-            ("b1", 0 <= self.b1 < 1, DECAY_RATE),
-            ("b2", 0 <= self.b2 < 1, DECAY_RATE),
-            ("eps", 0 < self.eps <= 1e6, "it must be positive, and at most 1e6"),
-            ("weight_decay", 0 <= self.weight_decay <= 100, f"{NONE}, up to 100"),
-        )
+        check_valid(self, 0 <= self.momentum < 1, "momentum", DECAY_RATE)
+        check_adam(self)
 
     def update_rule(self) -> optax.GradientTransformation:
         return contrib.muon(

@@ -2,28 +2,26 @@
 
 import abc
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import optax
 
-from dmf.errors import InputError, check_at_least, check_choice
+from dmf.errors import InputError, check_at_least, check_choice, check_valid
 from dmf.training.apply_if_finite import apply_if_finite
 
 SCHEDULES = ("constant", "cosine", "linear")
-DECAY_RATE, NONE = "a decay rate lies in [0, 1)", "give 0, for none, or more"
+DECAY_RATE, _NONE = "a decay rate lies in [0, 1)", "give 0, for none, or more"
 
 
-def check_ranges(component: Any, *rules: tuple[str, bool, str]) -> None:
-    """Raises InputError for the first field that is out of range.
-
-    Args:
-      component: the component.
-      rules: the name of a field, whether it is valid, and what would be right.
-    """
-    for name, valid, remedy in rules:
-        if not valid:
-            raise InputError(name, getattr(component, name), remedy)
+def check_adam(optimizer: Any) -> None:
+    """Raises InputError where a field of Adam (b1, b2, eps, weight_decay) is out of range."""
+    check = functools.partial(check_valid, optimizer)
+    for name in ("b1", "b2"):
+        check(0 <= getattr(optimizer, name) < 1, name, DECAY_RATE)
+    check(0 < optimizer.eps <= 1e6, "eps", "it must be positive, and at most 1e6")
+    check(0 <= optimizer.weight_decay <= 100, "weight_decay", f"{_NONE}, up to 100")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,14 +55,12 @@ class Optimizer(abc.ABC):
         if self.schedule != "constant" and 0 < self.decay_steps <= self.warmup_steps:
             raise InputError("decay_steps", self.decay_steps, f"a {self.schedule} decay ends after "
                              f"warmup_steps={self.warmup_steps}")
-        check_ranges(
-            self,
-            ("learning_rate", self.learning_rate >= 1e-12, "it must be positive, at least 1e-12"),
-            ("clip_norm", self.clip_norm >= 0, NONE),
-            ("warmup_steps", 0 <= self.warmup_steps <= 10**7, f"{NONE}, up to 10^7"),
-            ("skip_nonfinite", self.skip_nonfinite >= 0,
-             "give 0, for none, or the maximum number of consecutive skipped steps"),
-        )  # fmt: skip
+        check = functools.partial(check_valid, self)
+        check(self.learning_rate >= 1e-12, "learning_rate", "it must be positive, at least 1e-12")
+        check(self.clip_norm >= 0, "clip_norm", _NONE)
+        check(0 <= self.warmup_steps <= 10**7, "warmup_steps", f"{_NONE}, up to 10^7")
+        check(self.skip_nonfinite >= 0, "skip_nonfinite",
+              "give 0, for none, or the maximum number of consecutive skipped steps")
 
     @abc.abstractmethod
     def update_rule(self) -> optax.GradientTransformation:
@@ -148,13 +144,7 @@ class AdamW(Optimizer):
 
     def __post_init__(self):
         super().__post_init__()
-        check_ranges(
-            self,
-            ("b1", 0 <= self.b1 < 1, DECAY_RATE),
-            ("b2", 0 <= self.b2 < 1, DECAY_RATE),
-            ("eps", 0 < self.eps <= 1e6, "it must be positive, and at most 1e6"),
-            ("weight_decay", 0 <= self.weight_decay <= 100, f"{NONE}, up to 100"),
-        )
+        check_adam(self)
 
     def update_rule(self) -> optax.GradientTransformation:
         return optax.adamw(
