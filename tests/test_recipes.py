@@ -87,20 +87,7 @@ def kinds(keys: Iterable[str]) -> list[str]:
     return list({reduced_program(key): key for key in reversed(list(keys))}.values())
 
 
-def quick(keys: Iterable[str]) -> str:
-    """The row of Decoupled MeanFlow without a teacher whose losses have most parts; the losses of
-    flow matching and of MeanFlow are parts of its loss."""
-    found = ("", "")
-    for key in keys:
-        config = config_of(key)
-        if config.objective.name == "decoupled_mean_flow" and not config.teacher.checkpoint:
-            needs, alignment, *_ = program(config)
-            found = max(found, (str((needs, alignment)), key))
-    return found[1]
-
-
 STEPPED = kinds(key for key in BUILT if not ROWS[key][2].commands)
-QUICK = quick(STEPPED)
 # The last row of each objective and conditioning.
 TRACED = {(_made(key).objective.name, _made(key).model.get("conditioning")): key
           for key in kinds(BUILT)}.values()
@@ -153,9 +140,8 @@ def test_a_row_has_its_shapes_at_full_size(key):
     assert all(metric.shape == (count,) for metric in metrics.values())
 
 
-@pytest.mark.parametrize(
-    "key", [pytest.param(k, marks=() if k == QUICK else pytest.mark.slow) for k in STEPPED]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("key", STEPPED)
 def test_a_row_takes_a_step(key):
     config = reduced(config_of(key))
     mesh = make_mesh(devices=jax.devices()[:1])

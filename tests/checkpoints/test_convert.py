@@ -81,6 +81,7 @@ def test_a_pytorch_file_of_dmf(tmp_path):
     assert config.latents.scale == 0.18215
 
 
+@pytest.mark.slow
 def test_a_training_file_of_repa(tmp_path):
     """Its average is taken, whatever the other parts hold."""
     golden = gv.load("sit_repa_tiny")

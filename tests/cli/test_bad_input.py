@@ -216,6 +216,7 @@ def test_nothing_is_heard_of_threads_after_a_run_failed():
     assert (done.returncode, done.stderr) == (1, "dmf train: file: No space left\n")
 
 
+@pytest.mark.slow
 def test_a_learning_rate_far_too_high_is_told(tmp_path, capsys):
     with small_network.registered():
         code = tiny.dmf(
@@ -228,6 +229,7 @@ def test_a_learning_rate_far_too_high_is_told(tmp_path, capsys):
     assert "no checkpoint is kept" in line
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_earlier_checkpoints_and_the_run_goes_on(tmp_path):
     # The parameters take more than 32 kB.
     fields, run = {"model.hidden": 400, "run.sample_every": 4}, tmp_path / "run"

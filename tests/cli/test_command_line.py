@@ -161,6 +161,7 @@ def test_evaluate_measures_the_parameters_that_it_names(tmp_path):
     assert main["fd_pixels"] != raw["fd_pixels"]
 
 
+@pytest.mark.slow
 def test_a_flow_model_is_measured_as_a_flow_map(tmp_path):
     overrides = ["--config.model.conditioning=decoupled", "--config.model.split_depth=1"]
     distances = {}

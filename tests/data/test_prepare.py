@@ -190,6 +190,7 @@ def test_other_settings_are_other_work(tmp_path, capsys):
     assert "exists and is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_may_end_the_work(tmp_path, capsys):
     assert run_prepare(tmp_path / "out", "--unreadable=fail") == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -91,6 +91,7 @@ def test_every_number_is_that_of_the_stored_features(tmp_path, real):
     assert (row["precision"], row["recall"]) == pair
 
 
+@pytest.mark.slow
 def test_kid_is_that_of_the_stored_features(tmp_path, real, others):
     """Against images, the file that is made of them, and ADM's file with images in it."""
     kid = ("--protocol=adm", "--inception=I", "--metrics=kid")
@@ -182,6 +183,7 @@ def test_a_reference_may_have_any_form(tmp_path, real, others):
         assert row["fd_dinov2"] == pytest.approx(rows[0]["fd_dinov2"], rel=1e-9)
 
 
+@pytest.mark.slow
 def test_adm_takes_precision_and_recall_from_the_images_in_its_file(tmp_path, real):
     written = tmp_path / "written.npz"
     assert evaluate(f"--images={real}", f"--make-reference={written}", *ADM) == 0

@@ -98,7 +98,9 @@ JOINS = ("from dmf.runtime import processes; processes.initialize(); import jax;
          "print(jax.distributed.is_initialized())")  # fmt: skip
 
 
-@pytest.mark.parametrize("around", [SLURM, OPEN_MPI], ids=["slurm", "open_mpi"])
+@pytest.mark.parametrize("around", [
+    pytest.param(SLURM, id="slurm"), pytest.param(OPEN_MPI, marks=pytest.mark.slow, id="open_mpi")
+])  # fmt: skip
 def test_a_run_is_alone_though_the_sweep_is_one_of_several_processes(tmp_path, monkeypatch, around):
     for name, value in (tiny.environment() | around).items():
         monkeypatch.setenv(name, value)
@@ -175,6 +177,7 @@ def test_runs_are_on_the_cpu_without_gpu_and_tpu(tmp_path, monkeypatch, variable
     assert local_launcher.uses_cpu() is found
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 @pytest.mark.parametrize(
     ("number", "error"),
     [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stopped), (signal.SIGHUP, Stopped)],

@@ -237,6 +237,7 @@ def test_the_unconditional_pass_is_cut_on_one_cpu_alone(monkeypatch):
     assert sharing.microbatches(16) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kappa", [
     pytest.param(None, id="unguided", marks=pytest.mark.slow), pytest.param(0.5, id="guided")
 ])

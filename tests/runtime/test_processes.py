@@ -216,6 +216,7 @@ def test_a_save_that_waits_for_a_lost_process_is_not_waited_for(
     assert bool(closed) == waited
 
 
+@pytest.mark.slow
 def test_losing_one_ends_the_others_and_leaves_a_good_checkpoint(tmp_path):
     run = Run(tmp_path, processes=2, devices=1, fields=LONG, impatient=True)
     run.wait_for("step 5/")  # The save of step 4 has begun, so that of step 2 has ended.
@@ -304,6 +305,7 @@ heartbeats.exit_together(2)
 """
 
 
+@pytest.mark.slow
 def test_all_that_fail_alike_end_alike_however_slowly_one_of_them_exits():
     for process in waiting([0, 2], EXITING):
         _, log = process.communicate(timeout=60)
@@ -317,6 +319,7 @@ def test_a_process_that_has_ended_is_not_lost_to_the_others():
         assert (process.returncode, log) == (0, "")
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 @pytest.mark.parametrize(("processes", "number"), [
     (1, signal.SIGTERM),
     pytest.param(2, signal.SIGTERM, marks=pytest.mark.slow),
@@ -343,6 +346,7 @@ def test_processes_with_different_configs_all_say_so(tmp_path):
     assert not run.workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_refused(tmp_path):
     run = Run(tmp_path, processes=2, devices=1, fields={}, workdir="runs/mine")
     assert run.wait() == [2, 2]

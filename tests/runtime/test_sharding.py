@@ -222,7 +222,7 @@ def bytes_on_device(device: jax.Device, tree) -> int:
     ("kind", "sizes", "parts"),
     [
         (parameter_shardings, (1, 8, 1), 8),
-        (parameter_shardings, (2, 1, 4), 1.8),
+        pytest.param(parameter_shardings, (2, 1, 4), 1.8, marks=pytest.mark.slow),
         (state_shardings, (4, 2, 1), 8),
     ],
 )

@@ -35,6 +35,7 @@ def stop():
         yield stop
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 def test_a_signal_before_the_first_step_ends_what_does_not_listen_to_python():
     """As a compiler does not."""
     done = start("import hashlib; os.kill(os.getpid(), signal.SIGHUP); "
@@ -73,6 +74,7 @@ def test_devices_that_are_not_there_are_one_line():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_signals_ask_to_stop_after_the_step(stop, number):
     stop.listen()

@@ -124,6 +124,7 @@ def test_a_frozen_network_makes_no_images(tmp_path, capsys):
     assert "which makes no images" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_export_keeps_its_autoencoder(tmp_path):
     assert tiny.dmf(
         "export", f"--checkpoint={latent_checkpoint()}", f"--output={tmp_path}/again"

@@ -135,6 +135,7 @@ def test_every_step_draws_anew_from_the_key_and_its_number(one_step):
     assert abs(reported[0] - reported[1]) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_same_config_gives_the_same_parameters(tmp_path):
     again = loop.train(tiny.config(), tmp_path)
     _, _, params = load.load_network(tiny.flow_run(), "")
@@ -258,7 +259,7 @@ def start_of(config) -> dict:
     return create_train_state(recipe, jax.random.key(0), pretrained).params
 
 
-@pytest.mark.parametrize("ema", ["main", ""])
+@pytest.mark.parametrize("ema", [pytest.param("main", marks=pytest.mark.slow), ""])
 def test_a_flow_map_starts_as_the_flow_model(ema):
     config = tiny.flow_map({"init.checkpoint": str(tiny.flow_run()), "init.ema": ema})
     flow_model, _, flow_params = load.load_network(tiny.flow_run(), ema)

@@ -155,6 +155,7 @@ def test_a_decay_ends_with_the_run_unless_it_is_given():
         AdamW(schedule="cosine", decay_steps=-1)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_extended_does_not_train_at_rate_zero(tmp_path):
     fields = {"optimizer.schedule": "linear", "run.log_every": 1}
     with small_network.registered():

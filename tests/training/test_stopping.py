@@ -28,6 +28,7 @@ def config():
     return small_network.config({"run.sample_every": 2, "run.checkpoint_every": 0})
 
 
+@pytest.mark.usefixtures("sighup_not_ignored")
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_a_run_that_is_told_to_stop_has_saved(tmp_path, during, number):
     during(lambda: os.kill(os.getpid(), number))

@@ -84,6 +84,7 @@ def test_each_latent_is_decoded_once(count, size, rows):
     assert sorted((n for n in counts if n), reverse=True) == rows
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_group():
     def needed(count: int, size: int) -> int:
         latents = jax.ShapeDtypeStruct((count, 16, 16, 4), jnp.float32)

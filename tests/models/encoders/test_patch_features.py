@@ -39,6 +39,7 @@ def plain(images: np.ndarray, side: int) -> jax.Array:
     return tiny_exports.DINOV2.apply(PARAMS, resized)[:, 1:]
 
 
+@pytest.mark.slow
 def test_features_of_a_batch_are_those_of_its_samples():
     """An image is mirrored exactly where the sample is; both cases occur."""
     built = build.training(aligned_config({"data.mirror": True}))
@@ -78,6 +79,7 @@ def test_one_draw_mirrors_moments_images_and_features(mirror):
     assert batch.features.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_stored_features_are_those_of_both_views():
     features = PatchFeatures(encoder=tiny_exports.DINOV2, side=3)
     images = np.random.default_rng(1).integers(0, 256, (2, 8, 8, 3)).astype(np.uint8)
