@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from dmf.models import layers
 from dmf.models.block_stack import run_blocks
 from dmf.models.linear import Linear, Tokens, Vectors, scale_tokens, spread
+from dmf.models.parameters import parameter, stacked_parameters
 from dmf.models.rotary import Rotation, grid_rotation, sequence_rotation
 from dmf.models.transformer import labels_and_guidance
 from dmf.types import Images, Params, PRNGKey, Size, Times
@@ -80,7 +81,7 @@ class InContextBlock(nn.Module):
 
     def _gated(self, name: str, step: Tokens) -> Tokens:
         batch, _, width = step.shape
-        gate = self.param(name, nn.initializers.zeros, (width,))
+        gate = parameter(self, name, nn.initializers.zeros, (width,))
         return scale_tokens(step, jnp.broadcast_to(gate, (batch, width)), self.dtype)
 
 
@@ -106,6 +107,10 @@ class BlockStack:
         return jax.vmap(lambda key: self.block.init(key, *inputs)["params"])(
             jax.random.split(key, self.depth)
         )
+
+    def params_of(self, module: nn.Module) -> Params:
+        """The parameters "blocks" of a module."""
+        return stacked_parameters(module, "blocks", self.init, self.depth)
 
     def cast(self, params: Params) -> Params:
         """The parameters, with the kernels of matmuls in the dtype that their gradients are
@@ -166,7 +171,7 @@ class Head(nn.Module):
     def setup(self):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         self.stack = BlockStack(config, config.head_depth)
-        self.blocks = self.param("blocks", self.stack.init)
+        self.blocks = self.stack.params_of(self)
         self.norm = rms_norm(dtype)
         self.linear = Linear(
             (config.patch_size**2 * config.channels,), layers.zeros, dtype,
@@ -205,11 +210,11 @@ class InContextTransformer(nn.Module):
         self.guidance_embedding = GuidanceEmbeddings(config.width, dtype)
         self.prefix = self.param("prefix", functools.partial(self._init_prefix, token_init))
         if config.positions == "rotary_2d":
-            self.position_embedding = self.param(
-                "position_embedding", layers.small_normal, (config.tokens, config.width)
+            self.position_embedding = parameter(
+                self, "position_embedding", layers.small_normal, (config.tokens, config.width)
             )
         self.stack = BlockStack(config, config.trunk_depth)
-        self.blocks = self.param("blocks", self.stack.init)
+        self.blocks = self.stack.params_of(self)
         self.u_head = Head(config)
         if config.velocity_head:
             self.v_head = Head(config)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from dmf.models.parameters import parameter
 from dmf.types import Size
 
 Tokens = Float[Array, "b l d"]
@@ -66,18 +67,18 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         inputs, axes = x.shape[-self.input_axes :], range(self.input_axes)
         contracted = (tuple(x.ndim - self.input_axes + i for i in axes), tuple(axes))
-        kernel = self.param("kernel", self._kernel, inputs)
+        kernel = parameter(self, "kernel", self._kernel, (*inputs, *self.features))
         widened = self.dtype == jnp.bfloat16 and self.gradient_dtype == jnp.float32
         operands = [part.astype(jnp.float32 if widened else self.dtype)
                     for part in (x.astype(self.dtype), kernel)]
         precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if widened else None
         y = jax.lax.dot_general(*operands, (contracted, ((), ())), precision)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.features)
+            bias = parameter(self, "bias", nn.initializers.zeros, self.features)
             y = y.astype(jnp.float32) + jnp.broadcast_to(bias, y.shape)
         return y.astype(self.output_dtype or self.dtype)
 
-    def _kernel(self, key: jax.Array, inputs: tuple[int, ...]) -> jax.Array:
+    def _kernel(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         """An initial kernel, drawn as the matrix that it is."""
-        matrix = self.kernel_init(key, (math.prod(inputs), math.prod(self.features)))
-        return matrix.reshape(*inputs, *self.features)
+        inputs, outputs = map(math.prod, (shape[: self.input_axes], self.features))
+        return self.kernel_init(key, (inputs, outputs)).reshape(shape)

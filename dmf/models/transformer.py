@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from dmf.models import layers
 from dmf.models.block_stack import run_blocks
 from dmf.models.linear import Linear, Tokens, Vectors
+from dmf.models.parameters import stacked_parameters
 from dmf.types import (
     Features,
     GuidanceInput,
@@ -58,6 +59,12 @@ def init_blocks(config: Any, depth: int, key: PRNGKey) -> Params:
     return jax.vmap(lambda key: block_of(config).init(key, tokens, condition)["params"])(
         jax.random.split(key, depth)
     )
+
+
+def blocks_of(module: nn.Module, config: Any, depth: int) -> Params:
+    """The parameters "blocks" of a module: a stack of `depth` blocks."""
+    init = functools.partial(init_blocks, config, depth)
+    return stacked_parameters(module, "blocks", init, depth)
 
 
 def cast_blocks(config: Any, blocks: Params) -> Params:
@@ -117,9 +124,7 @@ class VelocityHead(nn.Module):
 
     def setup(self):
         config = self.config
-        self.blocks = self.param(
-            "blocks", functools.partial(init_blocks, config, config.head_depth)
-        )
+        self.blocks = blocks_of(self, config, config.head_depth)
         self.final = final_layer(config)
 
     def __call__(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
@@ -154,7 +159,7 @@ class Transformer(nn.Module):
             self.both_embedding = layers.TimeEmbedding(config.width, time_dtype, zero_init=True)
         if config.guidance_input:
             self.guidance_embedding = layers.GuidanceEmbedding(config.width, time_dtype)
-        self.blocks = self.param("blocks", functools.partial(init_blocks, config, config.depth))
+        self.blocks = blocks_of(self, config, config.depth)
         self.final = final_layer(config)
         if config.velocity_head:
             self.v_head = VelocityHead(config)

@@ -14,6 +14,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dmf.errors import InputError, check_at_least, check_choice
+from dmf.models.parameters import parameter, stacked_parameters
 from dmf.types import COMPUTE_DTYPES, Features, Images, Params, PRNGKey
 
 # Mean and standard deviation of ImageNet's pixels in [0, 1], by which input images are normalised.
@@ -139,9 +140,9 @@ class _Attention(nn.Module):
     def __call__(self, x: Features) -> Features:
         width = x.shape[-1]
         heads = (self.heads, width // self.heads)
-        kernel = self.param("qkv_kernel", _small_normal, (3, width, *heads)).astype(self.dtype)
-        bias = self.param("qkv_bias", _zeros, (3, *heads)).astype(self.dtype)
-        q, k, v = jnp.einsum("bld,sdnh->sblnh", x, kernel) + bias[:, None, None]
+        kernel = parameter(self, "qkv_kernel", _small_normal, (3, width, *heads))
+        bias = parameter(self, "qkv_bias", _zeros, (3, *heads)).astype(self.dtype)
+        q, k, v = jnp.einsum("bld,sdnh->sblnh", x, kernel.astype(self.dtype)) + bias[:, None, None]
         logits = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
         weights = jax.nn.softmax(logits * heads[1] ** -0.5, axis=-1).astype(self.dtype)
         return nn.DenseGeneral(
@@ -174,7 +175,7 @@ class _Block(nn.Module):
         attention = _Attention(config.heads, dtype, name="attention")
         mlp = _MLP(round(config.width * config.mlp_ratio), dtype, name="mlp")
         for i, layer in enumerate((attention, mlp), 1):
-            scale = self.param(f"scale_{i}", _ones, (config.width,)).astype(dtype)
+            scale = parameter(self, f"scale_{i}", _ones, (config.width,)).astype(dtype)
             x += scale[None, None] * layer(_norm(dtype, f"norm_{i}")(x))
         return x
 
@@ -192,13 +193,13 @@ class _Transformer(nn.Module):
             images
         )
         b, rows, columns, width = grid.shape
-        class_token = self.param("class_token", _small_normal, (1, width)).astype(dtype)
+        class_token = parameter(self, "class_token", _small_normal, (1, width)).astype(dtype)
         tokens = jnp.concatenate(
             [jnp.broadcast_to(class_token[None], (b, 1, width)), grid.reshape(b, -1, width)], axis=1
         )
-        table = self.param("positions", _small_normal, (1 + config.table_side**2, width))
+        table = parameter(self, "positions", _small_normal, (1 + config.table_side**2, width))
         tokens += _resize_positions(table, rows, columns).astype(dtype)[None]
-        blocks = self.param("blocks", self._init_blocks)
+        blocks = stacked_parameters(self, "blocks", self._init_blocks, config.depth)
         block = _Block(config, parent=None)
         tokens, _ = jax.lax.scan(
             lambda x, params: (block.apply({"params": params}, x), None), tokens, blocks
