@@ -203,12 +203,14 @@ class Network(Protocol):
 
     @property
     def prediction(self) -> str:
-        """What the heads predict: "velocity"; or "data", of which the network makes velocities."""
+        """What the network predicts: "velocity"; or "data" or "noise", of which it makes
+        velocities."""
         ...
 
     @property
     def min_time(self) -> float:
-        """The least number that a network with prediction="data" divides by instead of t."""
+        """The least number that a network with prediction="data" divides by instead of t, and with
+        "noise" instead of 1 - t."""
         ...
 
     @property
