@@ -51,8 +51,8 @@ _NETWORKS = (
     ),
     Mutant(
         "min_time", "predicted data is divided by at least 0.05, whatever min_time is",
-        "dmf/models/in_context_dit.py",
-        "jnp.maximum(t, self.min_time)",
+        "dmf/models/prediction.py",
+        "jnp.maximum(t, network.min_time)",
         "jnp.maximum(t, 0.05)",
         _NETWORK,
     ),

@@ -77,8 +77,8 @@ _TRAINING = (
     Mutant(
         "clip_after", "the update is clipped and not the gradient",
         "dmf/training/optimizer.py",
-        "optimizer = optax.chain(clip, self.update_rule())",
-        "optimizer = optax.chain(self.update_rule(), clip)",
+        "optimizer = optax.chain(clip, rule)",
+        "optimizer = optax.chain(rule, clip)",
         ("tests/training/test_optimizer.py",),
     ),
     Mutant(

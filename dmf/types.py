@@ -9,7 +9,7 @@ latents are NHWC; times and per-sample losses are vectors of length b.
 import collections.abc
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.struct
@@ -203,12 +203,14 @@ class Network(Protocol):
 
     @property
     def prediction(self) -> str:
-        """What the heads predict: "velocity"; or "data", of which the network makes velocities."""
+        """What the network predicts: "velocity"; or "data" or "noise", of which it makes
+        velocities."""
         ...
 
     @property
     def min_time(self) -> float:
-        """The least number that a network with prediction="data" divides by instead of t."""
+        """The least number that a network with prediction="data" divides by instead of t, and with
+        "noise" instead of 1 - t."""
         ...
 
     @property
@@ -301,11 +303,12 @@ def _has_one_type(value: Any, kind: Any) -> bool:
         return isinstance(value, _CLASSES[kind]) and (kind is bool or not isinstance(value, bool))
     if typing.get_origin(kind) is typing.Literal:
         return value in typing.get_args(kind)
-    element, length = element_type(kind)
-    if element is None:
+    if element_type(kind)[0] is None:
         return True
-    return (isinstance(value, tuple | list) and length in (None, len(value))
-            and all(has_type(part, element) for part in value))
+    if not isinstance(value, tuple | list):
+        return False
+    elements = element_types(kind, len(value))
+    return elements is not None and all(map(has_type, value, elements))
 
 
 def describe_type(annotation: Any) -> str:
@@ -323,6 +326,10 @@ def _described(kind: Any) -> str:
     element, length = element_type(kind)
     if element is None:
         return _NAMES.get(kind, "it in the config file: no flag can say it")
+    parts = typing.get_args(element)
+    if typing.get_origin(element) is tuple and len(set(parts)) > 1:
+        example = ", ".join({float: "0.5", int: "2", str: "'a'"}.get(part, "0") for part in parts)
+        return f"tuples of {', '.join(map(_described, parts))}, for example (({example}),)"
     if element_type(element)[0] is float:
         return "pairs of numbers, for example ((0.2, 0.8), (0.4, 0.65))"
     noun = {int: "whole numbers", float: "numbers", str: "texts"}.get(element, "values")
@@ -347,3 +354,15 @@ def element_type(kind: Any) -> tuple[Any, int | None]:
     arguments = typing.get_args(kind)
     fixed = typing.get_origin(kind) is tuple and arguments[-1] is not Ellipsis
     return arguments[0], len(arguments) if fixed else None
+
+
+def element_types(kind: Any, count: int) -> Sequence[Any] | None:
+    """The types of the elements of a sequence that has so many; None if none has.
+
+    >>> element_types(tuple[str, float], 2), element_types(tuple[int, ...], 2)
+    ((<class 'str'>, <class 'float'>), (<class 'int'>, <class 'int'>))
+    """
+    element, length = element_type(kind)
+    if length is None:
+        return (element,) * count
+    return typing.get_args(kind) if length == count else None

@@ -333,14 +333,28 @@ def load_network(
         a network with another split depth.
 
     Raises:
-      InputError: there is no checkpoint, no such EMA parameters, or another architecture.
+      InputError: there is no checkpoint, no such EMA parameters, or another architecture; or the
+        config says that the network predicts something else than it was trained to.
       RunError: the checkpoint is damaged.
     """
-    config = read_config(directory) if config is None else config
+    if config is None:
+        config = read_config(directory)
+    else:
+        _check_prediction(config, directory)
     built = network(config.model)
     mesh = make_mesh() if mesh is None else mesh
     params = load_params(built, directory, ema, mesh=mesh, allow_missing=("log_variance",))
     return built, config, params
+
+
+def _check_prediction(config: ConfigDict, directory: epath.PathLike) -> None:
+    """Raises InputError where a config changes what the network of a checkpoint predicts."""
+    stored = registry.complete("model", stored_params.read_config(directory)["model"])
+    for name in ("prediction", "min_time"):
+        ours, its = (section.get(name) for section in (config.model, stored))
+        if ours != its:
+            raise InputError(f"model.{name}", ours, f"the network of checkpoint={directory} was "
+                             f"trained with {its}; leave it out")
 
 
 def load(directory: epath.PathLike, *, ema: str = "main") -> tuple[FlowMap, ConfigDict]:

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from dmf.types import alternatives, element_type
+from dmf.types import alternatives, element_type, element_types
 
 _BOOLEANS = {"true": True, "t": True, "yes": True, "1": True,
              "false": False, "f": False, "no": False, "0": False}  # fmt: skip
@@ -93,12 +93,11 @@ def _parse_tuple(text: str, kind: Any) -> tuple[Any, ...]:
         raise ValueError(text)
     pair = _PAIR.fullmatch(text) if (element, length) == (float, 2) else None
     parts = pair.groups() if pair else _parts(text)
-    if element is int and not all(_DIGITS.fullmatch(part) for part in parts):
+    kinds = element_types(kind, len(parts))
+    if kinds is None or any(each is int and not _DIGITS.fullmatch(part)
+                            for part, each in zip(parts, kinds, strict=True)):
         raise ValueError(text)
-    values = tuple(parse_value(part, element) for part in parts)
-    if length is not None and len(values) != length:
-        raise ValueError(text)
-    return values
+    return tuple(map(parse_value, parts, kinds))
 
 
 def _parts(text: str) -> Sequence[str]:

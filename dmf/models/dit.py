@@ -25,6 +25,12 @@ from dmf.errors import check_between, check_choice, check_valid
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
 from dmf.models.layers import FLOAT32_PARTS
+from dmf.models.prediction import (
+    DEFAULT_MIN_TIME,
+    check_prediction_fields,
+    input_of_prediction,
+    velocity_of,
+)
 from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
 from dmf.models.transformer import TIME_EMBEDDINGS, Transformer, cast_blocks
 from dmf.types import (
@@ -72,10 +78,12 @@ class Hidden(NamedTuple):
     Attributes:
       tokens: [b, l, d] in the dtype of the residual stream.
       t: [b] times of x_t.
+      x_t: the input of the network; None where it predicts velocities.
     """
 
     tokens: jax.Array
     t: jax.Array
+    x_t: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +121,10 @@ class DiT(SimpleNetwork):
         the last block is.
       embedded_times: the times that a network with conditioning="meanflow" embeds: one or more of
         "t", "r" and "t-r", each once.
+      prediction: what the network predicts: "velocity"; or "data" or "noise", of which it makes
+        velocities: u = (x_t - data) / max(t, `min_time`), and u = (noise - x_t) /
+        max(1 - t, `min_time`).
+      min_time: the least number that prediction="data" or "noise" divides by, from 1e-6 to 1.
       guidance_input: whether the network takes the guidance scale and interval as an input.
       velocity_head: whether there is a second head, which predicts the velocity v (improved
         MeanFlow, arXiv:2512.02012), with conditioning="meanflow"; sampling needs none.
@@ -146,7 +158,7 @@ class DiT(SimpleNetwork):
     # The fields that a run shares with the checkpoint that it starts from.
     sizes: ClassVar[tuple[str, ...]] = (
         "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",
-        "num_classes",
+        "num_classes", "prediction", "min_time",
     )  # fmt: skip
 
     input_size: int
@@ -161,6 +173,8 @@ class DiT(SimpleNetwork):
     split_depth: int | None = None
     block_times: str = "split"
     embedded_times: tuple[str, ...] = ("t", "t-r")
+    prediction: str = "velocity"
+    min_time: float = DEFAULT_MIN_TIME
     guidance_input: bool = False
     velocity_head: bool = False
     head_depth: int = 8
@@ -180,6 +194,7 @@ class DiT(SimpleNetwork):
         self._check_sizes()
         self._check_conditioning()
         self._check_times()
+        check_prediction_fields(self)
         self._check_computation()
 
     def _check_sizes(self) -> None:
@@ -333,17 +348,20 @@ class DiT(SimpleNetwork):
           InputError: x_t is of another shape.
         """
         check_input(self, x_t)
-        return Transformer(self).apply({"params": params}, x_t, t, r, y).astype(x_t.dtype)
+        predicted = Transformer(self).apply({"params": params}, x_t, t, r, y)
+        return velocity_of(self, predicted, x_t, t).astype(x_t.dtype)
 
     def encode(self, params: Params, x_t: Images, t: Times, y: Any) -> Hidden:
         """The part of the network that does not depend on r; arguments as of `apply`."""
         check_input(self, x_t)
         tokens = Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
-        return Hidden(tokens, t)
+        return Hidden(tokens, t, input_of_prediction(self, x_t))
 
     def decode(self, params: Params, hidden: Hidden, r: Times, y: Any) -> Images:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
-        return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode")
+        tokens, t, x_t = hidden
+        predicted = Transformer(self).apply({"params": params}, tokens, t, r, y, method="decode")
+        return velocity_of(self, predicted, x_t, t)
 
     def decode_heads(
         self, params: Params, hidden: Hidden, r: Times, y: Any
@@ -355,7 +373,10 @@ class DiT(SimpleNetwork):
         """
         if not self.velocity_head:
             raise no_velocity_head(self)
-        return Transformer(self).apply({"params": params}, *hidden, r, y, method="decode_heads")
+        (tokens, t, x_t), variables = hidden, {"params": params}
+        heads = Transformer(self).apply(variables, tokens, t, r, y, method="decode_heads")
+        u, v = (velocity_of(self, predicted, x_t, t) for predicted in heads)
+        return u, v
 
     def apply_with_features(
         self, params: Params, x_t: Images, t: Times, r: Times, y: Any
@@ -364,7 +385,8 @@ class DiT(SimpleNetwork):
         `alignment_depth`, float32."""
         check_input(self, x_t)
         transformer, variables = Transformer(self), {"params": params}
-        u, projected = transformer.apply(variables, x_t, t, r, y, method="with_features")
+        predicted, projected = transformer.apply(variables, x_t, t, r, y, method="with_features")
+        u = velocity_of(self, predicted, x_t, t)
         return u.astype(x_t.dtype), projected.astype(jnp.float32)
 
     def log_variance(self, params: Params, t: Times, r: Times) -> PerSample:

@@ -3,8 +3,9 @@
 Class, guidance and interval h = t - r are tokens in front of the patches (improved MeanFlow,
 arXiv:2512.02012); t itself is not an input. A trunk of blocks ends in two heads of the same size:
 the average velocity u, and the instantaneous velocity v, which guides training and which sampling
-does not need. For pixels (pixel MeanFlow, arXiv:2601.22158) the heads predict data, of which
-velocities are made, patches are embedded through a bottleneck, and positions are those of a grid.
+does not need. For pixels (pixel MeanFlow, arXiv:2601.22158) the heads predict data
+(`dmf.models.prediction`), patches are embedded through a bottleneck, and positions are those of a
+grid.
 
 - "meanflow": the tokens of h hold the embedding of h in every block.
 - "decoupled": they hold the embedding of 0 in the first `split_depth` blocks; then its difference
@@ -31,6 +32,12 @@ from dmf.models.in_context_transformer import (
     InContextTransformer,
     mlp_width,
 )
+from dmf.models.prediction import (
+    DEFAULT_MIN_TIME,
+    check_prediction_fields,
+    input_of_prediction,
+    velocity_of,
+)
 from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
 from dmf.types import (
     COMPUTE_DTYPES,
@@ -43,9 +50,6 @@ from dmf.types import (
 
 CONDITIONINGS = ("meanflow", "decoupled")
 POSITIONS = ("rotary", "rotary_2d")
-PREDICTIONS = ("velocity", "data")
-# The least `min_time`: float32 has no number as small as some that Python has.
-SMALLEST_TIME = 1e-6
 # The names of the heads in the parameters: of u and of v.
 HEADS = ("u_head", "v_head")
 # Improved MeanFlow at patch size 2, head_depth 8 (arXiv:2512.02012).
@@ -107,9 +111,10 @@ class InContextDiT(SimpleNetwork):
         one more row, for the null label.
       positions: "rotary" (rotary positions along the whole sequence) or "rotary_2d" (rotary
         positions of the row and the column of each patch, and a learned position table).
-      prediction: what the heads predict: "velocity", or "data", of which the network makes
-        velocities: u = (x_t - prediction) / max(t, `min_time`).
-      min_time: the least number that prediction="data" divides by, from 1e-6 to 1.
+      prediction: what the heads predict: "velocity"; or "data" or "noise", of which the network
+        makes velocities: u = (x_t - data) / max(t, `min_time`), and u = (noise - x_t) /
+        max(1 - t, `min_time`).
+      min_time: the least number that prediction="data" or "noise" divides by, from 1e-6 to 1.
       velocity_head: whether there is a second head, for v; sampling needs none.
       conditioning: "meanflow" (all blocks depend on h = t - r) or "decoupled" (the first
         `split_depth` do not).
@@ -143,7 +148,7 @@ class InContextDiT(SimpleNetwork):
     num_classes: int
     positions: str = "rotary"
     prediction: str = "velocity"
-    min_time: float = 0.05
+    min_time: float = DEFAULT_MIN_TIME
     velocity_head: bool = True
     conditioning: str = "meanflow"
     split_depth: int | None = None
@@ -182,12 +187,7 @@ class InContextDiT(SimpleNetwork):
     def _check_conditioning(self) -> None:
         check = functools.partial(check_valid, self)
         decoupled = self.conditioning == "decoupled"
-        check_choice(self, "prediction", PREDICTIONS)
-        check(SMALLEST_TIME <= self.min_time <= 1, "min_time",
-              f"give a time from {SMALLEST_TIME} to 1; published: 0.05")
-        check(self.prediction == "data" or self.min_time == InContextDiT.min_time, "min_time",
-              "model.prediction=velocity divides by no time; set it to data, or leave this at "
-              f"{InContextDiT.min_time}")
+        check_prediction_fields(self)
         check_choice(self, "conditioning", CONDITIONINGS)
         check(decoupled or self.split_depth is None, "split_depth",
               f"model.conditioning={self.conditioning} takes none; set it to decoupled")
@@ -285,7 +285,7 @@ class InContextDiT(SimpleNetwork):
         """The part of the network that does not depend on r; arguments as of `apply`."""
         check_input(self, x_t)
         tokens = InContextTransformer(self).apply({"params": params}, x_t, y, method="encode")
-        return Hidden(tokens, t, x_t if self.prediction == "data" else None)
+        return Hidden(tokens, t, input_of_prediction(self, x_t))
 
     def decode(self, params: Params, hidden: Hidden, r: Times, y: Any) -> Images:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`; the
@@ -313,7 +313,4 @@ class InContextDiT(SimpleNetwork):
         predicted = InContextTransformer(self).apply(
             {"params": params}, tokens, t - r, *heads, method="decode"
         )
-        if x_t is None:
-            return [predicted[name] for name in heads]
-        time = jnp.maximum(t, self.min_time).astype(jnp.float32)[:, None, None, None]
-        return [(x_t.astype(jnp.float32) - predicted[name]) / time for name in heads]
+        return [velocity_of(self, predicted[name], x_t, t) for name in heads]

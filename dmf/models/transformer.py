@@ -128,7 +128,7 @@ class VelocityHead(nn.Module):
         self.final = final_layer(config)
 
     def __call__(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
-        """The velocity v [b, h, w, c], float32."""
+        """What the head predicts of v [b, h, w, c], float32."""
         config, depth = self.config, self.config.head_depth
         tokens = run_stack(config, self.blocks, tokens, conditions, "t" * depth, 0, depth)
         return to_images(config, self.final(tokens, conditions["t"]))
@@ -171,10 +171,11 @@ class Transformer(nn.Module):
             )
 
     def __call__(self, x_t: Images, t: Times, r: Times, y: Any) -> Images:
-        """The average velocity u [b, h, w, c], float32."""
+        """What the network predicts of the average velocity u [b, h, w, c], float32; see
+        `dmf.models.prediction`."""
         conditions = self._conditions(t, r, y)
         tokens = self._run(self._embed(x_t), conditions, 0, self.config.depth)
-        return self._velocity(tokens, conditions)
+        return self._predict(tokens, conditions)
 
     def encode(self, x_t: Images, t: Times, y: Any) -> Tokens:
         """The tokens [b, l, d] before the first block that depends on r."""
@@ -185,29 +186,29 @@ class Transformer(nn.Module):
         return self._run(tokens, {"t": condition}, 0, depth)
 
     def decode(self, tokens: Tokens, t: Times, r: Times, y: Any) -> Images:
-        """The average velocity u [b, h, w, c], float32, from the tokens of `encode`."""
+        """The prediction [b, h, w, c], float32, from the tokens of `encode`."""
         conditions, config = self._conditions(t, r, y), self.config
         tokens = self._run(tokens, conditions, config.encoder_depth, config.depth)
-        return self._velocity(tokens, conditions)
+        return self._predict(tokens, conditions)
 
     def decode_heads(
         self, tokens: Tokens, t: Times, r: Times, y: Any
     ) -> tuple[Images, Images]:
-        """(u, v) [b, h, w, c], float32, from the tokens of `encode`."""
+        """The predictions of u and v [b, h, w, c], float32, from the tokens of `encode`."""
         conditions, config = self._conditions(t, r, y), self.config
         cut = config.depth - config.head_depth
         inner = self._run(tokens, conditions, 0, cut)
         tokens = self._run(inner, conditions, cut, config.depth)
-        return self._velocity(tokens, conditions), self.v_head(inner, conditions)
+        return self._predict(tokens, conditions), self.v_head(inner, conditions)
 
     def with_features(
         self, x_t: Images, t: Times, r: Times, y: Any
     ) -> tuple[Images, Features]:
-        """The average velocity u, and the projected tokens after block `alignment_depth`."""
+        """The prediction, and the projected tokens after block `alignment_depth`."""
         conditions, cut = self._conditions(t, r, y), self.config.alignment_depth
         inner = self._run(self._embed(x_t), conditions, 0, cut)
         tokens = self._run(inner, conditions, cut, self.config.depth)
-        return self._velocity(tokens, conditions), self.projector(inner)
+        return self._predict(tokens, conditions), self.projector(inner)
 
     def variance(self, t: Times, r: Times) -> PerSample:
         """The learned log of the expected squared error at (t, r), float32."""
@@ -230,8 +231,8 @@ class Transformer(nn.Module):
         tokens = tokens.astype(dtype_of(config, "residual"))
         return tokens + jnp.asarray(table, tokens.dtype)[None]
 
-    def _velocity(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
-        """The average velocity u [b, h, w, c], float32, from the tokens after the last block."""
+    def _predict(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
+        """The prediction [b, h, w, c], float32, from the tokens after the last block."""
         patches = self.final(tokens, conditions[self.config.final_layer_time])
         return to_images(self.config, patches)
 

@@ -63,7 +63,8 @@ class PathSample(NamedTuple):
 
     Attributes:
       x_t: [b, h, w, c] points of the path at t.
-      v_t: [b, h, w, c] velocities of the path there, as the network can predict them.
+      v_t: [b, h, w, c] velocities of the path there; of a network that predicts data, what that
+        makes of the data.
       t, r: [b] times.
       y: the condition after label dropout, guided where guidance was drawn.
       dropped: [b] bool, where the condition is null.
@@ -96,7 +97,7 @@ def path_sample(
       draws: noise, times and dropped labels of this loss.
 
     Raises:
-      InputError: the network predicts data, and the path is not linear.
+      InputError: the network predicts data or noise, and the path is not linear.
     """
     check_prediction(interpolant, network)
     y = network.condition(batch.y).drop(draws.dropped)
@@ -117,19 +118,21 @@ def _velocity(
 ) -> Images:
     """v_t. Of a network that predicts data it is what that makes of the data themselves:
     (x_t - x) / max(t, min_time), which on the linear path is v_t from min_time on (pixel MeanFlow,
-    arXiv:2601.22158)."""
+    arXiv:2601.22158). Of one that predicts noise it is v_t at all times: what that makes of the
+    noise would be 0 at t = 1, where sampling starts."""
     if network.prediction == "data":
         return (x_t - batch.x) / per_sample(jnp.maximum(draws.t, network.min_time), x_t)
     return interpolant.velocity(batch.x, draws.noise, draws.t)
 
 
 def check_prediction(interpolant: Interpolant, network: Network) -> None:
-    """Raises InputError where the network predicts data and the path is not linear."""
+    """Raises InputError where the network predicts data or noise and the path is not linear."""
     straight = interpolant == LINEAR or isinstance(interpolant, ScaledLinear)
-    if network.prediction == "data" and not straight:
-        raise InputError("model.prediction", "data", "(x_t - x) / t is the velocity of the linear "
-                         "path alone; set objective.interpolant=linear (or scaled_linear), or this "
-                         "to velocity")
+    if network.prediction != "velocity" and not straight:
+        formula = "(x_t - x) / t" if network.prediction == "data" else "(noise - x_t) / (1 - t)"
+        raise InputError("model.prediction", network.prediction, f"{formula} is the velocity of "
+                         "the linear path alone; set objective.interpolant=linear (or "
+                         "scaled_linear), or this to velocity")
 
 
 def check_label_dropout(probability: float) -> None:

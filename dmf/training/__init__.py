@@ -6,11 +6,16 @@ For those who train. It imports `dmf.evaluation`, `dmf.checkpoints`, `dmf.sampli
 """
 
 from dmf.registry import define_kind
+from dmf.training.adafactor import Adafactor
 from dmf.training.ema import ConstantEma, HalfLifeEma, PowerEma
+from dmf.training.lion import Lion
 from dmf.training.muon import Muon
 from dmf.training.optimizer import AdamW
 
-define_kind("optimizer", "The update of the parameters.", adamw=AdamW, muon=Muon)
+define_kind(
+    "optimizer", "The update of the parameters.",
+    adamw=AdamW, muon=Muon, lion=Lion, adafactor=Adafactor,
+)
 define_kind(
     "ema", "An exponential moving average (EMA) of the parameters.",
     constant=ConstantEma, half_life=HalfLifeEma, power=PowerEma,

@@ -14,6 +14,7 @@ from dmf.data.batch_transform import BatchTransform
 from dmf.data.build import Data, data, data_loader, dataset
 from dmf.data.data_loader import DataLoader
 from dmf.errors import InputError, check_at_least, check_choice
+from dmf.models.abstract_params import abstract_params
 from dmf.models.build import latents, network
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.patch_features import (
@@ -32,6 +33,7 @@ from dmf.training.ema import Ema
 from dmf.training.freezing import FreezeMask, freeze_mask
 from dmf.training.initial_checkpoint import check_same
 from dmf.training.optimizer import Optimizer
+from dmf.training.parameter_groups import check_matches
 from dmf.training.settings import Alignment, InitialCheckpoint, MeshShape, Run, TeacherCheckpoint
 from dmf.types import Network, Params
 
@@ -301,6 +303,7 @@ def check(config: ConfigDict, built: Recipe) -> None:
     _check_alignment(config, built)
     _check_batch_size(built)
     _check_network(config, built)
+    _check_groups(built)
     chosen = config.sampling.ema
     if chosen and chosen not in built.emas:
         raise InputError("sampling.ema", chosen, f"config.emas has {_listed(built.emas)}; empty "
@@ -356,6 +359,14 @@ def _check_network(config: ConfigDict, built: Recipe) -> None:
     if trained_by.alignment and not model.get("alignment_depth", 0):
         raise InputError("model.alignment_depth", 0, "an alignment coefficient needs the block "
                          "after which tokens are projected (8 as published)")
+
+
+def _check_groups(built: Recipe) -> None:
+    """Raises InputError if a parameter group has no parameter that is trained."""
+    if built.optimizer.groups:
+        params = abstract_params(built.network)
+        with at("optimizer"):
+            check_matches(built.optimizer.groups, params, built.freeze_mask.mask)
 
 
 def pretrained(config: ConfigDict, student: Network, mesh: Mesh) -> Params:

@@ -1,16 +1,11 @@
 """Freezing: parameters of the trained network that do not change, chosen by their paths.
 
-The path of a leaf is, for example, "patch_embedding/kernel". The leaves of the blocks are stacked
-by depth; each block has a path of its own, with the number of the block after "blocks", for example
-"blocks/17/mlp/in/kernel" or "v_head/blocks/0/mlp/in/kernel". A pattern is a regular expression that
-must match a whole path.
+A pattern is a regular expression for whole paths, see `dmf.training.parameter_paths`.
 The pattern "encoder" stands for all parameters that `Network.encode` depends on; freezing them is
 the decoder-only training of Decoupled MeanFlow (arXiv:2510.24474).
 """
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,15 +16,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.errors import InputError
 from dmf.models.abstract_params import abstract_params
-from dmf.runtime.sharding import STACKED
+from dmf.training.parameter_paths import matching_paths, paths_of_leaf
 from dmf.types import Condition, Flops, Images, Network, Params, PerSample, PRNGKey, Times
 
 ENCODER = "encoder"
 # Of a network with in-context conditioning `encode` embeds the interval 0.
 _EMBEDDINGS = (r"((patch|time|label|guidance|interval)_embedding|patch_reduction|prefix)/.*"
                "|position_embedding")
-# Number of similar paths that an error message suggests.
-_SUGGESTIONS = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +70,7 @@ class FreezeMask:
         names = flatten_dict(pretrained, sep="/")
         for name, mask in flatten_dict(self.mask, sep="/").items():
             if mask.any() and name not in names:
-                path = _paths(name, mask.shape)[mask][0]
+                path = paths_of_leaf(name, mask.shape)[mask][0]
                 raise InputError("freeze", self.patterns, f"{path} is frozen, but init.checkpoint "
                                  "does not have it; give a checkpoint that has it, or freeze fewer "
                                  "parameters")
@@ -210,9 +203,12 @@ def freeze_mask(patterns: Sequence[Any], network: Network) -> FreezeMask:
     if not patterns:
         return FreezeMask()
     leaves = flatten_dict(abstract_params(network), sep="/")
-    paths = {name: _paths(name, leaf.shape) for name, leaf in leaves.items()}
+    paths = {name: paths_of_leaf(name, leaf.shape) for name, leaf in leaves.items()}
     all_paths = np.concatenate([leaf_paths.ravel() for leaf_paths in paths.values()]).tolist()
-    frozen = {path for pattern in patterns for path in _matches(pattern, all_paths, network)}
+    expressions = [_encoder_pattern(network) if pattern == ENCODER else pattern
+                   for pattern in patterns]
+    frozen = {path for expression in expressions
+              for path in matching_paths("freeze", expression, all_paths)}
     if len(frozen) == len(all_paths):
         raise InputError("freeze", tuple(patterns), "all parameters match, so that none would be "
                          "trained; freeze fewer")
@@ -220,29 +216,6 @@ def freeze_mask(patterns: Sequence[Any], network: Network) -> FreezeMask:
     return FreezeMask(
         mask=unflatten_dict(mask, sep="/"), encoder=ENCODER in patterns, patterns=tuple(patterns)
     )
-
-
-def _paths(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """The path of a leaf, an array []; the path in each block [depth] for a stacked leaf."""
-    stacked = STACKED.search(name)
-    if stacked is None:
-        return np.array(name)
-    stack, rest = name[: stacked.end()], name[stacked.end() :]
-    return np.array([f"{stack}{block}/{rest}" for block in range(shape[0])])
-
-
-def _matches(pattern: Any, paths: Sequence[str], network: Network) -> list[str]:
-    """The paths that a pattern matches."""
-    expression = _encoder_pattern(network) if pattern == ENCODER else pattern
-    try:
-        matches = [path for path in paths if re.fullmatch(expression, path)]
-    except (re.error, TypeError) as error:
-        raise InputError("freeze", pattern, f"it is no regular expression ({error})") from None
-    if not matches:
-        similar = difflib.get_close_matches(str(pattern), paths, _SUGGESTIONS, cutoff=0)
-        raise InputError("freeze", pattern, f"it matches no whole path; there are {len(paths)}, "
-                         f"for example {', '.join(similar)}")
-    return matches
 
 
 def _encoder_pattern(network: Network) -> str:

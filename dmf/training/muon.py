@@ -87,17 +87,26 @@ class Muon(Optimizer):
         Raises:
           InputError: there is no matrix.
         """
-        rules = _BLOCK_MATRICES + (_OTHER_MATRICES if self.matrices == "all" else ())
-
         def axes(path: Any, leaf: Any) -> contrib.MuonDimensionNumbers | None:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
-            for pattern, inputs, outputs in rules:
-                if re.search(pattern, name):
-                    return contrib.MuonDimensionNumbers(inputs, outputs)
-            return None
+            return axes_of_matrix(name, self.matrices)
 
         found = jax.tree_util.tree_map_with_path(axes, params)
         if not jax.tree.leaves(found):
             raise InputError("optimizer.name", "muon", "the network has no blocks/.../kernel, the "
                              "matrices that it is for; choose adamw")
         return found
+
+
+def axes_of_matrix(name: str, matrices: str) -> contrib.MuonDimensionNumbers | None:
+    """The axes of the inputs and outputs of a parameter; None if it is no matrix.
+
+    Args:
+      name: path of the leaf.
+      matrices: one of `MATRICES`.
+    """
+    rules = _BLOCK_MATRICES + (_OTHER_MATRICES if matrices == "all" else ())
+    for pattern, inputs, outputs in rules:
+        if re.search(pattern, name):
+            return contrib.MuonDimensionNumbers(inputs, outputs)
+    return None

@@ -10,34 +10,56 @@ import optax
 
 from dmf.errors import InputError, check_at_least, check_choice, check_valid
 from dmf.training.apply_if_finite import apply_if_finite
+from dmf.training.parameter_groups import Group, by_groups, check_groups
 
-SCHEDULES = ("constant", "cosine", "linear")
+SCHEDULES = ("constant", "cosine", "linear", "wsd")
+DEFAULT_DECAY_FRACTION = 0.2
 DECAY_RATE, _NONE = "a decay rate lies in [0, 1)", "give 0, for none, or more"
 
 
 def check_adam(optimizer: Any) -> None:
     """Raises InputError where a field of Adam (b1, b2, eps, weight_decay) is out of range."""
-    check = functools.partial(check_valid, optimizer)
-    for name in ("b1", "b2"):
-        check(0 <= getattr(optimizer, name) < 1, name, DECAY_RATE)
-    check(0 < optimizer.eps <= 1e6, "eps", "it must be positive, and at most 1e6")
-    check(0 <= optimizer.weight_decay <= 100, "weight_decay", f"{_NONE}, up to 100")
+    check_decay_rates(optimizer, "b1", "b2")
+    check_valid(optimizer, 0 < optimizer.eps <= 1e6, "eps", "it must be positive, and at most 1e6")
+    check_weight_decay(optimizer)
+
+
+def check_decay_rates(optimizer: Any, *names: str) -> None:
+    """Raises InputError where a field is no decay rate in [0, 1)."""
+    for name in names:
+        check_valid(optimizer, 0 <= getattr(optimizer, name) < 1, name, DECAY_RATE)
+
+
+def check_weight_decay(optimizer: Any) -> None:
+    """Raises InputError where the field `weight_decay` is out of range."""
+    check_valid(optimizer, 0 <= optimizer.weight_decay <= 100, "weight_decay",
+                f"{_NONE}, up to 100")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer(abc.ABC):
-    """What all optimizers share: a learning-rate schedule, clipping of the gradient, skipped steps.
+    """What all optimizers share: a learning-rate schedule, clipping of the gradient, parameter
+    groups, skipped steps.
 
-    A class derived from it defines `update_rule`, and checks its own fields.
+    A class derived from it defines `update_rule`, and checks its own fields. A field `weight_decay`
+    is decoupled weight decay, multiplied by the learning rate.
 
     Attributes:
       learning_rate: peak learning rate, which the warm-up ends at; positive.
       clip_norm: maximum global norm of the gradient; 0 for no clipping.
       warmup_steps: number of steps over which the learning rate rises linearly from 0; 0 for no
         warm-up.
-      schedule: learning rate after the warm-up: "constant", or "cosine" or "linear" decay to 0.
-      decay_steps: step at which a cosine or linear decay reaches 0, counted from the first step;
-        greater than warmup_steps, and not before the last step of the run; 0 for the last step.
+      schedule: learning rate after the warm-up: "constant"; "cosine" or "linear" decay to 0; or
+        "wsd" (warm-up, stable, decay; arXiv:2404.06395): constant, then linear decay to 0.
+      decay_steps: step at which the decay of any schedule but "constant" reaches 0, counted from
+        the first step; greater than warmup_steps, and not before the last step of the run; 0 for
+        the last step.
+      decay_fraction: part of the steps from warmup_steps to decay_steps over which the schedule
+        "wsd" decays, in (0, 1]; with 1 it is "linear".
+      groups: parameter groups, each (pattern, learning-rate factor, weight-decay factor): a regular
+        expression for whole paths, the number of a block second, for example
+        (("blocks/(0|1)/.*", 0.5, 1), (".*/bias", 1, 0)). The factors of all groups that match a
+        parameter are multiplied.
       skip_nonfinite: maximum number of consecutive steps that are skipped because their loss or
         gradient norm is not finite; one more ends the run; 0 skips none.
     """
@@ -47,6 +69,8 @@ class Optimizer(abc.ABC):
     warmup_steps: int = 0
     schedule: str = "constant"
     decay_steps: int = 0
+    decay_fraction: float = DEFAULT_DECAY_FRACTION
+    groups: tuple[Group, ...] = ()
     skip_nonfinite: int = 0
 
     def __post_init__(self):
@@ -56,6 +80,13 @@ class Optimizer(abc.ABC):
             raise InputError("decay_steps", self.decay_steps, f"a {self.schedule} decay ends after "
                              f"warmup_steps={self.warmup_steps}")
         check = functools.partial(check_valid, self)
+        check(self.schedule != "constant" or not self.decay_steps, "decay_steps",
+              "schedule=constant does not decay; choose cosine, linear or wsd, or leave this at 0")
+        check(0 < self.decay_fraction <= 1, "decay_fraction", "give a part of the steps in (0, 1]")
+        check(self.schedule == "wsd" or self.decay_fraction == DEFAULT_DECAY_FRACTION,
+              "decay_fraction", f"schedule={self.schedule} has none; choose wsd, or leave this at "
+              f"{DEFAULT_DECAY_FRACTION}")
+        check_groups(self)
         check(self.learning_rate >= 1e-12, "learning_rate", "it must be positive, at least 1e-12")
         check(self.clip_norm >= 0, "clip_norm", _NONE)
         check(0 <= self.warmup_steps <= 10**7, "warmup_steps", f"{_NONE}, up to 10^7")
@@ -107,10 +138,12 @@ class Optimizer(abc.ABC):
         if self.schedule != "constant" and not self.decay_steps:
             raise InputError("decay_steps", 0, "give the step at which the decay ends")
         length = max(self.decay_steps - self.warmup_steps, 1)
+        decay = max(round(self.decay_fraction * length), 1)
         after_warmup = {
             "constant": optax.constant_schedule(self.learning_rate),
             "cosine": optax.cosine_decay_schedule(self.learning_rate, length),
             "linear": optax.linear_schedule(self.learning_rate, 0.0, length),
+            "wsd": optax.linear_schedule(self.learning_rate, 0.0, decay, length - decay),
         }[self.schedule]
         warmup = optax.linear_schedule(0.0, self.learning_rate, max(self.warmup_steps, 1))
         return optax.join_schedules([warmup, after_warmup], [self.warmup_steps])(step)
@@ -122,8 +155,15 @@ class Optimizer(abc.ABC):
         `dmf.training.apply_if_finite`.
         """
         clip = optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity()
-        optimizer = optax.chain(clip, self.update_rule())
+        rule = self._grouped_rule() if self.groups else self.update_rule()
+        optimizer = optax.chain(clip, rule)
         return apply_if_finite(optimizer) if self.skip_nonfinite else optimizer
+
+    def _grouped_rule(self) -> optax.GradientTransformation:
+        """The update rule with the factors of the groups."""
+        has_decay = "weight_decay" in {field.name for field in dataclasses.fields(self)}
+        plain = dataclasses.replace(self, groups=(), **({"weight_decay": 0.0} if has_decay else {}))
+        return optax.chain(plain.update_rule(), by_groups(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

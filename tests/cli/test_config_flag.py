@@ -127,6 +127,9 @@ VALUES = {
     "freeze=('encoder', 'blocks/(0|1)/.*')": ("encoder", "blocks/(0|1)/.*"),
     "freeze=(blocks|embedding)/.*": ("(blocks|embedding)/.*",),
     "model.dtype=bfloat16": "bfloat16", "data.name=a=b": "a=b", "data.directory=": "",
+    "optimizer.groups=(('.*/bias', 1, 0), ('blocks/(0|1)/.*', 0.5, 1))":
+        ((".*/bias", 1.0, 0.0), ("blocks/(0|1)/.*", 0.5, 1.0)),
+    "optimizer.groups=": (),
     "evaluation.emas=main,": ("main",), "model.embedded_times=t,r": ("t", "r"),
 }  # fmt: skip
 
@@ -153,6 +156,9 @@ REFUSED = {
     "model.depth": "--config.model.depth: give a whole number",
     "model.split_depth=x": "give a whole number or None",
     "optimizer.learning_rate=fast": "give a number",
+    "optimizer.groups=.*/bias": "give tuples of text, a number, a number, for example (('a', 0.5",
+    "optimizer.groups=(('a', 'b', 1),)": "give tuples of text",
+    "optimizer.groups=(('a', 1),)": "give tuples of text",
     "model.scan=maybe": "give True or False",
     "model.scan=2": "give True or False",
     "data.classes=n01440764": "give whole numbers, for example (1, 2)",

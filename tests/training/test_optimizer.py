@@ -71,10 +71,12 @@ def test_a_gradient_is_clipped_to_the_global_norm():
         ("cosine", 5, 0.5), ("cosine", 10, 1.0), ("cosine", 60, 0.5), ("cosine", 110, 0.0),
         ("cosine", 35, (1 + np.cos(np.pi / 4)) / 2), ("cosine", 500, 0.0),
         ("linear", 5, 0.5), ("linear", 10, 1.0), ("linear", 35, 0.75), ("linear", 110, 0.0),
+        ("wsd", 5, 0.5), ("wsd", 10, 1.0), ("wsd", 90, 1.0), ("wsd", 95, 0.75), ("wsd", 110, 0.0),
     ],
 )
 def test_the_learning_rate_warms_up_and_decays(schedule, step, share):
-    optimizer = AdamW(learning_rate=4e-3, warmup_steps=10, schedule=schedule, decay_steps=110)
+    end = 0 if schedule == "constant" else 110
+    optimizer = AdamW(learning_rate=4e-3, warmup_steps=10, schedule=schedule, decay_steps=end)
     assert float(optimizer.rate(jnp.int32(step))) == pytest.approx(4e-3 * share, abs=1e-9)
 
 
@@ -83,12 +85,24 @@ def test_without_a_warm_up_the_first_step_has_the_full_rate():
     assert float(optimizer.rate(jnp.int32(0))) == pytest.approx(4e-3)
 
 
+def test_a_decay_of_all_steps_is_linear():
+    fields = {"warmup_steps": 2, "decay_steps": 12}
+    wsd = AdamW(schedule="wsd", decay_fraction=1.0, **fields)
+    steps = jnp.arange(14)
+    np.testing.assert_array_equal(wsd.rate(steps), AdamW(schedule="linear", **fields).rate(steps))
+    assert AdamW(schedule="wsd").for_run(600).decay_steps == 600
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"schedule": "triangle"}, "schedule=triangle: choose one of constant"),
         ({"schedule": "cosine", "warmup_steps": 9, "decay_steps": 9},
          "decay_steps=9: a cosine decay ends after warmup_steps=9"),
+        ({"decay_steps": 9}, "decay_steps=9: schedule=constant does not decay"),
+        ({"schedule": "linear", "decay_fraction": 0.1}, "decay_fraction=0.1: schedule=linear has"),
+        ({"schedule": "wsd", "decay_fraction": 0.0}, "decay_fraction=0.0: give a part of the"),
+        ({"schedule": "wsd", "decay_fraction": NAN}, "decay_fraction=nan: give a part of the"),
         ({"skip_nonfinite": -1}, "skip_nonfinite=-1: give 0, for none"),
         ({"warmup_steps": -1}, "warmup_steps=-1: give 0"),
         *[({name: value}, f"{name}={value}: {remedy}") for name, values, remedy in (
