@@ -38,6 +38,7 @@ from benchmarks.mutant_list_checkpoints import CHECKPOINTS
 from benchmarks.mutant_list_improved_mean_flow import IMPROVED_MEAN_FLOW
 from benchmarks.mutant_list_middle import MIDDLE
 from benchmarks.mutant_list_predictions_and_optimizers import PREDICTIONS_AND_OPTIMIZERS
+from benchmarks.mutant_list_soflow import SOFLOW
 from benchmarks.mutant_list_upper import UPPER
 
 _ONLY = flags.DEFINE_list("only", [], "names of the mutants to run; all by default")
@@ -47,7 +48,10 @@ _TIMEOUT = flags.DEFINE_float("timeout", 1800, "seconds after which a run of tes
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/mutants.md", "a .md file for the table")
 
 ROOT = Path(__file__).resolve().parent.parent
-MUTANTS = (*LOWER, *IMPROVED_MEAN_FLOW, *MIDDLE, *CHECKPOINTS, *PREDICTIONS_AND_OPTIMIZERS, *UPPER)
+MUTANTS = (
+    *LOWER, *IMPROVED_MEAN_FLOW, *SOFLOW, *MIDDLE, *CHECKPOINTS, *PREDICTIONS_AND_OPTIMIZERS,
+    *UPPER,
+)  # fmt: skip
 # It compares the list of mutants with the files, so that it fails in every mutated copy.
 _OWN_TEST = "tests/test_mutants.py"
 _FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.M)

@@ -1,9 +1,9 @@
 """The mathematics of training: objectives, and the components that they are made of.
 
-Flow matching, MeanFlow, improved MeanFlow and Decoupled MeanFlow have a file each, which reads like
-the algorithm of its paper. An objective draws times, noise and dropped labels, and computes one
-loss a sample from them. For researchers who change the method. It imports `dmf.runtime`,
-`dmf.registry`, `dmf.errors` and `dmf.types`; it sees networks through the `Network` protocol alone.
+Every objective has a file, which reads like the algorithm of its paper. An objective draws times,
+noise and dropped labels, and computes one loss a sample from them. For researchers who change the
+method. It imports `dmf.runtime`, `dmf.registry`, `dmf.errors` and `dmf.types`; it sees networks
+through the `Network` protocol alone.
 """
 
 from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
@@ -19,6 +19,7 @@ from dmf.objectives.loss_weighting import (
 )
 from dmf.objectives.mean_flow import MeanFlow
 from dmf.objectives.objective import Objective
+from dmf.objectives.soflow import SoFlow
 from dmf.objectives.tangent import Tangent
 from dmf.objectives.time_samplers import LogitNormal, MixedPair, OrderedPair, UniformTime
 from dmf.registry import define_kind
@@ -39,6 +40,7 @@ __all__ = [
     "PublishedCauchyWeighting",
     "ScaledLinear",
     "SelfGuidance",
+    "SoFlow",
     "Tangent",
     "TeacherGuidance",
     "UniformTime",
@@ -48,7 +50,7 @@ __all__ = [
 define_kind(
     "objective", "What training minimises.",
     flow_matching=FlowMatching, mean_flow=MeanFlow, improved_mean_flow=ImprovedMeanFlow,
-    decoupled_mean_flow=DecoupledMeanFlow,
+    decoupled_mean_flow=DecoupledMeanFlow, soflow=SoFlow,
 )
 define_kind(
     "interpolant", "The path between data and noise.",

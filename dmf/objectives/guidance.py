@@ -61,17 +61,27 @@ class SelfGuidance:
       omega: coefficient of v_t.
       kappa: coefficient of the network's own conditional velocity, below 1.
       interval: (start, end) of the closed interval of times t that are guided.
+      decay_start: time from which the effective scale omega / (1 - kappa) falls smoothly to 1 at
+        t = 1, with kappa as it is (SoFlow, arXiv:2512.15657, has 0.8); 1 for none.
     """
 
     omega: float = 1.0
     kappa: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
+    decay_start: float = 1.0
     uses_teacher = is_drawn = False
 
     def __post_init__(self):
         check_interval("interval", self.interval)
         check_between(self, 0, LARGEST_SCALE, "omega")
+        check_between(self, 0.0, 1.0, "decay_start")
         _check_kappa(self.kappa)
+        if self.decay_start < 1 and not self.needs_unconditional:
+            raise InputError("decay_start", self.decay_start, "the effective scale omega / (1 - "
+                             "kappa) is 1 already; give another omega or kappa, or 1 for no decay")
+        if self.decay_start < 1 and self.interval[1] <= self.decay_start:
+            raise InputError("decay_start", self.decay_start, "no time in the interval "
+                             f"{self.interval} is later; give less, or 1 for no decay")
 
     @property
     def needs_conditional(self) -> bool:
@@ -88,7 +98,23 @@ class SelfGuidance:
     ) -> Coefficients:
         """(omega, kappa), each [b]."""
         active = in_interval(t, self.interval) & ~dropped
-        return jnp.where(active, self.omega, 1.0), jnp.where(active, self.kappa, 0.0)
+        omega = self.omega
+        if self.decay_start < 1:
+            unguided = 1 - self.kappa
+            omega = unguided + smooth_decay(t, self.decay_start) * (omega - unguided)
+        return jnp.where(active, omega, 1.0), jnp.where(active, self.kappa, 0.0)
+
+
+def smooth_decay(t: Times, start: float) -> Times:
+    """[b] factor of the guidance: 1 up to the time `start`, then falling smoothly to 0 at t = 1,
+    as 1 - exp(-0.025 z / (1 - z)) of z = (1 - t) / (1 - start) (SoFlow, arXiv:2512.15657).
+
+    >>> decay = smooth_decay(jnp.array([0.5, 0.8, 0.82, 0.9, 1.0]), 0.8)
+    >>> [round(factor, 2) for factor in decay.tolist()]
+    [1.0, 1.0, 0.2, 0.02, 0.0]
+    """
+    z = jnp.clip((1 - t) / (1 - start), 0.0, 1.0)
+    return -jnp.expm1(-0.025 * z / jnp.maximum(1 - z, 1e-12))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -197,6 +223,13 @@ def in_drawn_interval(t: Times, guidance: GuidanceInput) -> Bool[Array, "b"]:
 
 
 Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance
+
+
+def check_guides_itself(name: str, guidance: Guidance) -> None:
+    """Raises InputError where an objective that guides itself is given a teacher's guidance."""
+    if guidance.uses_teacher:
+        raise InputError("guidance.name", "teacher", f"{name} guides itself; choose none, self or "
+                         "drawn, or distil with the decoupled_mean_flow objective")
 
 
 class GuidedVelocity(NamedTuple):

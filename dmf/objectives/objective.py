@@ -19,8 +19,9 @@ from dmf.types import Batch, Features, Images, Metrics, Network, Params, PerSamp
 
 
 def squared_error(prediction: Images, target: Images) -> PerSample:
-    """[b] sum over h, w and c of the squared difference, in float32."""
-    difference = (prediction - target).astype(jnp.float32)
+    """[b] sum over h, w and c of the squared difference, in float32; in float64 of float64."""
+    difference = prediction - target
+    difference = difference.astype(jnp.promote_types(difference.dtype, jnp.float32))
     return jnp.sum(difference**2, axis=(1, 2, 3))
 
 
@@ -140,6 +141,12 @@ class Objective(Protocol):
             return self.loss(network, params, batch, draws, frozen_params)
 
         return Sum([Term(loss, (batch, draws))])
+
+    def for_run(self, steps: int) -> "Objective":
+        """The objective of a run of so many steps; another than this one only where something
+        depends on the length of the run and is not given."""
+        del steps
+        return self
 
     def flops(self, network: Network) -> float:
         """Operations that the loss and the gradient of a sample take, with nothing computed twice

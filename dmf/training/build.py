@@ -168,11 +168,12 @@ def recipe(
     Raises:
       InputError: a field that cannot be used; the message names it.
     """
-    student, trained_by = network(config.model), objective(config.objective, teacher)
+    student, steps = network(config.model), run(config.run).steps
+    trained_by = objective(config.objective, teacher).for_run(steps)
     built = Recipe(
         network=student,
         objective=trained_by,
-        optimizer=optimizer(config.optimizer, run(config.run).steps),
+        optimizer=optimizer(config.optimizer, steps),
         emas=emas(config.emas),
         mesh=mesh,
         batch_transform=batch_transform(config),

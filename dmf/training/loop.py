@@ -41,11 +41,11 @@ from dmf.training.train_state import TrainState
 from dmf.training.train_step import create_train_state
 from dmf.types import Batch, Metrics, Params
 
-# Fields that may change when a run resumes: its length, with the end of the decay of its learning
-# rate, its outputs, and how it is computed.
+# Fields that may change when a run resumes: its length, with the ends of the schedules of its
+# learning rate and of its objective, its outputs, and how it is computed.
 CHANGEABLE = (
     "run", "mesh", "profile_steps", "sampling", "evaluation", "gradient_accumulation",
-    "sum_gradients", "optimizer.decay_steps",
+    "sum_gradients", "optimizer.decay_steps", "objective.last_step",
     "objective.compute_sharing", "objective.time_bins", "model.scan", "model.remat",
     "model.attention",
 )  # fmt: skip

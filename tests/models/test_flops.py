@@ -18,6 +18,7 @@ from dmf.objectives import (
     MeanFlow,
     NoGuidance,
     SelfGuidance,
+    SoFlow,
     TeacherGuidance,
 )
 from dmf.runtime import device_specs
@@ -78,6 +79,8 @@ def test_published_sizes(size, side, multiply_adds):
         (MeanFlow(), "meanflow", 4, 4),
         (MeanFlow(guidance=SelfGuidance(omega=2.0)), "meanflow", 5, 5),
         (MeanFlow(guidance=SelfGuidance(kappa=0.5)), "meanflow", 5, 6),
+        (SoFlow(), "meanflow", 3.25, 3.25),
+        (SoFlow(guidance=SelfGuidance(omega=0.75, kappa=0.75)), "decoupled", 4.25, 4.5),
         (DecoupledMeanFlow(guidance=NoGuidance()), "decoupled", 7, 7),
         (DecoupledMeanFlow(guidance=SelfGuidance(kappa=0.5)), "decoupled", 9, 10),
         (DecoupledMeanFlow(guidance=TeacherGuidance(scale=2.0), teacher=small("flow")),

@@ -14,6 +14,8 @@ from dmf.objectives import (
     LogitNormal,
     MeanFlow,
     OrderedPair,
+    SelfGuidance,
+    SoFlow,
     Tangent,
     UniformTime,
 )
@@ -49,6 +51,14 @@ CHANGED = {
         compute_sharing=ComputeSharing(enabled=False, unconditional_microbatches=2),
     ),
     "decoupled_mean_flow": DecoupledMeanFlow(time_sampler=LogitNormal(mean=0.3)),
+    "soflow": SoFlow(
+        interpolant=COSINE, time_sampler=UniformTime(),
+        time_pair=OrderedPair(first=UniformTime(), second=LogitNormal(mean=2.0)),
+        consistency_share=0.5, first_ratio=0.2, last_ratio=0.01, last_step=7,
+        guidance=SelfGuidance(omega=2.0, kappa=0.5, interval=(0.1, 0.9), decay_start=0.7),
+        label_dropout=0.2, weighting=AdaptiveWeighting(power=0.5), time_bins=3,
+        compute_sharing=ComputeSharing(enabled=False, unconditional_microbatches=2),
+    ),
     "ctm": ConsistencyTrajectory(gamma=0.25),
     "sde": EulerMaruyama(last_time=1e-3),
     "adams_bashforth": AdamsBashforth(),
@@ -66,7 +76,7 @@ def test_fields_other_than_the_defaults_survive_the_round_trip(name):
 
 def test_every_field_of_an_objective_differs_from_its_default_above():
     """So that a field that is lost on the way would be noticed."""
-    for name in ("flow_matching", "mean_flow"):
+    for name in ("flow_matching", "mean_flow", "soflow"):
         changed = CHANGED[name]
         for field in registry.config_fields(type(changed)):
             assert getattr(changed, field) != getattr(type(changed)(), field), field
