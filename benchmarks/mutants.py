@@ -35,6 +35,7 @@ from absl import flags
 from benchmarks.machine import machine, start
 from benchmarks.mutant_list import LOWER, Mutant
 from benchmarks.mutant_list_checkpoints import CHECKPOINTS
+from benchmarks.mutant_list_flow_maps import FLOW_MAPS
 from benchmarks.mutant_list_improved_mean_flow import IMPROVED_MEAN_FLOW
 from benchmarks.mutant_list_middle import MIDDLE
 from benchmarks.mutant_list_upper import UPPER
@@ -46,7 +47,7 @@ _TIMEOUT = flags.DEFINE_float("timeout", 1800, "seconds after which a run of tes
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/mutants.md", "a .md file for the table")
 
 ROOT = Path(__file__).resolve().parent.parent
-MUTANTS = (*LOWER, *IMPROVED_MEAN_FLOW, *MIDDLE, *CHECKPOINTS, *UPPER)
+MUTANTS = (*LOWER, *IMPROVED_MEAN_FLOW, *FLOW_MAPS, *MIDDLE, *CHECKPOINTS, *UPPER)
 # It compares the list of mutants with the files, so that it fails in every mutated copy.
 _OWN_TEST = "tests/test_mutants.py"
 _FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.M)

@@ -199,6 +199,13 @@ def in_drawn_interval(t: Times, guidance: GuidanceInput) -> Bool[Array, "b"]:
 Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance
 
 
+def check_guides_itself(name: str, guidance: Guidance) -> None:
+    """Raises InputError where an objective without a teacher is given a teacher's guidance."""
+    if guidance.uses_teacher:
+        raise InputError("guidance.name", "teacher", f"{name} guides itself; choose none, self or "
+                         "drawn, or distil with the decoupled_mean_flow objective")
+
+
 class GuidedVelocity(NamedTuple):
     """v_g as a function of the conditional velocity: base + kappa u(x_t, t, t, y).
 

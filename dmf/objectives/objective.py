@@ -88,6 +88,7 @@ class Objective(Protocol):
       needs_r: whether it trains u at r < t, for which the network must see r.
       guidance_input: whether it gives the network a guidance drawn for each sample, as an input.
       velocity_head: whether it trains a second head of the network, which predicts the velocity.
+      differentiate_tangent: whether its gradient goes through a derivative of the network.
     """
 
     learned_variance: bool = False
@@ -96,6 +97,7 @@ class Objective(Protocol):
     needs_r: bool = False
     guidance_input: bool = False
     velocity_head: bool = False
+    differentiate_tangent: bool = False
 
     def draw(
         self, key: PRNGKey, batch: Batch, step: jax.Array | None = None

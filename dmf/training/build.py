@@ -353,6 +353,10 @@ def _check_network(config: ConfigDict, built: Recipe) -> None:
     if trained_by.needs_r and model.get("conditioning") == "flow":
         raise InputError("model.conditioning", "flow", "this network does not see r, which the "
                          "objective trains; choose meanflow or decoupled")
+    if trained_by.differentiate_tangent and model.get("attention", "xla") != "xla":
+        raise InputError("model.attention", model.attention, "the gradient goes through a "
+                         "tangent that flash attention takes for constant; choose xla, or "
+                         "objective.differentiate_tangent=False")
     if trained_by.alignment and not model.get("alignment_depth", 0):
         raise InputError("model.alignment_depth", 0, "an alignment coefficient needs the block "
                          "after which tokens are projected (8 as published)")

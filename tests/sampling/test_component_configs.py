@@ -7,14 +7,21 @@ import pytest
 from dmf import registry
 from dmf.objectives import (
     AdaptiveWeighting,
+    Consistency,
     DecoupledMeanFlow,
     DrawnGuidance,
     FlowMatching,
+    GapPair,
     ImprovedMeanFlow,
     LogitNormal,
     MeanFlow,
+    NormalizedWeighting,
     OrderedPair,
+    SelfGuidance,
+    Shortcut,
     Tangent,
+    TerminalVelocityMatching,
+    ToData,
     UniformTime,
 )
 from dmf.objectives.compute_sharing import ComputeSharing
@@ -49,6 +56,15 @@ CHANGED = {
         compute_sharing=ComputeSharing(enabled=False, unconditional_microbatches=2),
     ),
     "decoupled_mean_flow": DecoupledMeanFlow(time_sampler=LogitNormal(mean=0.3)),
+    "shortcut": Shortcut(shortest_steps=32, self_consistency_share=0.5, time_bins=3),
+    "consistency": Consistency(
+        time_pair=ToData(times=UniformTime(), equal_probability=0.25),
+        weighting=NormalizedWeighting(offset=0.2), guidance=SelfGuidance(omega=2.0),
+    ),
+    "terminal_velocity_matching": TerminalVelocityMatching(
+        time_pair=GapPair(gap_mean=-0.5, gap_std=1.2, mean=0.1, std=0.9),
+        differentiate_tangent=False,
+    ),
     "ctm": ConsistencyTrajectory(gamma=0.25),
     "sde": EulerMaruyama(last_time=1e-3),
     "adams_bashforth": AdamsBashforth(),
