@@ -57,6 +57,13 @@ FLOW_MAPS = (
         _TERMINAL,
     ),
     Mutant(
+        "terminal_ema", "the velocity where a jump lands is the network's own, not the EMA's",
+        "dmf/objectives/terminal_velocity_matching.py",
+        "target = network.apply(fixed, x_r, r, r, y)",
+        "target = network.apply(jax.lax.stop_gradient(params), x_r, r, r, y)",
+        _TERMINAL,
+    ),
+    Mutant(
         "terminal_attention", "flash attention is taken where the gradient goes through a tangent",
         "dmf/training/build.py",
         'if trained_by.differentiate_tangent and model.get("attention", "xla") != "xla":',

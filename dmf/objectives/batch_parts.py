@@ -1,7 +1,7 @@
 """A batch in two parts, each with a loss of its own.
 
-Where a share of the samples has another loss, a mask over the whole batch would compute both losses
-for every sample. With two parts, each loss is computed for its own samples alone. Samples are
+Where a share of the samples has a more expensive loss, a mask over the whole batch would compute
+both losses for every sample. Two parts compute each loss for its own samples alone. Samples are
 independent and identically distributed, so it does not matter which rows are in which part.
 """
 
@@ -16,7 +16,7 @@ from dmf.runtime.sharding import constrain_batch
 
 
 def check_share(field: str, share: float) -> None:
-    """Raises InputError where a share of the batch does not leave two parts."""
+    """Raises InputError where a share of the batch leaves nothing for one of two parts."""
     if not 0 < share < 1:
         raise InputError(field, share, "a share of the batch lies between 0 and 1")
 
@@ -72,7 +72,8 @@ def join_batch(first: Any, second: Any) -> Any:
 
 
 def _group(count: int, share: float, field: str) -> tuple[int, int]:
-    """The number of rows in a group of neighbours, and how many of them the second part takes."""
+    """The number of neighbouring rows that are divided alike, and how many of them are in the
+    second part."""
     size = round(share * count)
     if not 0 < size < count or not math.isclose(size, share * count, rel_tol=1e-6):
         raise InputError(field, share, f"it is no whole number of {count} samples, which is what a "

@@ -20,7 +20,14 @@ from dmf.objectives.guidance import Guidance, SelfGuidance, check_guides_itself
 from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
 from dmf.objectives.loss_weighting import UniformWeighting, Weighting
 from dmf.objectives.mean_flow import guidance_flops
-from dmf.objectives.objective import Objective, Sum, Term, squared_error, values_per_sample
+from dmf.objectives.objective import (
+    Objective,
+    Sum,
+    Term,
+    squared_error,
+    target_params,
+    values_per_sample,
+)
 from dmf.objectives.path_sample import (
     Draws,
     FlowMapDraws,
@@ -44,8 +51,7 @@ class Shortcut(Objective):
     agree with two steps of half the length (shortcut models, arXiv:2410.12557).
 
     Of every few neighbouring rows of a batch some are trained by self-consistency and the others by
-    flow matching, so that each loss is computed for its own rows alone. The published targets are
-    those of EMA parameters; here they are the network's own, without gradient.
+    flow matching, so that each loss is computed for its own rows alone.
 
     Attributes:
       interpolant: the path between data and noise.
@@ -54,6 +60,8 @@ class Shortcut(Objective):
         published. Steps of length 1/n are the velocity's: the target of a step of 2/n has r = t.
       self_consistency_share: share in (0, 1) of the batch that is trained by self-consistency; a
         whole number of each microbatch.
+      target_ema: name of the EMA in `config.emas` whose parameters take the two steps; "" for the
+        network's own, without gradient.
       guidance: guidance of the velocity in flow matching: none, self or drawn. Self-consistency
         passes it on to longer steps.
       label_dropout: probability in [0, 1] that the condition of a sample is dropped.
@@ -67,6 +75,7 @@ class Shortcut(Objective):
     time_sampler: TimeSampler = component_field("time_sampler", UniformTime())
     shortest_steps: int = 128
     self_consistency_share: float = 0.25
+    target_ema: str = ""
     guidance: Guidance = component_field("guidance", SelfGuidance())
     label_dropout: float = 0.1
     weighting: Weighting = component_field("weighting", UniformWeighting())
@@ -122,7 +131,6 @@ class Shortcut(Objective):
         Raises:
           InputError: the share of the samples is no whole number.
         """
-        del frozen_params
         share = self.self_consistency_share
         parts = split_batch((batch, draws), share, "objective.self_consistency_share")
         (first, (times, _)), (second, (_, steps)) = parts
@@ -134,7 +142,8 @@ class Shortcut(Objective):
             return flow_matching_loss(self, network, params, *inputs)
 
         def self_consistency(params: Params, sample: PathSample) -> tuple[PerSample, Metrics]:
-            return self_consistency_loss(self, network, params, sample)
+            fixed = target_params(self, params, frozen_params)
+            return self_consistency_loss(self, network, params, fixed, sample)
 
         return Sum([Term(flow_matching, (samples[0], *guided), 1 - share),
                     Term(self_consistency, (samples[1],), share)])
@@ -150,10 +159,10 @@ class Shortcut(Objective):
     def flops(self, network: Network) -> float:
         """Operations of a sample, by the shares of both losses: a forward and a backward pass (3
         forward passes), and the guidance in the one, or the two steps of the target in the other;
-        the first of them starts from the encoder's output."""
+        the first of them starts from the encoder's output, unless an EMA takes it."""
         forward, share = network.flops.forward, self.self_consistency_share
         guidance = guidance_flops(self.guidance, network, 0.0)
-        target = forward + network.flops.decode
+        target = forward + (forward if self.target_ema else network.flops.decode)
         return 3 * forward + (1 - share) * guidance + share * target
 
 
@@ -173,20 +182,21 @@ def draw_steps(key: PRNGKey, count: int, shortest_steps: int) -> tuple[Times, Ti
 
 
 def self_consistency_loss(
-    objective: Shortcut, network: Network, params: Params, sample: PathSample
+    objective: Shortcut, network: Network, params: Params, fixed: Params, sample: PathSample
 ) -> tuple[PerSample, Metrics]:
     """The weighted squared error of u(x_t, t, r) against the mean velocity of two steps.
 
     Args:
-      objective: its `weighting`, `compute_sharing`, `shortest_steps` and `time_bins`.
+      objective: its `weighting`, `compute_sharing`, `target_ema`, `shortest_steps` and `time_bins`.
       network, params: the flow map u.
+      fixed: the parameters that take the two steps, without gradient.
       sample: where the steps start and end.
 
     Returns:
       [b] losses, and metrics of each sample.
     """
     t, r = sample.t, sample.r
-    u, target = step_and_target(objective, network, params, sample)
+    u, target = step_and_target(objective, network, params, fixed, sample)
     error, size = squared_error(u, target), values_per_sample(u)
     metrics = {"self_consistency_error": error / size}
     metrics |= binned_errors("self_consistency_error", error / size, objective.time_bins, t, r)
@@ -197,16 +207,16 @@ def self_consistency_loss(
 
 
 def step_and_target(
-    objective: Shortcut, network: Network, params: Params, sample: PathSample
+    objective: Shortcut, network: Network, params: Params, fixed: Params, sample: PathSample
 ) -> tuple[Images, Images]:
     """u(x_t, t, r), and its target (u(x_t, t, s) + u(x_s, s, r)) / 2 without gradient, with
     s = (t + r) / 2 and x_s = x_t - (t - s) u(x_t, t, s). Both halves of the shortest step are
     velocities u(x_t, t, t)."""
     x_t, t, r, y = sample.x_t, sample.t, sample.r, sample.y
-    s, fixed = (t + r) / 2, jax.lax.stop_gradient(params)
+    s = (t + r) / 2
     shortest = t - r <= 2 / objective.shortest_steps
     first_end, second_end = jnp.where(shortest, t, s), jnp.where(shortest, s, r)
-    if objective.compute_sharing.enabled:
+    if objective.compute_sharing.enabled and not objective.target_ema:
         hidden = network.encode(params, x_t, t, y)
         u = network.decode(params, hidden, r, y)
         first = network.decode(fixed, jax.lax.stop_gradient(hidden), first_end, y)

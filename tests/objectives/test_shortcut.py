@@ -55,7 +55,8 @@ def test_the_exact_flow_map_is_a_fixed_point():
         sample = sample_of(T, R)
 
         def losses(params):
-            both = [self_consistency_loss(objective, Exact(), params, sample)[0]
+            fixed = jax.lax.stop_gradient(params)
+            both = [self_consistency_loss(objective, Exact(), params, fixed, sample)[0]
                     for objective in (SHORTCUT, dataclasses.replace(SHORTCUT, shortest_steps=128))]
             return both, both
 
@@ -78,7 +79,7 @@ def test_a_half_step_along_the_velocity_is_alpha_flow_with_alpha_one_half():
             v, s = network.gaussian.velocity(x_t, t), t - alpha * (t - r)
             x_s = x_t - alpha * (t - r)[:, None, None, None] * v
             alpha_flow = alpha * v + (1 - alpha) * network.apply(params, x_s, s, r, None)
-            return alpha_flow, step_and_target(SHORTCUT, network, params, sample)[1]
+            return alpha_flow, step_and_target(SHORTCUT, network, params, params, sample)[1]
 
         expected, target = targets(sample)
         np.testing.assert_allclose(target, expected, rtol=1e-12)
@@ -86,6 +87,7 @@ def test_a_half_step_along_the_velocity_is_alpha_flow_with_alpha_one_half():
 
 NETWORK = TwoLayers(side=4)
 PARAMS = NETWORK.init(jax.random.key(7))
+EMA = jax.tree.map(lambda leaf: 0.9 * leaf, PARAMS)
 X, NOISE = np.random.default_rng(0).standard_normal((2, 8, 4, 4, 1)).astype("f")
 BATCH = jax.tree.map(jnp.asarray, Batch(X, np.arange(8, dtype=np.int32)))
 STARTS, DROPPED = np.linspace(0.1, 0.9, 8, dtype="f"), np.arange(8) % 3 == 0
@@ -97,12 +99,13 @@ DRAWS = jax.tree.map(jnp.asarray, FlowMapDraws(
 ))
 
 
-def formula(params):
-    """[8] mean squared errors: of every four rows the last one is a step."""
+def formula(params, fixed=None):
+    """[8] mean squared errors: of every four rows the last one is a step, with a target of `fixed`
+    parameters, or of the parameters without gradient."""
     def u(x_t, t, r, params=params):
         return NETWORK.apply(params, x_t, t, r, jnp.where(DROPPED, 10, BATCH.y))
 
-    fixed = jax.lax.stop_gradient(params)
+    fixed = fixed or jax.lax.stop_gradient(params)
     t, (end, r) = STARTS, ENDS
     column = (slice(None), None, None, None)
     x_t = (1 - t[column]) * X + t[column] * NOISE
@@ -120,18 +123,21 @@ def formula(params):
 @pytest.fixture(scope="module")
 def computed():
     """Losses and the gradient of their mean by the formula, by the objective with and without
-    sharing, and as the sum of its terms."""
+    sharing, as the sum of its terms, and by formula and objective with the targets of an EMA."""
     shared = dataclasses.replace(SHORTCUT, compute_sharing=ComputeSharing())
 
-    def loss_of(objective):
-        return lambda params: objective.loss(NETWORK, params, BATCH, DRAWS, {})[0]
+    of_ema = dataclasses.replace(shared, target_ema="main")
+
+    def loss_of(objective, frozen=None):
+        return lambda params: objective.loss(NETWORK, params, BATCH, DRAWS, frozen or {})[0]
 
     def terms(params):
         terms = shared.terms(NETWORK, params, BATCH, DRAWS, {})
         means = [term.weight * jnp.mean(term.loss(params, *term.inputs)[0]) for term in terms]
         return jnp.full(8, sum(means))
 
-    losses = formula, loss_of(SHORTCUT), loss_of(shared), terms
+    losses = (formula, loss_of(SHORTCUT), loss_of(shared), terms,
+              lambda params: formula(params, EMA), loss_of(of_ema, {"target": EMA}))
 
     def both(loss, params):
         gradient = jax.grad(lambda params: jnp.mean(loss(params)))(params)
@@ -140,10 +146,13 @@ def computed():
     return gv.jit(lambda params: [both(loss, params) for loss in losses])(PARAMS)
 
 
-@pytest.mark.parametrize("sharing", [1, 2], ids=["plain", "shared"])
-def test_the_loss_is_its_formula_in_the_order_of_the_rows(computed, sharing):
-    np.testing.assert_allclose(computed[sharing][0], computed[0][0], rtol=1e-5)
-    gv.assert_near(computed[sharing][1], computed[0][1], 1e-5)
+@pytest.mark.parametrize(("found", "expected"), [(1, 0), (2, 0), (5, 4)],
+                         ids=["plain", "shared", "ema"])
+def test_the_loss_is_its_formula_in_the_order_of_the_rows(computed, found, expected):
+    np.testing.assert_allclose(computed[found][0], computed[expected][0], rtol=1e-5)
+    gv.assert_near(computed[found][1], computed[expected][1], 1e-5)
+    apart = computed[4][0] != computed[0][0]
+    np.testing.assert_array_equal(apart, np.arange(8) % 4 == 3)
 
 
 def test_the_terms_have_the_weights_of_their_shares(computed):

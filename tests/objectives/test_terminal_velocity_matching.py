@@ -58,7 +58,9 @@ def test_the_exact_flow_map_is_a_fixed_point(path):
         @gv.jit
         def values(params):
             def loss(params):
-                losses, metrics = terminal_velocity_loss(OBJECTIVE, network, params, sample)
+                losses, metrics = terminal_velocity_loss(
+                    OBJECTIVE, network, params, jax.lax.stop_gradient(params), sample
+                )
                 return losses, (losses, metrics["du_dr_norm"])
 
             return jax.jacrev(loss, has_aux=True)(params)
@@ -77,15 +79,17 @@ DROPPED = np.arange(5) == 0
 DRAWS = FlowMapDraws(Draws(NOISE, T[::-1], T[::-1], DROPPED), Draws(NOISE, T, R, DROPPED))
 
 
-def formula(params, step=1e-2):
-    """[5] losses with omega = 2, and du/dr by a central difference of fourth order."""
+def formula(params, fixed=None, step=1e-2):
+    """[5] losses with omega = 2, and du/dr by a central difference of fourth order; targets are
+    computed with `fixed` parameters, or with the parameters without gradient."""
     labels = jnp.where(DROPPED, 10, BATCH.y)
     column = (slice(None), None, None, None)
 
     def u(x_t, t, r, params=params, labels=labels):
         return NETWORK.apply(params, x_t, t, r, labels)
 
-    fixed, t = jax.lax.stop_gradient(params), T[::-1]
+    own, t = jax.lax.stop_gradient(params), T[::-1]
+    fixed = fixed or own
     x_t, v_t = (1 - t[column]) * BATCH.x + t[column] * NOISE, NOISE - BATCH.x
     null = u(x_t, t, t, fixed, jnp.full(5, 10))
     v_g = jnp.where(DROPPED[column], v_t, 2 * v_t - null)
@@ -94,7 +98,7 @@ def formula(params, step=1e-2):
     near, far = ((u(x_t, T, R + h) - u(x_t, T, R - h)) / (2 * h) for h in (step, 2 * step))
     du_dr = (4 * near - far) / 3
     length = (T - R)[column]
-    x_r = x_t - length * u(x_t, T, R, fixed)
+    x_r = x_t - length * u(x_t, T, R, own)
     terminal = u(x_t, T, R) - length * du_dr - u(x_r, R, R, fixed)
     squares = flow_matching**2 + jnp.where((R < T)[column], terminal**2, 0)
     return jnp.mean(squares, axis=(1, 2, 3))
@@ -108,19 +112,26 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula():
         gradient = jax.grad(lambda params: jnp.mean(loss(params)))(params)
         return loss(params), jnp.concatenate([g.ravel() for g in jax.tree.leaves(gradient)])
 
-    def loss_of(objective):
+    of_ema = dataclasses.replace(objective, target_ema="main")
+
+    def loss_of(objective, frozen=None):
         return lambda params: objective.loss(
-            NETWORK, params, BATCH, jax.tree.map(jnp.asarray, DRAWS), {}
+            NETWORK, params, BATCH, jax.tree.map(jnp.asarray, DRAWS), frozen or {}
         )[0]
 
-    losses = formula, loss_of(objective), loss_of(detached)
+    ema = jax.tree.map(lambda leaf: 0.9 * leaf, PARAMS)
+    losses = (formula, loss_of(objective), loss_of(detached),
+              lambda params: formula(params, ema), loss_of(of_ema, {"target": ema}))
     with jax.enable_x64(True):
-        expected, found, other = gv.jit(lambda params: [values(f, params) for f in losses])(
+        expected, found, other, *both = gv.jit(lambda params: [values(f, params) for f in losses])(
             jax.tree.map(lambda leaf: leaf.astype(jnp.float64), PARAMS)
         )
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(other[0], expected[0], rtol=1e-5)
     gv.assert_near(found[1], expected[1], 1e-5)
+    for of_formula, of_objective in zip(both[0], both[1], strict=True):
+        gv.assert_near(of_objective, of_formula, 1e-5)
+    assert (both[0][0] != expected[0]).all()
     apart = np.linalg.norm(other[1] - expected[1]) / np.linalg.norm(expected[1])
     assert apart > 0.01, "without the derivative of du/dr the gradient is another one"
 

@@ -56,7 +56,7 @@ CHANGED = {
         compute_sharing=ComputeSharing(enabled=False, unconditional_microbatches=2),
     ),
     "decoupled_mean_flow": DecoupledMeanFlow(time_sampler=LogitNormal(mean=0.3)),
-    "shortcut": Shortcut(shortest_steps=32, self_consistency_share=0.5, time_bins=3),
+    "shortcut": Shortcut(target_ema="main", shortest_steps=32, self_consistency_share=0.5),
     "consistency": Consistency(
         time_pair=ToData(times=UniformTime(), equal_probability=0.25),
         weighting=NormalizedWeighting(offset=0.2), guidance=SelfGuidance(omega=2.0),
