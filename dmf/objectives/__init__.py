@@ -6,6 +6,7 @@ method. It imports `dmf.runtime`, `dmf.registry`, `dmf.errors` and `dmf.types`; 
 through the `Network` protocol alone.
 """
 
+from dmf.objectives.consistency import Consistency
 from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from dmf.objectives.flow_matching import FlowMatching
 from dmf.objectives.guidance import DrawnGuidance, NoGuidance, SelfGuidance, TeacherGuidance
@@ -14,35 +15,51 @@ from dmf.objectives.interpolants import COSINE, LINEAR, ScaledLinear
 from dmf.objectives.loss_weighting import (
     AdaptiveWeighting,
     CauchyWeighting,
+    NormalizedWeighting,
     PublishedCauchyWeighting,
     UniformWeighting,
 )
 from dmf.objectives.mean_flow import MeanFlow
 from dmf.objectives.objective import Objective
+from dmf.objectives.shortcut import Shortcut
 from dmf.objectives.soflow import SoFlow
 from dmf.objectives.tangent import Tangent
-from dmf.objectives.time_samplers import LogitNormal, MixedPair, OrderedPair, UniformTime
+from dmf.objectives.terminal_velocity_matching import TerminalVelocityMatching
+from dmf.objectives.time_samplers import (
+    GapPair,
+    LogitNormal,
+    MixedPair,
+    OrderedPair,
+    ToData,
+    UniformTime,
+)
 from dmf.registry import define_kind
 
 __all__ = [
     "AdaptiveWeighting",
     "CauchyWeighting",
+    "Consistency",
     "DecoupledMeanFlow",
     "DrawnGuidance",
     "FlowMatching",
+    "GapPair",
     "ImprovedMeanFlow",
     "LogitNormal",
     "MeanFlow",
     "MixedPair",
     "NoGuidance",
+    "NormalizedWeighting",
     "Objective",
     "OrderedPair",
     "PublishedCauchyWeighting",
     "ScaledLinear",
     "SelfGuidance",
+    "Shortcut",
     "SoFlow",
     "Tangent",
     "TeacherGuidance",
+    "TerminalVelocityMatching",
+    "ToData",
     "UniformTime",
     "UniformWeighting",
 ]
@@ -50,7 +67,8 @@ __all__ = [
 define_kind(
     "objective", "What training minimises.",
     flow_matching=FlowMatching, mean_flow=MeanFlow, improved_mean_flow=ImprovedMeanFlow,
-    decoupled_mean_flow=DecoupledMeanFlow, soflow=SoFlow,
+    decoupled_mean_flow=DecoupledMeanFlow, soflow=SoFlow, shortcut=Shortcut,
+    consistency=Consistency, terminal_velocity_matching=TerminalVelocityMatching,
 )
 define_kind(
     "interpolant", "The path between data and noise.",
@@ -61,7 +79,7 @@ define_kind(
 )
 define_kind(
     "time_pair", "The distribution of the times (t, r).",
-    ordered_pair=OrderedPair, mixed_pair=MixedPair,
+    ordered_pair=OrderedPair, mixed_pair=MixedPair, to_data=ToData, gap_pair=GapPair,
 )
 define_kind(
     "guidance", "The guidance of the velocity that training regresses on.",
@@ -70,5 +88,5 @@ define_kind(
 define_kind(
     "weighting", "From the squared error of a sample to its loss.",
     uniform=UniformWeighting, adaptive=AdaptiveWeighting, cauchy=CauchyWeighting,
-    published_cauchy=PublishedCauchyWeighting,
+    published_cauchy=PublishedCauchyWeighting, normalized=NormalizedWeighting,
 )

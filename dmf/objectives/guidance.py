@@ -226,7 +226,7 @@ Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance
 
 
 def check_guides_itself(name: str, guidance: Guidance) -> None:
-    """Raises InputError where an objective that guides itself is given a teacher's guidance."""
+    """Raises InputError where an objective without a teacher is given a teacher's guidance."""
     if guidance.uses_teacher:
         raise InputError("guidance.name", "teacher", f"{name} guides itself; choose none, self or "
                          "drawn, or distil with the decoupled_mean_flow objective")

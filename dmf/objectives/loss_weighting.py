@@ -57,6 +57,31 @@ class AdaptiveWeighting:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalizedWeighting:
+    """e / sg(sqrt(e) + offset) of the summed squared error e = |g|^2: its gradient is that of a
+    regression on a target from which the prediction differs by g / (|g| + offset) (tangent
+    normalization of sCM, arXiv:2410.11081).
+
+    >>> NormalizedWeighting(offset=1.0)(jnp.array([9.0]), size=4).tolist()
+    [2.25]
+
+    Attributes:
+      offset: c > 0, so that no error divides by 0; 0.1 as published.
+    """
+
+    offset: float = 0.1
+    learned = False
+
+    def __post_init__(self):
+        if not 0 < self.offset <= 1e6:
+            raise InputError("offset", self.offset, "it is positive, so that no error divides by "
+                             "0, and at most 1e6")
+
+    def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
+        return error / (jnp.sqrt(jax.lax.stop_gradient(error)) + self.offset)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CauchyWeighting:
     """log(m e^-phi + 1) + phi / 2 of the mean squared error m: the Cauchy negative log-likelihood
     up to constants, minimal in phi at phi = log m (arXiv:2510.24474)."""

@@ -12,9 +12,13 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dmf.errors import InputError
 from dmf.objectives.compute_sharing import ComputeSharing, guided_velocities, shared_encoder_jvp
-from dmf.objectives.guidance import Guidance, GuidedVelocity, SelfGuidance
+from dmf.objectives.guidance import (
+    Guidance,
+    GuidedVelocity,
+    SelfGuidance,
+    check_guides_itself,
+)
 from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
 from dmf.objectives.loss_weighting import AdaptiveWeighting, Weighting
 from dmf.objectives.objective import Objective, squared_error, values_per_sample
@@ -66,9 +70,7 @@ class MeanFlow(Objective):
     def __post_init__(self):
         check_label_dropout(self.label_dropout)
         check_time_bins(self.time_bins)
-        if self.guidance.uses_teacher:
-            raise InputError("guidance.name", "teacher", "MeanFlow guides itself; choose none, "
-                             "self or drawn, or distil with the decoupled_mean_flow objective")
+        check_guides_itself(type(self).__name__, self.guidance)
 
     @property
     def learned_variance(self) -> bool:

@@ -89,6 +89,8 @@ class Objective(Protocol):
       needs_r: whether it trains u at r < t, for which the network must see r.
       guidance_input: whether it gives the network a guidance drawn for each sample, as an input.
       velocity_head: whether it trains a second head of the network, which predicts the velocity.
+      differentiate_tangent: whether its gradient goes through a derivative of the network.
+      target_ema: name of the EMA whose parameters `frozen_params["target"]` holds; "" for none.
     """
 
     learned_variance: bool = False
@@ -97,6 +99,8 @@ class Objective(Protocol):
     needs_r: bool = False
     guidance_input: bool = False
     velocity_head: bool = False
+    differentiate_tangent: bool = False
+    target_ema: str = ""
 
     def draw(
         self, key: PRNGKey, batch: Batch, step: jax.Array | None = None
@@ -152,6 +156,14 @@ class Objective(Protocol):
         """Operations that the loss and the gradient of a sample take, with nothing computed twice
         and nothing recomputed."""
         ...
+
+
+def target_params(
+    objective: Objective, params: Params, frozen_params: Mapping[str, Params]
+) -> Params:
+    """The parameters, without gradient, that the targets of an objective are computed with: those
+    of its `target_ema`, or the ones that are trained."""
+    return jax.lax.stop_gradient(frozen_params["target"] if objective.target_ema else params)
 
 
 def terms_of(objective: Objective, *inputs: Any) -> Sum:

@@ -58,6 +58,14 @@ class DecoupledDraws(NamedTuple):
     mean_flow: Draws
 
 
+class FlowMapDraws(NamedTuple):
+    """The randomness of a flow-matching loss and of a loss at r < t: the same noise and dropped
+    labels, independent times."""
+
+    flow_matching: Draws
+    flow_map: Draws
+
+
 class PathSample(NamedTuple):
     """A point of the path for each training sample, and what the network is told there.
 

@@ -117,3 +117,62 @@ class MixedPair:
         first, second = draw(keys[0]), draw(keys[1])
         second = jnp.where(equal, first, second)
         return jnp.maximum(first, second), jnp.minimum(first, second)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ToData:
+    """(t, 0): every jump ends at the data (consistency models, arXiv:2410.11081); some samples take
+    r = t.
+
+    Attributes:
+      times: the time sampler of t.
+      equal_probability: probability in [0, 1] that a sample takes r = t.
+    """
+
+    times: TimeSampler = component_field("time_sampler", LogitNormal(mean=-0.4))
+    equal_probability: float = 0.0
+
+    def __post_init__(self):
+        check_between(self, 0.0, 1.0, "equal_probability")
+
+    def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> tuple[Times, Times]:
+        time_key, equal_key = jax.random.split(key)
+        t = self.times(time_key, count, interpolant)
+        equal = jax.random.bernoulli(equal_key, self.equal_probability, (count,))
+        return t, jnp.where(equal, t, 0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GapPair:
+    """(r + g, r): a logit-normal gap g = t - r, and a logit-normal r that is truncated at 1 - g
+    (terminal velocity matching, arXiv:2511.19797, "truncated gap sampling").
+
+    Attributes:
+      gap_mean: mean of the normal of g; larger values give longer jumps.
+      gap_std: standard deviation of the normal of g, positive.
+      mean: mean of the normal of r before it is truncated.
+      std: standard deviation of the normal of r, positive.
+    """
+
+    gap_mean: float = -0.8
+    gap_std: float = 1.0
+    mean: float = -0.4
+    std: float = 1.0
+
+    def __post_init__(self):
+        check_between(self, -20.0, 20.0, "gap_mean", "mean")
+        for name in ("gap_std", "std"):
+            if not 0 < getattr(self, name) <= 20:
+                raise InputError(name, getattr(self, name), "a logit-normal needs 0 < std <= 20")
+
+    def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> tuple[Times, Times]:
+        gap_key, r_key = jax.random.split(key)
+        gap = interpolant.time_of(
+            self.gap_mean + self.gap_std * jax.random.normal(gap_key, (count,))
+        )
+        last = jnp.log(interpolant.sigma(1 - gap) / interpolant.alpha(1 - gap))
+        below = jax.scipy.special.ndtr((last - self.mean) / self.std)
+        uniform = jax.random.uniform(r_key, (count,))
+        r = interpolant.time_of(self.mean + self.std * jax.scipy.special.ndtri(uniform * below))
+        r = jnp.minimum(r, 1 - gap)
+        return r + gap, r

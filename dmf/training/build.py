@@ -357,6 +357,13 @@ def _check_network(config: ConfigDict, built: Recipe) -> None:
     if trained_by.needs_r and model.get("conditioning") == "flow":
         raise InputError("model.conditioning", "flow", "this network does not see r, which the "
                          "objective trains; choose meanflow or decoupled")
+    if trained_by.differentiate_tangent and model.get("attention", "xla") != "xla":
+        raise InputError("model.attention", model.attention, "the gradient goes through a "
+                         "tangent that flash attention takes for constant; choose xla, or "
+                         "objective.differentiate_tangent=False")
+    if trained_by.target_ema and trained_by.target_ema not in built.emas:
+        raise InputError("objective.target_ema", trained_by.target_ema, "config.emas has "
+                         f"{_listed(built.emas)}; empty takes the network's own parameters")
     if trained_by.alignment and not model.get("alignment_depth", 0):
         raise InputError("model.alignment_depth", 0, "an alignment coefficient needs the block "
                          "after which tokens are projected (8 as published)")

@@ -130,6 +130,8 @@ def train_step(
       where steps may be skipped.
     """
     batch, draws = drawn(recipe, rows, key, state.step)
+    if recipe.objective.target_ema:
+        frozen_params = {**frozen_params, "target": state.ema_params[recipe.objective.target_ema]}
     if recipe.sum_gradients == "once":
         gradient_of = functools.partial(accumulated_gradient, recipe, cast=recipe.network.cast)
         gradient, metrics = mean_over_shards(

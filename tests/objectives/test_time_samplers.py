@@ -7,7 +7,15 @@ import pytest
 from scipy import special, stats
 
 from dmf.errors import InputError
-from dmf.objectives import COSINE, LINEAR, LogitNormal, MixedPair, OrderedPair, UniformTime
+from dmf.objectives import (
+    COSINE,
+    LINEAR,
+    GapPair,
+    LogitNormal,
+    MixedPair,
+    OrderedPair,
+    UniformTime,
+)
 
 COUNT = 20_000
 KEY = jax.random.key(3)
@@ -112,3 +120,19 @@ def test_extreme_equal_probabilities(probability, expected):
 def test_invalid_values_are_named(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+@pytest.mark.parametrize("path", [LINEAR, pytest.param(COSINE, marks=pytest.mark.slow)],
+                         ids=["linear", "cosine"])
+def test_gap_pair_is_a_gap_and_a_truncated_end(path):
+    """P(r <= x | g) = F(x) / F(1 - g), uniform in [0, 1]."""
+    pair = GapPair(gap_mean=0.3, gap_std=2.0, mean=-0.4, std=1.5)
+    t, r = (np.asarray(x, np.float64) for x in pair(KEY, COUNT, path))
+    assert (r >= 0).all() and (r <= t).all() and (t <= 1).all()
+    assert_distributed(t - r, logit_normal_cdf(path, 0.3, 2.0))
+    below = logit_normal_cdf(path, -0.4, 1.5)
+    inside = (t < 1) & (r > 1e-3)
+    assert inside.mean() > 0.7
+    quantile = (below(r) / below(1 - (t - r)))[inside]
+    low = (below(1e-3) / below(1 - (t - r)))[inside]
+    assert_distributed((quantile - low) / (1 - low), stats.uniform.cdf)

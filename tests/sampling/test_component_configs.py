@@ -7,16 +7,22 @@ import pytest
 from dmf import registry
 from dmf.objectives import (
     AdaptiveWeighting,
+    Consistency,
     DecoupledMeanFlow,
     DrawnGuidance,
     FlowMatching,
+    GapPair,
     ImprovedMeanFlow,
     LogitNormal,
     MeanFlow,
+    NormalizedWeighting,
     OrderedPair,
     SelfGuidance,
+    Shortcut,
     SoFlow,
     Tangent,
+    TerminalVelocityMatching,
+    ToData,
     UniformTime,
 )
 from dmf.objectives.compute_sharing import ComputeSharing
@@ -58,6 +64,15 @@ CHANGED = {
         guidance=SelfGuidance(omega=2.0, kappa=0.5, interval=(0.1, 0.9), decay_start=0.7),
         label_dropout=0.2, weighting=AdaptiveWeighting(power=0.5), time_bins=3,
         compute_sharing=ComputeSharing(enabled=False, unconditional_microbatches=2),
+    ),
+    "shortcut": Shortcut(target_ema="main", shortest_steps=32, self_consistency_share=0.5),
+    "consistency": Consistency(
+        time_pair=ToData(times=UniformTime(), equal_probability=0.25),
+        weighting=NormalizedWeighting(offset=0.2), guidance=SelfGuidance(omega=2.0),
+    ),
+    "terminal_velocity_matching": TerminalVelocityMatching(
+        time_pair=GapPair(gap_mean=-0.5, gap_std=1.2, mean=0.1, std=0.9),
+        differentiate_tangent=False,
     ),
     "ctm": ConsistencyTrajectory(gamma=0.25),
     "sde": EulerMaruyama(last_time=1e-3),

@@ -28,6 +28,8 @@ from dmf.objectives import (
     MeanFlow,
     OrderedPair,
     SelfGuidance,
+    Shortcut,
+    TerminalVelocityMatching,
 )
 from dmf.objectives.build import objective
 from dmf.objectives.interpolants import COSINE, LINEAR
@@ -140,6 +142,12 @@ def test_a_stochastic_sampler_follows_the_path_of_training():
         (components(objective=ImprovedMeanFlow(interpolant=COSINE),
                     model=dataclasses.replace(IN_CONTEXT, prediction="data")),
          "model.prediction=data: (x_t - x) / t is the velocity of the linear path alone"),
+        (lambda c: (components(objective=Shortcut(target_ema="slow"))(c),
+                    c.model.update(conditioning="meanflow")),
+         "objective.target_ema=slow: config.emas has main; empty takes the network's own"),
+        (lambda c: (components(objective=TerminalVelocityMatching())(c),
+                    c.model.update(conditioning="meanflow")),
+         "model.attention=auto: the gradient goes through a tangent that flash attention takes"),
         (lambda c: c.mesh.update(tensor=3), "mesh=-1x1x3 (data x fsdp x tensor): it must hold"),
         (lambda c: c.teacher.update(checkpoint="/nowhere"),
          "teacher.checkpoint=/nowhere: the objective asks for no teacher"),
