@@ -26,13 +26,31 @@ def test_a_run_can_be(run, tmp_path):
     assert recipe.network.depth == 6
     assert config.optimizer.decay_steps == config.run.steps
     assert config.seed == 1
-    assert config.init.checkpoint == ("" if run in ("flow", "meanflow") else f"{tmp_path}/flow")
+    alone = run == "flow" or run in plan.FROM_SCRATCH
+    assert config.init.checkpoint == ("" if alone else f"{tmp_path}/flow")
 
 
 def test_each_fine_tuning_is_another():
     configs = [plan.config_of(run, pathlib.Path("x"), 0, WHOLE).to_json_best_effort()
                for run in plan.TUNED]
     assert len(set(configs)) == len(configs)
+
+
+@pytest.mark.parametrize("run", plan.FROM_SCRATCH)
+def test_runs_from_scratch_cost_what_flow_model_and_fine_tuning_cost_together(run, tmp_path):
+    config, flow, dmf = (plan.config_of(name, tmp_path, 0, WHOLE) for name in (run, "flow", "dmf"))
+    step = plan._cost(config) / config.run.steps
+    assert plan._cost(config) == pytest.approx(plan._cost(flow) + plan._cost(dmf), abs=step / 2)
+
+
+@pytest.mark.slow
+def test_the_two_networks_have_about_the_same_number_of_parameters(tmp_path):
+    sizes = []
+    for run in ("meanflow", "improved"):
+        init = network(plan.config_of(run, tmp_path, 0, WHOLE).model).init
+        params = jax.eval_shape(init, jax.random.key(0))
+        sizes.append(sum(leaf.size for leaf in jax.tree.leaves(params)))
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 
 
 @pytest.mark.parametrize("factor", [0.01, 1.0])

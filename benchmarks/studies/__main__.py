@@ -2,10 +2,10 @@
 
     python -m benchmarks.studies --workdir=runs/studies --output=docs/studies.md
 
-There are fourteen fine-tunings, a flow model and a MeanFlow for each of three seeds. All of it
-takes about an hour on 2 idle cores; the page says how long. The same command resumes after an
-interruption at any point. `--scale=0.01` is a quick trial, for a workdir of its own; most of its
-time is compilation.
+There are fourteen fine-tunings, a flow model, a MeanFlow and two improved MeanFlows for each of
+three seeds. All of it takes about an hour on 2 idle cores; the page says how long. The same command
+resumes after an interruption at any point. `--scale=0.01` is a quick trial, for a workdir of its
+own; most of its time is compilation.
 """
 
 import pathlib
