@@ -129,6 +129,8 @@ def config_of(run: str, folder: pathlib.Path, seed: int, scale: Scale) -> Config
     built = objective(config.objective)
     config.model.update(**method.conditioning, learned_variance=built.learned_variance,
                         guidance_input=built.guidance_input, velocity_head=built.velocity_head)
+    # Terminal velocity matching differentiates a tangent, which flash attention does not.
+    config.model.attention = "xla"
     if built.velocity_head:
         config.model.head_depth = 2
     config.sampling.sampler = ConfigDict(registry.default_config("sampler", method.sampler))
