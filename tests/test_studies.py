@@ -179,6 +179,34 @@ def test_units_are_done_once_and_go_on_where_they_stopped(tmp_path, monkeypatch)
     assert done[len(everything):] == list(MEASURES)
 
 
+def test_a_part_of_a_run_is_measured_at_its_checkpoint(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(units, "latest_step", lambda workdir: 8)
+    monkeypatch.setattr(units.evaluate, "main", lambda verb, arguments: calls.append(arguments))
+    for share in (0.25, 1.0):
+        measure = Measure(label="", run="a", share=share)
+        assert units._evaluate("m", measure, tmp_path, 0, WHOLE)
+        step = {"step": round(8 * share), "count": WHOLE.count}
+        (tmp_path / "m.json").write_text(json.dumps(step))
+        assert not units._evaluate("m", measure, tmp_path, 0, WHOLE)
+    assert [call[0] for call in calls] == [f"--checkpoint={tmp_path}/a/checkpoints/2",
+                                           f"--checkpoint={tmp_path}/a"]
+
+
+def test_the_table_says_what_it_costs_to_reach_a_distance(monkeypatch):
+    seeds, cost = [pathlib.Path("0"), pathlib.Path("1")], objectives_page.Cost
+    costs = {"flow": cost(10, 3.0, 3e6, 1e12, 1.0), "mean_flow_flow": cost(20, 4.0, 4e6, 2e12, 0.5)}
+    monkeypatch.setattr(objectives_page, "cost_of", lambda folder, run: costs[run])
+    monkeypatch.setattr(objectives_page, "RUNS", {run: objectives.RUNS[run] for run in costs})
+    results = rows(flow=[9.0, 9.0], mean_flow_flow_1=[4.0, 9.0], mean_flow_flow_2=[4.0, 9.0],
+                   mean_flow_flow_3=[3.0, 9.0], mean_flow_flow=[2.0, 4.0])
+    lines = objectives_page.table(seeds, results).splitlines()
+    costs = "3.00 | 3.0 | 10 | 1000 | 1.00 |  |  |  |  |"
+    assert lines[2] == f"| flow model, half of the compute | {costs}"
+    # To 4: a quarter of the run in one seed and all of it in the other, after the flow model.
+    assert lines[3].endswith("| 2.25 (16 s) | 3.00 (20 s, in 1 of 2 seeds) | - |")
+
+
 @pytest.mark.slow
 def test_real_units_make_a_page(tmp_path, monkeypatch):
     small = tiny.config({"data.batch_size": 8, "evaluation.chunk_size": 24})

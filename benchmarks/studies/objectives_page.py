@@ -120,7 +120,9 @@ def table(folders: Sequence[pathlib.Path], results: Mapping[str, Rows]) -> str:
         first, seconds = costs[0], np.mean([cost.seconds for cost in costs])
         cells = [objectives.label(run), f"{first.passes:.2f}", f"{first.flops / 1e6:.1f}",
                  f"{first.steps:,}", f"{1000 * seconds:.0f}", f"{first.total / 1e12:.2f}"]
-        if run != "flow":
+        if run == "flow":
+            cells += [""] * len(TARGETS)
+        else:
             cells += [_to_reach(run, target, folders, results) for target in TARGETS]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
