@@ -14,7 +14,7 @@ from dmf.models.build import network
 from dmf.objectives.build import objective
 
 # Operations of a run from scratch; those of the flow model and of a fine-tuning are half as many.
-BUDGET = 1.6e12
+BUDGET = 1.3e12
 BATCH_SIZE = 64
 # Evaluations of a run, at equal shares of its steps.
 PARTS = 4
