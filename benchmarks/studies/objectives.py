@@ -23,16 +23,18 @@ HEAD = f"""# Objectives at equal compute
 
 Every objective trains the same network on the 8 x 8 digits: the transformer of
 `configs/digits_sit.py` with MeanFlow conditioning, in batches of {BATCH_SIZE}, with the times, the
-weighting and the other settings that each objective has by default, which are its paper's, and
+weighting and the other settings that each objective has by default, which follow its paper, and
 without guidance. Improved MeanFlow has a velocity head of 2 blocks beside it and takes its guidance
-as an input; samples have scale 1. Only the rows "Decoupled MeanFlow" have decoupled conditioning,
-with its loss, and flow models are conditioned on t alone.
+as an input; samples have scale 1. Consistency training warms its tangent up over a tenth of its
+steps, and its samples take several steps by restarts. Only the rows "Decoupled MeanFlow" have
+decoupled conditioning, with its loss, and flow models are conditioned on t alone.
 
 Compute is `objective.flops(network)`, the matrix products of a training step by our own count, and
-equal for all rows of the page. From scratch, a run has all of it. Otherwise half of it trains a
-flow model, which is the same for all objectives of a seed, and half fine-tunes it. Learning rates
-are those of `configs/digits_sit.py` from scratch and of `configs/digits_dmf.py` for fine-tuning,
-and are not tuned for any objective. Warm-up and the horizon of the EMA are a twelfth of the steps.
+equal for all rows but the flow model that others start from. From scratch, a run has all of it.
+Otherwise half of it trains a flow model, which is the same for all objectives of a seed, and half
+fine-tunes it. Learning rates are those of `configs/digits_sit.py` from scratch and of
+`configs/digits_dmf.py` for fine-tuning, and are not tuned for any objective. Warm-up and the
+horizon of the EMA are a twelfth of the steps.
 
 The tables show the Fréchet distance to the data in pixel space, and in parentheses the label
 agreement: the share of samples that a classifier assigns to the label they were generated for.
@@ -209,7 +211,8 @@ def _study(title: str, text: str, runs: list[str], claims: tuple[Claim, ...],
            others: tuple[str, ...] = ()) -> Study:
     """A study of some runs; claims about objectives that are not registered are left out."""
     claims = tuple(claim for claim in claims if {claim.lower, *claim.higher} <= set(MEASURES))
-    return Study(title=title, text=text, claims=claims, measures=(*runs, *others))
+    measures = (*runs, *(name for name in others if name in MEASURES))
+    return Study(title=title, text=text, claims=claims, measures=measures)
 
 
 STUDIES = {

@@ -141,8 +141,10 @@ def plot(
             before = cost_of(folders[0], "flow").total if from_flow else 0.0
             spent = (before + shares(run) * cost_of(folders[0], run).total) / 1e12
             values = curve(run, results)
+            name = RUNS[run][0]
             axes.errorbar(spent, values.mean(1), spread(values), marker="o",
-                          label=objectives.METHODS[RUNS[run][0]].label)
+                          color=f"C{list(objectives.METHODS).index(name)}",
+                          label=objectives.METHODS[name].label)
         axes.set(title=title, xlabel="TFLOP of training", yscale="log")
         axes.legend(fontsize="small")
     every[0].set_ylabel("Fréchet distance at one step")

@@ -78,7 +78,7 @@ def plot(
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("sampling steps")
     axes.set_ylabel("Fréchet distance")
-    axes.legend()
+    axes.legend(fontsize="small" if len(study.measures) > 6 else None)
     figure.savefig(path, dpi=100)
 
 
