@@ -7,35 +7,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.studies.plan import MEASURES, STUDIES, Claim, Study
+from benchmarks.studies.study import Claim, Measure, Plan, Rows, Study
 
 METRIC = "fd_pixels"
-# The rows of an evaluation by their number of sampling steps, for each seed.
-Rows = list[dict[int, Mapping[str, float]]]
-_HEAD = """# Studies on the digits
-
-These studies repeat the papers' ImageNet ablations on the 8 x 8 digits, where a run takes a minute.
-The tables show the Fréchet distance to the data in pixel space, and in parentheses the label
-agreement: the share of samples that a classifier assigns to the label they were generated for.
-Values are mean and standard deviation over {seeds} seeds. All flow maps of a seed start from the
-same flow model. Whether a published finding holds is computed: it holds if it does in every seed,
-and is open if it holds in some seeds. The results say nothing about other data.
-
-    {command}
-
-wrote this page in {minutes:.0f} minutes, with {count:,} samples per number, on {machine}.
-Two random halves of the data differ by {halves:.2f}.
-"""
 
 
-def read_results(folders: Sequence[pathlib.Path]) -> dict[str, Rows]:
+def read_results(plan: Plan, folders: Sequence[pathlib.Path]) -> dict[str, Rows]:
     """Reads the results of all seeds, by measure."""
     return {
         name: [
             {row["steps"]: row for row in json.loads((f / f"{name}.json").read_text())["results"]}
             for f in folders
         ]
-        for name in MEASURES
+        for name in plan.measures
     }
 
 
@@ -68,58 +52,61 @@ def _cell(rows: Rows, steps: int) -> str:
     return f"{values.mean():.2f} ± {spread(values):.2f} ({agreement:.0%})"
 
 
-def table(study: Study, results: Mapping[str, Rows]) -> str:
+def table(study: Study, measures: Mapping[str, Measure], results: Mapping[str, Rows]) -> str:
     """A table with a row for each measure and a column for each number of sampling steps."""
-    steps = sorted({n for name in study.measures for n in MEASURES[name].steps})
+    steps = sorted({n for name in study.measures for n in measures[name].steps})
     heads = [f"{n} step{'s' * (n > 1)}" for n in steps]
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(steps) + 1) + "|"]
     for name in study.measures:
         cells = [_cell(results[name], n) for n in steps]
-        lines.append(f"| {MEASURES[name].label} | " + " | ".join(cells) + " |")
+        lines.append(f"| {measures[name].label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def plot(path: pathlib.Path, study: Study, results: Mapping[str, Rows]) -> None:
+def plot(
+    path: pathlib.Path, study: Study, measures: Mapping[str, Measure], results: Mapping[str, Rows]
+) -> None:
     """Plots the distance against sampling steps, with a curve for each measure."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.add_subplot()
     for name in study.measures:
-        steps = MEASURES[name].steps
+        steps = measures[name].steps
         values = np.array([distances(results[name], n) for n in steps])
-        axes.errorbar(steps, values.mean(1), spread(values), marker="o", label=MEASURES[name].label)
+        axes.errorbar(steps, values.mean(1), spread(values), marker="o", label=measures[name].label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("sampling steps")
     axes.set_ylabel("Fréchet distance")
-    axes.legend()
+    axes.legend(fontsize="small" if len(study.measures) > 6 else None)
     figure.savefig(path, dpi=100)
 
 
 def write_page(
-    output: pathlib.Path, folders: Sequence[pathlib.Path], *, command: str, minutes: float,
-    machine: str,
+    plan: Plan, output: pathlib.Path, folders: Sequence[pathlib.Path], *, command: str,
+    minutes: float, machine: str,
 ) -> None:
     """Writes the page, and its plots into a folder of the same name beside it.
 
     Args:
+      plan: the plan of the runs.
       output: the .md file.
       folders: folders of the seeds.
       command: command that writes the page.
       minutes: minutes that the runs and evaluations took.
       machine: machine that they ran on.
     """
-    results, plots = read_results(folders), output.with_suffix("")
+    results, plots = read_results(plan, folders), output.with_suffix("")
     plots.mkdir(parents=True, exist_ok=True)
-    first = json.loads((folders[0] / "flow.json").read_text())
-    parts = [_HEAD.format(
+    first = json.loads((folders[0] / f"{next(iter(plan.measures))}.json").read_text())
+    parts = [plan.head.format(
         seeds=len(folders), command=command, count=first["count"], minutes=minutes,
         machine=machine, halves=first["reference"]["halves_distance"],
     )]
-    for name, study in STUDIES.items():
-        plot(plots / f"{name}.png", study, results)
+    for name, study in plan.studies.items():
+        plot(plots / f"{name}.png", study, plan.measures, results)
         claims = [f"- {claim.text}: {verdict(claim, results)}" for claim in study.claims]
-        parts += [f"## {study.title}\n", study.text + "\n", table(study, results) + "\n",
-                  "\n".join(claims) + "\n",
+        parts += [f"## {study.title}\n", study.text + "\n",
+                  table(study, plan.measures, results) + "\n", "\n".join(claims) + "\n",
                   f"![{study.title}]({plots.name}/{name}.png)\n"]
-    output.write_text("\n".join(parts))
+    output.write_text("\n".join([*parts, *plan.sections(folders, plots, results)]))

@@ -7,6 +7,9 @@ import shlex
 import pytest
 import tiny
 
+from configs.sweeps.objectives import OBJECTIVES
+from dmf import registry
+
 FILES = sorted((tiny.ROOT / "configs/sweeps").glob("*.py"))
 ALSO = {
     "guidance": ("digits_meanflow.py", "dmf_xl2_256.py", "meanflow.py:b4"),
@@ -15,9 +18,11 @@ ALSO = {
     "meanflow_ablations": ("meanflow.py:b4",),
     "split_depth": (),
     "split_depth_l2": ("dmf_l2.py:guided",),
+    "objectives": (),
 }
+KNOWN = set(OBJECTIVES) & set(registry.components("objective"))
 COUNTS = {"guidance": 12, "weighting": 4, "seeds": 5, "meanflow_ablations": 11, "split_depth": 5,
-          "split_depth_l2": 5}  # fmt: skip
+          "split_depth_l2": 5, "objectives": 3 * len(KNOWN)}  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
