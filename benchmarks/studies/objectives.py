@@ -26,8 +26,9 @@ Every objective trains the same network on the 8 x 8 digits: the transformer of
 weighting and the other settings that each objective has by default, which follow its paper, and
 without guidance. Improved MeanFlow has a velocity head of 2 blocks beside it and takes its guidance
 as an input; samples have scale 1. Consistency training warms its tangent up over a tenth of its
-steps, and its samples take several steps by restarts. Only the rows "Decoupled MeanFlow" have
-decoupled conditioning, with its loss, and flow models are conditioned on t alone.
+steps, and its samples take several steps by restarts. Shortcut models and terminal velocity
+matching take their targets from the EMA. Only the rows "Decoupled MeanFlow" have decoupled
+conditioning, with its loss, and flow models are conditioned on t alone.
 
 Compute is `objective.flops(network)`, the matrix products of a training step by our own count, and
 equal for all rows but the flow model that others start from. From scratch, a run has all of it.
@@ -52,6 +53,11 @@ Two random halves of the data differ by {{halves:.2f}}.
 def _no_fields(steps: int) -> Mapping[str, Any]:
     """No field of the objective differs from its default."""
     return {}
+
+
+def _ema_target(steps: int) -> Mapping[str, Any]:
+    """The targets are those of the EMA parameters, as published."""
+    return {"target_ema": "main"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +93,13 @@ METHODS = {
                                  from_flow=False),
     "alpha_flow": Method(label="alpha-Flow", objective="alpha_flow"),
     "soflow": Method(label="SoFlow", objective="soflow"),
-    "shortcut": Method(label="shortcut", objective="shortcut"),
+    "shortcut": Method(label="shortcut", objective="shortcut", fields=_ema_target),
     # The tangent is warmed up over a tenth of the run. It learns jumps to data alone.
     "consistency": Method(label="consistency", objective="consistency", sampler="restart",
                           fields=lambda steps: {"tangent.warmup_steps": steps // 10}),
     "terminal_velocity_matching": Method(label="terminal velocity matching",
-                                         objective="terminal_velocity_matching"),
+                                         objective="terminal_velocity_matching",
+                                         fields=_ema_target),
     "decoupled_mean_flow": Method(label="loss of Decoupled MeanFlow",
                                   objective="decoupled_mean_flow"),
     "decoupled": Method(label="Decoupled MeanFlow", objective="decoupled_mean_flow",
