@@ -73,4 +73,4 @@ def test_a_share_that_no_microbatch_has_is_named(tmp_path):
         config = small_network.config(fields, objective=default.component(Shortcut()))
         loop.train(config, tmp_path)
     assert str(error.value).startswith("objective.self_consistency_share=0.25: ")
-    assert " 1 samples" in str(error.value)
+    assert "samples, which is what a microbatch has" in str(error.value)
