@@ -16,7 +16,6 @@ from dmf.errors import InputError
 from dmf.objectives.guidance import Guidance, NoGuidance
 from dmf.objectives.loss_weighting import NormalizedWeighting, Weighting
 from dmf.objectives.mean_flow import MeanFlow
-from dmf.objectives.tangent import Tangent
 from dmf.objectives.time_samplers import TimePair, ToData
 from dmf.registry import component_field
 
@@ -31,14 +30,13 @@ class Consistency(MeanFlow):
         sample takes r = t instead, which trains the velocity.
       guidance: guidance of the velocity in target and tangent: none, self or drawn. The velocities
         that guide are the network's own, which `time_pair.equal_probability` trains.
-      tangent: how du/dt is computed and bounded; its weight rises over 10,000 steps as published.
+      tangent: how du/dt is computed and bounded; `warmup_steps` is the warm-up of the paper.
       weighting: from the squared error of a sample to its loss; `normalized` is the tangent
         normalization of the paper.
     """
 
     time_pair: TimePair = component_field("time_pair", ToData())
     guidance: Guidance = component_field("guidance", NoGuidance())
-    tangent: Tangent = Tangent(warmup_steps=10_000)
     weighting: Weighting = component_field("weighting", NormalizedWeighting())
 
     def __post_init__(self):

@@ -182,11 +182,12 @@ def terminal_velocities(
     sample: PathSample,
 ) -> tuple[Images, Images, Images]:
     """u - (t - r) du/dr at a sample (equation 17), the velocity u(x_r, r, r) where the jump lands,
-    without gradient, and du/dr."""
+    without gradient, and du/dr. The encoder does not see r, so that it is not differentiated."""
     x_t, t, r, y = sample.x_t, sample.t, sample.r, sample.y
+    hidden = network.encode(params, x_t, t, y)
 
     def flow_map(r: jax.Array) -> Images:
-        return network.apply(params, x_t, t, r, y)
+        return network.decode(params, hidden, r, y)
 
     u, du_dr = jax.jvp(flow_map, (r,), (jnp.ones_like(r),))
     if not objective.differentiate_tangent:

@@ -136,6 +136,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula():
     assert apart > 0.01, "without the derivative of du/dr the gradient is another one"
 
 
+@pytest.mark.slow
 def test_a_sample_draws_a_time_and_a_jump_for_the_same_noise():
     flow_matching, jump = gv.jit(OBJECTIVE.draw)(jax.random.key(0), BATCH)
     np.testing.assert_array_equal(flow_matching.noise, jump.noise)
