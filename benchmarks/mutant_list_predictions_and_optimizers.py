@@ -46,10 +46,10 @@ PREDICTIONS_AND_OPTIMIZERS = (
         _OPTIMIZERS,
     ),
     Mutant(
-        "adafactor_order", "Adafactor does not undo the order of the axes of a matrix",
+        "adafactor_clipping", "the updates of Adafactor have a root mean square of up to 1",
         "dmf/training/adafactor.py",
-        "np.argsort(order)",
-        "order",
+        "optax.clip_by_block_rms(self.clipping_threshold)",
+        "optax.clip_by_block_rms(1.0)",
         _OPTIMIZERS,
     ),
     Mutant(

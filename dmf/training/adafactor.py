@@ -31,7 +31,8 @@ class Adafactor(Optimizer):
       momentum: decay rate of a moving average of the updates, in [0, 1); 0 for none, and no memory.
       multiply_by_parameter_scale: whether the update of a matrix is multiplied by the root mean
         square of its parameters, at least 1e-3; the learning rate is then relative to it.
-      eps: term added to squared gradients, from 1e-35 to 1.
+      eps: term added to squared gradients, from 1e-35 to 1; where gradients are 0 but for rounding,
+        as of the bias of keys, a step has full size unless eps exceeds their square.
       weight_decay: decoupled weight decay, multiplied by the learning rate; 0 for none.
     """
 

@@ -114,17 +114,17 @@ def test_a_run_resumes_bit_for_bit_and_learns(optimizer, tmp_path):
 
 @pytest.mark.slow
 def test_adafactor_is_the_same_on_every_mesh(tmp_path):
-    """With factored moments of a transformer, whole and split over four axes."""
+    """With factored moments of a transformer, whole and split over four axes. Its default eps would
+    make steps of full size of gradients that are 0 but for rounding, as of the bias of keys."""
     params = []
     for name, mesh in (("data", {}), ("all", {"mesh.fsdp": 2, "mesh.tensor": 2})):
         config = tiny.config({"run.steps": 4, **mesh})
         config.optimizer = default.component(
-            Adafactor(learning_rate=3e-3, min_dim_size_to_factor=8)
+            Adafactor(learning_rate=3e-3, min_dim_size_to_factor=8, eps=1e-10)
         )
-        state = train(config, tmp_path / name)
-        params.append(jax.flatten_util.ravel_pytree(jax.device_get(state.params))[0])
-    first, second = params
-    assert np.linalg.norm(first - second) < 1e-4 * np.linalg.norm(first)
+        params.append(jax.device_get(train(config, tmp_path / name).params))
+    differences = jax.tree.map(lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(b), *params)
+    assert max(jax.tree.leaves(differences)) < 1e-3, differences
 
 
 @pytest.mark.parametrize(("name", "field", "value"), [
