@@ -7,6 +7,9 @@ consistency, rho from 0.1 to 0.002, guidance of scale 3 that decays from t = 0.8
 network's own velocity (kappa 0.75), and adaptive weights 1 / (m + 0.01) of the mean square m over
 the 4,096 values of a latent. The scores are those of the published code, by ADM's evaluator. The
 distributions of the times and the optimizer are MeanFlow's: we have not read the published ones.
+XL/2 takes 13.35 of 59.33 GiB of each of 8 H100 without remat (`dmf compile
+--config=configs/soflow.py:xl2 --topology=h100:8 --config.model.remat=none`). bfloat16 is our
+choice; docs/performance.md says what it does to the difference that rho divides.
 """
 
 import functools
