@@ -9,7 +9,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives.interpolants import Interpolant, per_sample
+from dmf.types import Flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,3 +55,36 @@ class Gaussian:
     def flow_model(self, x_t: jax.Array, t: jax.Array, r: jax.Array, y: jax.Array) -> jax.Array:
         """The velocity at t, whatever r is."""
         return self.velocity(x_t, t)
+
+
+def _column(values: jax.Array) -> jax.Array:
+    return values[:, None, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussianMap(SimpleNetwork):
+    """Parameter times the flow map of Gaussian data; or, with a ratio, the map that SoFlow learns
+    with it, and alpha-Flow with such an alpha: Euler's method at the times
+    r + (1 - ratio)^k (t - r)."""
+
+    gaussian: Gaussian
+    ratio: float = 0.0
+    num_classes = 0
+    sample_shape = (2, 2, 1)
+    flops = Flops(encode=0.0, decode=0.0)
+
+    def init(self, key):
+        return {"u": jnp.ones((), jnp.float64)}
+
+    def apply(self, params, x_t, t, r, y):
+        if not self.ratio:
+            return params["u"] * self.gaussian.flow_map(x_t, t, r, y)
+        shrunk = (1 - self.ratio) ** jnp.arange(301.0)
+        times = r[None] + jnp.outer(shrunk, t - r)
+        std, rate = jax.jvp(self.gaussian.std_at, (times,), (jnp.ones_like(times),))
+        factor = jnp.prod(1 + (times[1:] - times[:-1]) * (rate / std)[:-1], axis=0)
+        centred = _column(factor) * (x_t - self.gaussian.mean_at(_column(t)))
+        ends = self.gaussian.mean_at(_column(r)) + centred
+        apart = _column(t - r) > 0
+        mean = (x_t - ends) / jnp.where(apart, _column(t - r), 1.0)
+        return params["u"] * jnp.where(apart, mean, self.gaussian.velocity(x_t, t))

@@ -6,6 +6,7 @@ method. It imports `dmf.runtime`, `dmf.registry`, `dmf.errors` and `dmf.types`; 
 through the `Network` protocol alone.
 """
 
+from dmf.objectives.alpha_flow import AlphaFlow
 from dmf.objectives.consistency import Consistency
 from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from dmf.objectives.flow_matching import FlowMatching
@@ -37,6 +38,7 @@ from dmf.registry import define_kind
 
 __all__ = [
     "AdaptiveWeighting",
+    "AlphaFlow",
     "CauchyWeighting",
     "Consistency",
     "DecoupledMeanFlow",
@@ -67,8 +69,8 @@ __all__ = [
 define_kind(
     "objective", "What training minimises.",
     flow_matching=FlowMatching, mean_flow=MeanFlow, improved_mean_flow=ImprovedMeanFlow,
-    decoupled_mean_flow=DecoupledMeanFlow, soflow=SoFlow, shortcut=Shortcut,
-    consistency=Consistency, terminal_velocity_matching=TerminalVelocityMatching,
+    decoupled_mean_flow=DecoupledMeanFlow, alpha_flow=AlphaFlow, soflow=SoFlow,
+    shortcut=Shortcut, consistency=Consistency, terminal_velocity_matching=TerminalVelocityMatching,
 )
 define_kind(
     "interpolant", "The path between data and noise.",

@@ -146,11 +146,24 @@ def identity_loss(
     `mean_flow_loss`."""
     bounded = objective.tangent.bound(du_dt, sample.tangent_weight)
     target = v_g - per_sample(sample.t - sample.r, u) * bounded  # equation 6
+    losses, metrics = target_loss(objective, network, params, sample, u, target)
+    return losses, metrics | {"du_dt_norm": root_mean_square(jax.lax.stop_gradient(du_dt))}
+
+
+def target_loss(
+    objective: Objective,
+    network: Network,
+    params: Params,
+    sample: PathSample,
+    u: Images,
+    target: Images,
+) -> tuple[PerSample, Metrics]:
+    """The weighted squared error of u against a target [b, h, w, c] without gradient; otherwise as
+    for `mean_flow_loss`."""
     error, size = squared_error(u, jax.lax.stop_gradient(target)), values_per_sample(u)
     metrics = {
         "mean_flow_error": error / size,
         "velocity_error": squared_error(u, sample.v_t) / size,
-        "du_dt_norm": root_mean_square(jax.lax.stop_gradient(du_dt)),
     }
     metrics |= binned_errors(
         "mean_flow_error", error / size, objective.time_bins, sample.t, sample.r

@@ -169,7 +169,9 @@ def recipe(
       InputError: a field that cannot be used; the message names it.
     """
     student, steps = network(config.model), run(config.run).steps
-    trained_by = objective(config.objective, teacher).for_run(steps)
+    trained_by = objective(config.objective, teacher)
+    with at("objective"):
+        trained_by = trained_by.for_run(steps)
     built = Recipe(
         network=student,
         objective=trained_by,

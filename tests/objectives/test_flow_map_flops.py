@@ -1,10 +1,16 @@
-"""Operations of shortcut models, consistency training and terminal velocity matching."""
+"""Operations of alpha-Flow, shortcut models, consistency and terminal velocity matching."""
 
 import pytest
 from test_compute_sharing import forward_passes
 
 from dmf.models.dit import DiT
-from dmf.objectives import Consistency, SelfGuidance, Shortcut, TerminalVelocityMatching
+from dmf.objectives import (
+    AlphaFlow,
+    Consistency,
+    SelfGuidance,
+    Shortcut,
+    TerminalVelocityMatching,
+)
 from dmf.objectives.compute_sharing import ComputeSharing
 
 EACH_LOSS = ComputeSharing(unconditional_microbatches=0)
@@ -24,6 +30,9 @@ def model_of(conditioning: str) -> DiT:
     (TerminalVelocityMatching(), "meanflow", 10.0), (TerminalVelocityMatching(), "decoupled", 8.0),
     (TerminalVelocityMatching(**GUIDED), "meanflow", 11.0),
     (TerminalVelocityMatching(differentiate_tangent=False), "meanflow", 8.0),
+    (AlphaFlow(last_step=9), "meanflow", 4.0), (AlphaFlow(constant_alpha=0.5), "decoupled", 4.0),
+    (AlphaFlow(constant_alpha=1.0), "meanflow", 3.0), (AlphaFlow(**GUIDED), "meanflow", 5.0),
+    (AlphaFlow(guidance=SelfGuidance(kappa=0.5)), "decoupled", 5.33),
 ])  # fmt: skip
 def test_flops_are_counted_in_forward_passes(objective, conditioning, passes):
     model = model_of(conditioning)
@@ -35,7 +44,9 @@ def test_flops_are_counted_in_forward_passes(objective, conditioning, passes):
 @pytest.mark.parametrize("objective", [
     Shortcut(compute_sharing=EACH_LOSS), Shortcut(**GUIDED), Consistency(),
     TerminalVelocityMatching(**GUIDED), TerminalVelocityMatching(differentiate_tangent=False),
-], ids=["shortcut", "guided", "consistency", "terminal_velocity", "detached"])
+    AlphaFlow(**GUIDED), AlphaFlow(constant_alpha=0.5), AlphaFlow(constant_alpha=1.0),
+], ids=["shortcut", "guided", "consistency", "terminal_velocity", "detached", "alpha_flow",
+        "alpha_half", "alpha_one"])
 def test_flops_are_those_of_xla(objective, conditioning):
     """XLA also counts elementwise operations, and of the attention's tangent one matmul more."""
     model = model_of(conditioning)

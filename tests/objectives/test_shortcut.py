@@ -12,8 +12,10 @@ from two_layers import TwoLayers
 
 from dmf.errors import InputError
 from dmf.models.simple_network import SimpleNetwork
-from dmf.objectives import LINEAR, Shortcut, TeacherGuidance
+from dmf.objectives import LINEAR, AlphaFlow, Shortcut, TeacherGuidance
+from dmf.objectives.alpha_flow import average_velocity_and_target
 from dmf.objectives.compute_sharing import ComputeSharing
+from dmf.objectives.guidance import GuidedVelocity
 from dmf.objectives.path_sample import Draws, FlowMapDraws, PathSample
 from dmf.objectives.shortcut import draw_steps, self_consistency_loss, step_and_target
 from dmf.types import Batch, ClassLabels, Flops
@@ -71,15 +73,16 @@ def test_a_half_step_along_the_velocity_is_alpha_flow_with_alpha_one_half():
     where the first half of a shortcut is along v."""
     with jax.enable_x64(True):
         network, sample, alpha = Exact(flow_map=False), sample_of(T, R), 0.5
-        params = network.init(None)
+        params, objective = network.init(None), AlphaFlow(constant_alpha=alpha)
 
         @gv.jit
         def targets(sample):
-            x_t, t, r = sample.x_t, sample.t, sample.r
-            v, s = network.gaussian.velocity(x_t, t), t - alpha * (t - r)
-            x_s = x_t - alpha * (t - r)[:, None, None, None] * v
-            alpha_flow = alpha * v + (1 - alpha) * network.apply(params, x_s, s, r, None)
-            return alpha_flow, step_and_target(SHORTCUT, network, params, params, sample)[1]
+            v = GuidedVelocity(network.gaussian.velocity(sample.x_t, sample.t), None)
+            inputs = network, params, sample
+            u, target = average_velocity_and_target(objective, *inputs, v, jnp.full(len(T), alpha))
+            # The regression is on u - (u - target of the paper) / alpha.
+            shortcut = step_and_target(SHORTCUT, network, params, *inputs[1:])[1]
+            return u - alpha * (u - target), shortcut
 
         expected, target = targets(sample)
         np.testing.assert_allclose(target, expected, rtol=1e-12)

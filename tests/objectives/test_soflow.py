@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from gaussian_data import Gaussian
+from gaussian_data import Gaussian, GaussianMap
 from two_layers import TwoLayers
 
 from configs import default
 from dmf.errors import InputError
-from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives import (
     LINEAR,
     CauchyWeighting,
@@ -32,7 +31,7 @@ from dmf.objectives.path_sample import Draws, PathSample
 from dmf.objectives.soflow import SoFlowDraws, average_velocity_and_target
 from dmf.runtime.sharding import make_mesh
 from dmf.training import build
-from dmf.types import Batch, ClassLabels, Flops
+from dmf.types import Batch, ClassLabels
 
 NETWORK = TwoLayers(side=2)
 PUBLISHED = SelfGuidance(omega=0.75, kappa=0.75, decay_start=0.8)
@@ -115,34 +114,6 @@ def test_the_gradient_is_that_of_the_divided_form_and_the_loss_is_the_weighted_e
         np.testing.assert_allclose(losses, values, rtol=1e-9)
         assert metrics["flow_matching_error"].shape == (4,)
         np.testing.assert_array_equal(metrics["consistency_ratio"], RATIO[1::2])
-
-
-@dataclasses.dataclass(frozen=True)
-class GaussianMap(SimpleNetwork):
-    """Parameter times the flow map of Gaussian data; or, with a ratio, the map that SoFlow learns
-    with it: Euler's method at the times r + (1 - ratio)^k (t - r)."""
-
-    gaussian: Gaussian
-    ratio: float = 0.0
-    num_classes = 0
-    sample_shape = (2, 2, 1)
-    flops = Flops(encode=0.0, decode=0.0)
-
-    def init(self, key):
-        return {"u": jnp.ones((), jnp.float64)}
-
-    def apply(self, params, x_t, t, r, y):
-        if not self.ratio:
-            return params["u"] * self.gaussian.flow_map(x_t, t, r, y)
-        shrunk = (1 - self.ratio) ** jnp.arange(301.0)
-        times = r[None] + jnp.outer(shrunk, t - r)
-        std, rate = jax.jvp(self.gaussian.std_at, (times,), (jnp.ones_like(times),))
-        factor = jnp.prod(1 + (times[1:] - times[:-1]) * (rate / std)[:-1], axis=0)
-        centred = column(factor) * (x_t - self.gaussian.mean_at(column(t)))
-        ends = self.gaussian.mean_at(column(r)) + centred
-        apart = column(t - r) > 0
-        mean = (x_t - ends) / jnp.where(apart, column(t - r), 1.0)
-        return params["u"] * jnp.where(apart, mean, self.gaussian.velocity(x_t, t))
 
 
 def gaussian_sample(gaussian: Gaussian) -> PathSample:

@@ -7,6 +7,7 @@ import pytest
 from dmf import registry
 from dmf.objectives import (
     AdaptiveWeighting,
+    AlphaFlow,
     Consistency,
     DecoupledMeanFlow,
     DrawnGuidance,
@@ -57,6 +58,13 @@ CHANGED = {
         compute_sharing=ComputeSharing(enabled=False, unconditional_microbatches=2),
     ),
     "decoupled_mean_flow": DecoupledMeanFlow(time_sampler=LogitNormal(mean=0.3)),
+    "alpha_flow": AlphaFlow(
+        interpolant=COSINE, time_pair=OrderedPair(first=UniformTime(), second=UniformTime()),
+        first_step=3, last_step=7, clip=4.0, guidance=SelfGuidance(omega=2.0),
+        tangent=Tangent(max_rms=3.0), label_dropout=0.2,
+        weighting=AdaptiveWeighting(power=0.5), time_bins=3,
+        compute_sharing=ComputeSharing(enabled=False),
+    ),
     "soflow": SoFlow(
         interpolant=COSINE, time_sampler=UniformTime(),
         time_pair=OrderedPair(first=UniformTime(), second=LogitNormal(mean=2.0)),

@@ -1,4 +1,4 @@
-"""Whole runs of shortcut models, consistency training and terminal velocity matching."""
+"""Whole runs of alpha-Flow, shortcut models, consistency and terminal velocity matching."""
 
 import jax
 import numpy as np
@@ -9,18 +9,28 @@ from etils import epath
 
 from configs import default
 from dmf.errors import InputError
-from dmf.objectives import Consistency, SelfGuidance, Shortcut, Tangent, TerminalVelocityMatching
+from dmf.objectives import (
+    AlphaFlow,
+    Consistency,
+    SelfGuidance,
+    Shortcut,
+    Tangent,
+    TerminalVelocityMatching,
+)
 from dmf.runtime.sharding import make_mesh
 from dmf.training import build, loop, metrics_writer
 
 OBJECTIVES = {
+    # alpha is 1, 1/2 and 0 in three steps.
+    "alpha_flow": AlphaFlow(last_step=2, clip=4.0, guidance=SelfGuidance(kappa=0.3), time_bins=2),
     "shortcut": Shortcut(guidance=SelfGuidance(omega=1.5), time_bins=2),
     "consistency": Consistency(tangent=Tangent(warmup_steps=3), time_bins=2),
     "terminal_velocity_matching": TerminalVelocityMatching(
         target_ema="main", guidance=SelfGuidance(omega=1.5), time_bins=2
     ),
 }
-ERRORS = {"shortcut": {"flow_matching_error", "self_consistency_error"},
+ERRORS = {"alpha_flow": {"mean_flow_error", "alpha"},
+          "shortcut": {"flow_matching_error", "self_consistency_error"},
           "consistency": {"mean_flow_error", "du_dt_norm"},
           "terminal_velocity_matching": {"flow_matching_error", "terminal_velocity_error"}}
 CONDITIONING = {"meanflow": {"model.conditioning": "meanflow"},
@@ -63,6 +73,8 @@ def test_a_transformer_trains(name, conditioning, tmp_path):
     rows = metrics_writer.read_metrics(epath.Path(tmp_path))
     assert ERRORS[name] <= set(rows[0])
     assert any(key.startswith(f"{error}/t_") for key in rows[0] for error in ERRORS[name])
+    if name == "alpha_flow":
+        assert [row["alpha"] for row in rows] == [1, 0.5, 0]
     assert np.isfinite([row["loss"] for row in rows]).all()
 
 
