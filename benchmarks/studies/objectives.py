@@ -105,8 +105,6 @@ METHODS = {
     "decoupled": Method(label="Decoupled MeanFlow", objective="decoupled_mean_flow",
                         conditioning={"conditioning": "decoupled", "split_depth": 4}),
 }
-METHODS = {name: method for name, method in METHODS.items()
-           if method.objective in registry.components("objective")}
 # Runs: the method, whether it starts from the flow model, and its share of the budget.
 RUNS = {
     "flow": ("flow_matching", False, 0.5),
@@ -214,23 +212,19 @@ FLOW_CLAIMS = (
 )
 
 
-def _study(title: str, text: str, runs: list[str], claims: tuple[Claim, ...],
-           others: tuple[str, ...] = ()) -> Study:
-    """A study of some runs; claims about objectives that are not registered are left out."""
-    claims = tuple(claim for claim in claims if {claim.lower, *claim.higher} <= set(MEASURES))
-    measures = (*runs, *(name for name in others if name in MEASURES))
-    return Study(title=title, text=text, claims=claims, measures=measures)
-
-
 STUDIES = {
-    "scratch": _study(
-        "From scratch", "The whole compute with one objective, from random parameters.",
-        [run for run in RUNS if run.endswith("_scratch")], SCRATCH_CLAIMS,
+    "scratch": Study(
+        title="From scratch",
+        text="The whole compute with one objective, from random parameters.",
+        measures=tuple(run for run in RUNS if run.endswith("_scratch")),
+        claims=SCRATCH_CLAIMS,
     ),
-    "flow": _study(
-        "From a flow model", "Half of the compute trains a flow model, and half fine-tunes it. The "
-        "first row is the flow model itself; the last two are from scratch.",
-        [run for run in RUNS if run == "flow" or run.endswith("_flow")], FLOW_CLAIMS,
-        ("mean_flow_scratch", "decoupled_scratch"),
+    "flow": Study(
+        title="From a flow model",
+        text="Half of the compute trains a flow model, and half fine-tunes it. The first row is the "
+        "flow model itself; the last two are from scratch.",
+        measures=(*(run for run in RUNS if run == "flow" or run.endswith("_flow")),
+                  "mean_flow_scratch", "decoupled_scratch"),
+        claims=FLOW_CLAIMS,
     ),
 }
