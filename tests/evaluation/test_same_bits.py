@@ -2,6 +2,7 @@
 were begun."""
 
 import hashlib
+import json
 import os
 import pathlib
 import signal
@@ -13,6 +14,34 @@ import tiny
 
 # Images, in parts of 48, which are 16 chunks.
 COUNT, PARTS = 240, 5
+
+# Of a search of guidance: no guidance at one step, where t is 1, and three scales at two steps, for
+# each EMA. A cell takes four calls of its generator, two for each part.
+SEARCH = ("--guidance=1,2,4", "--interval=0.4:0.65", "--ema=main,", "--steps=1,2")
+CELLS, DISTINCT, CELL_IMAGES, CALL_IMAGES = 12, 8, 96, 24
+# `dmf evaluate` that writes down how many images each call generates, and kills itself at a call.
+KILLED_SEARCH = """
+import os, signal, sys
+from dmf.cli import evaluate, exit_codes
+from dmf.sampling.generator import Generator
+
+make, log, calls = Generator.__call__, open(sys.argv[1], "a", buffering=1), []
+
+def counted(self, params, **settings):
+    generate = make(self, params, **settings)
+
+    def call(indices, labels):
+        calls.append(indices)
+        if len(calls) == int(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        print(len(indices), file=log)
+        return generate(indices, labels)
+
+    return call
+
+Generator.__call__ = counted
+sys.exit(exit_codes.run(evaluate.main, "evaluate", sys.argv[3:]))
+"""
 
 
 def arguments(output: pathlib.Path) -> list[str]:
@@ -84,3 +113,29 @@ def test_two_processes_measure_what_one_measures(tmp_path):
     assert tiny.dmf("evaluate", *command, f"--output={alone}") == 0
     assert together.read_text() == alone.read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alone.json", "together.json"]
+
+
+@pytest.mark.slow
+def test_a_search_of_guidance_that_is_killed_in_a_cell_ends_as_one_that_is_not(tmp_path):
+    def search(name: str, kill_at: int = 0) -> int:
+        return tiny.process(
+            tmp_path / f"{name}.log", kill_at, f"--checkpoint={tiny.flow_run()}",
+            f"--output={tmp_path}/{name}.json", f"--count={CELL_IMAGES}",
+            "--config.evaluation.part_size=48", *SEARCH, code=KILLED_SEARCH,
+        ).returncode  # fmt: skip
+
+    def generated(name: str) -> int:
+        return sum(map(int, (tmp_path / f"{name}.log").read_text().split()))
+
+    assert search("whole") == 0
+    assert len(json.loads((tmp_path / "whole.json").read_text())["results"]) == CELLS
+    assert generated("whole") == DISTINCT * CELL_IMAGES
+    # In the second part of the third cell, half of which is lost.
+    assert search("killed", kill_at=12) == -signal.SIGKILL
+    assert generated("killed") == 11 * CALL_IMAGES
+    assert not (tmp_path / "killed.json").exists()
+    assert search("killed") == 0
+    assert generated("killed") == DISTINCT * CELL_IMAGES + CALL_IMAGES
+    for suffix in ("json", "md"):
+        whole, killed = (tmp_path / f"{name}.{suffix}" for name in ("whole", "killed"))
+        assert killed.read_text() == whole.read_text()
