@@ -221,8 +221,8 @@ STUDIES = {
     ),
     "flow": Study(
         title="From a flow model",
-        text="Half of the compute trains a flow model, and half fine-tunes it. The first row is the "
-        "flow model itself; the last two are from scratch.",
+        text="Half of the compute trains a flow model, and half fine-tunes it. The first row is "
+        "the flow model itself; the last two are from scratch.",
         measures=(*(run for run in RUNS if run == "flow" or run.endswith("_flow")),
                   "mean_flow_scratch", "decoupled_scratch"),
         claims=FLOW_CLAIMS,
