@@ -169,9 +169,9 @@ STUDIES = {
         "the compute of MeanFlow. With its 20 tokens beside the 16 patches, its second head and "
         "the velocities of its guidance, a step costs about 4 times as much, so that there are "
         "about a quarter of the steps, with warm-up and the horizon of the EMA in proportion. "
-        "Guidance is drawn in training; samples have scale 1. So short a run leaves these networks far "
-        "from trained: the table compares them with each other, and shows what their steps cost on "
-        "images of 16 patches.",
+        "Guidance is drawn in training; samples have scale 1. So short a run leaves these networks "
+        "far from trained: the table compares them with each other, and shows what their steps "
+        "cost on images of 16 patches.",
         measures=("meanflow", "dmf", "improved", "improved_decoupled"),
         claims=(
             *(Claim(text="improved MeanFlow has a lower distance than MeanFlow (XL/2: FID "
