@@ -113,7 +113,7 @@ def test_a_stochastic_sampler_follows_the_path_of_training():
          "objective.time_sampler.width=3.0: logit_normal has no such field; it has mean, std"),
         (lambda c: c.objective.weighting.update(power=1.0),
          "objective.weighting.power=1.0: uniform has no such field"),
-        (lambda c: c.optimizer.update(name="sgdd"), "optimizer.name=sgdd: choose one of adamw"),
+        (lambda c: c.optimizer.update(name="sgdd"), "optimizer.name=sgdd: choose one of adafactor, adamw"),
         (lambda c: c.optimizer.update(eps=0.0), "optimizer.eps=0.0: it must be positive"),
         (lambda c: c.emas.main.update(name="slow"), "emas.main.name=slow: choose one of"),
         (lambda c: c.emas.main.update(decay=1.0), "emas.main.decay=1.0: a decay"),
