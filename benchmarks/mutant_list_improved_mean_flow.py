@@ -115,6 +115,13 @@ _OBJECTIVE = (
         "omega, kappa = 1.0, 1 / guidance.scale",
         _LOSS,
     ),
+    Mutant(
+        "guidance_input_below_1", "guidance as an input may be any positive scale",
+        "dmf/sampling/guidance.py",
+        "if guidance.scale < 1:",
+        "if guidance.scale <= 0:",
+        ("tests/sampling/test_sampling_guidance.py", "tests/sampling/test_generator.py"),
+    ),
 )  # fmt: skip
 
 IMPROVED_MEAN_FLOW = (*_NETWORKS, *_OBJECTIVE)

@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     Attributes:
       topology: for example "v5e:4x4", "2 x v5e:4x4" for several slices, or "h100:4x8".
-      config: name of the config file.
+      config: name of the config file, with its row as in "improved_meanflow:xl2".
       batch: global batch size.
       settings: fields of the config by dotted name.
     """
@@ -83,6 +83,9 @@ LADDER = (
 )
 # Measured before 256 chips along "data" split the state into 16 parts, as this mesh does.
 MESHES = {"v5e:16x16": {"mesh.slices": 16}}
+# The in-context networks, with their published batches and the default mesh.
+IN_CONTEXT_CONFIGS = (("improved_meanflow:xl2", 1024), ("pixel_meanflow:h16", 1024))
+IN_CONTEXT_TOPOLOGIES = {"v5e:16x16": "TPU v5 lite", "v6e:8x8": "TPU v6 lite"}
 FURTHER_CASES = (
     # 256 chips along one axis.
     *(Case("v5e:16x16", "dmf_xl2_256", batch, LADDER[0]) for batch in (256, 1024)),
@@ -92,6 +95,8 @@ FURTHER_CASES = (
 GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
         "a100:8": "NVIDIA A100-SXM4-80GB", "a100-40gb:8": "NVIDIA A100-SXM4-40GB",
         "h200:8": "NVIDIA H200"}  # fmt: skip
+IN_CONTEXT_GPUS = {"h100:8": GPUS["h100:8"]}
+SMALLEST_IN_CONTEXT = (("improved_meanflow:b2", 1024), ("pixel_meanflow:b16", 1024))
 GPU_CONFIGS = (("dmf_xl2_256", 256), ("dmf_xl2_512", 256))
 FURTHER_GPU_CASES = (
     # Larger batches on 80 GB, without and with rematerialisation.
@@ -115,14 +120,25 @@ def cases(results: dict[str, Any], devices: str = "tpu") -> Iterator[Case]:
     tpu = devices == "tpu"
     for topology, device in (TOPOLOGIES if tpu else GPUS).items():
         for config, batch in CONFIGS if tpu else GPU_CONFIGS:
-            for settings in LADDER:
-                case = Case(topology, config, batch, settings | MESHES.get(topology, {}))
-                if settings["model.remat"] == "none" and _is_too_large(case, device):
-                    continue
-                yield case
-                if fits(results.get(case.key, {})):
-                    break
+            first = Case(topology, config, batch, MESHES.get(topology, {}))
+            yield from _ladder(first, device, results)
     yield from FURTHER_CASES if tpu else FURTHER_GPU_CASES
+    for topology, device in (IN_CONTEXT_TOPOLOGIES if tpu else IN_CONTEXT_GPUS).items():
+        for config, batch in IN_CONTEXT_CONFIGS:
+            yield from _ladder(Case(topology, config, batch, {}), device, results)
+    for config, batch in () if tpu else SMALLEST_IN_CONTEXT:
+        yield Case("h100:8", config, batch, LADDER[1])
+
+
+def _ladder(base: Case, device: str, results: dict[str, Any]) -> Iterator[Case]:
+    """Yields the cases of a ladder up to the first that fits; `base` has their other settings."""
+    for settings in LADDER:
+        case = base._replace(settings=settings | base.settings)
+        if settings["model.remat"] == "none" and _is_too_large(case, device):
+            continue
+        yield case
+        if fits(results.get(case.key, {})):
+            break
 
 
 def fits(result: dict[str, Any]) -> bool:
@@ -139,10 +155,12 @@ def _is_too_large(case: Case, device: str) -> bool:
 def compile_case(case: Case) -> dict[str, Any]:
     """The result of `dmf compile`, or its error, with the machine."""
     fields = {"data.batch_size": case.batch, **case.settings}
+    file, colon, row_name = case.config.partition(":")
     output = Path(_OUTPUT.value).with_suffix(".partial")
     slices, topology = case.slices
-    command = [sys.executable, "-m", "dmf", "compile", f"--config=configs/{case.config}.py",
-               f"--topology={topology}", f"--slices={slices}", f"--output={output}",
+    command = [sys.executable, "-m", "dmf", "compile",
+               f"--config=configs/{file}.py{colon}{row_name}", f"--topology={topology}",
+               f"--slices={slices}", f"--output={output}",
                *(f"--config.{name}={value}" for name, value in fields.items())]  # fmt: skip
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if not output.exists():

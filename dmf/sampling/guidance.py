@@ -1,7 +1,6 @@
 """Guidance at sampling: from a flow map to the guided flow map."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -213,14 +212,14 @@ def guidance_as_input(
       values: scalars to use in place of the scale and the interval, for example traced ones.
 
     Raises:
-      InputError: the scale is not positive, or only some channels are to be guided.
+      InputError: the scale is below 1, or only some channels are to be guided.
     """
     if guidance.channels:
         raise InputError("channels", guidance.channels, "a network that takes its guidance as an "
                          "input guides all channels; give 0")
-    if not 0 < guidance.scale < math.inf:
+    if guidance.scale < 1:
         raise InputError("scale", guidance.scale, "a network that takes its guidance as an input "
-                         "needs a positive scale; 1 is none")
+                         "is trained with scales from 1 on; give 1, which is no guidance, or more")
     scalars = guidance.values if values is None else values
 
     def guided(x_t: Images, t: Times, r: Times, y: Any) -> Images:

@@ -140,5 +140,6 @@ def test_guidance_as_an_input_has_one_program_and_no_guide(monkeypatch):
     assert len({base.with_guidance(g).guidance_effect(1) for g in GUIDANCES}) == len(GUIDANCES)
     with pytest.raises(InputError, match=r"^sampling\.guidance\.guide: .* as an input; leave"):
         Generator(network, Sampling(), None, mesh=local_mesh(1), guide=(network, {}))
-    with pytest.raises(InputError, match=r"^sampling\.guidance\.scale=0\.0: .*positive scale"):
-        base.with_guidance(SamplingGuidance(scale=0.0))
+    for scale in (0.0, 0.999):
+        with pytest.raises(InputError, match=rf"^sampling\.guidance\.scale={scale}: .*from 1 on"):
+            base.with_guidance(SamplingGuidance(scale=scale))
