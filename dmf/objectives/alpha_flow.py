@@ -253,6 +253,7 @@ def _target(
     def jump() -> Images:
         span = alpha * (t - r)
         u_s = network.apply(params, x_t - per_sample(span, v) * v, t - span, r, y)
+        # Where r = t every alpha has the same e; without the division it is exact.
         ours = jnp.where(r < t, alpha, 1.0)
         weight = per_sample(ours, u)
         return difference(weight * v_g + (1 - weight) * u_s, ours)

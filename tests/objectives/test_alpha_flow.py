@@ -123,6 +123,9 @@ def test_one_program_has_the_gradient_of_the_paper_for_every_alpha_and_is_mean_f
                   for alpha in (1e-3, 5e-4)]
         assert np.abs(errors[0][8:]).max() > 1e-6
         np.testing.assert_allclose(errors[0], 2 * errors[1], rtol=0.02, atol=1e-8)
+        # Where r = t nothing is divided by alpha.
+        error = found(1e-5)[0][2]["mean_flow_error"][3]
+        np.testing.assert_allclose(error, limit[2]["mean_flow_error"][3], rtol=1e-13)
         assert found._cache_size() == 1
 
 
