@@ -34,6 +34,7 @@ from absl import flags
 
 from benchmarks.machine import machine, start
 from benchmarks.mutant_list import LOWER, Mutant
+from benchmarks.mutant_list_autoencoders import AUTOENCODERS
 from benchmarks.mutant_list_checkpoints import CHECKPOINTS
 from benchmarks.mutant_list_flow_maps import FLOW_MAPS
 from benchmarks.mutant_list_improved_mean_flow import IMPROVED_MEAN_FLOW
@@ -51,7 +52,7 @@ _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/mutants.md", "a .md 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = (
     *LOWER, *IMPROVED_MEAN_FLOW, *SOFLOW, *FLOW_MAPS, *MIDDLE, *CHECKPOINTS,
-    *PREDICTIONS_AND_OPTIMIZERS, *UPPER,
+    *PREDICTIONS_AND_OPTIMIZERS, *UPPER, *AUTOENCODERS,
 )  # fmt: skip
 # It compares the list of mutants with the files, so that it fails in every mutated copy.
 _OWN_TEST = "tests/test_mutants.py"
