@@ -42,6 +42,7 @@ from benchmarks.mutant_list_improved_mean_flow import IMPROVED_MEAN_FLOW
 from benchmarks.mutant_list_middle import MIDDLE
 from benchmarks.mutant_list_predictions_and_optimizers import PREDICTIONS_AND_OPTIMIZERS
 from benchmarks.mutant_list_soflow import SOFLOW
+from benchmarks.mutant_list_taesd import TAESD
 from benchmarks.mutant_list_upper import UPPER
 
 _ONLY = flags.DEFINE_list("only", [], "names of the mutants to run; all by default")
@@ -53,7 +54,7 @@ _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/mutants.md", "a .md 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = (
     *LOWER, *IMPROVED_MEAN_FLOW, *ALPHA_FLOW, *SOFLOW, *FLOW_MAPS, *MIDDLE, *CHECKPOINTS,
-    *PREDICTIONS_AND_OPTIMIZERS, *AUTOENCODERS, *UPPER,
+    *PREDICTIONS_AND_OPTIMIZERS, *AUTOENCODERS, *TAESD, *UPPER,
 )  # fmt: skip
 # It compares the list of mutants with the files, so that it fails in every mutated copy.
 _OWN_TEST = "tests/test_mutants.py"

@@ -5,11 +5,13 @@ that no network of ours has.
 """
 
 import math
-from collections.abc import Mapping
+import typing
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from dmf.errors import InputError, brief
 from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.types import describe_type, has_type
 
 
 class StatedNetwork(NamedTuple):
@@ -128,3 +130,45 @@ def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
 
 def _unfit(name: str, value: Any, remedy: str) -> InputError:
     return InputError(f"config.json: {name}", str(value)[:80], remedy)
+
+
+def diffusers_network(
+    config: Mapping[str, Any], class_name: str, network: type, renamed: Mapping[str, str],
+    fixed: Mapping[str, Any], without_effect: Collection[str] = (),
+) -> StatedNetwork:
+    """The fields and the scaling of a network of diffusers.
+
+    Args:
+      config: its `config.json`; empty where there is none.
+      class_name: its class in diffusers.
+      network: our class, with a field `default_scaling`; the types of its fields are checked.
+      renamed: the fields of ours by the names of theirs.
+      fixed: the only value that is known here, for their other fields.
+      without_effect: fields of theirs that change nothing here.
+
+    Raises:
+      InputError: it is of another class, or has a field or value that no network here has.
+    """
+    if config.get("_class_name", class_name) != class_name:
+        raise _unfit("_class_name", config["_class_name"], f"only {class_name} is known")
+    ignored = (*_SCALING, *_WITHOUT_EFFECT, *without_effect)
+    types, fields = typing.get_type_hints(network), {}
+    for name, value in config.items():
+        if name in renamed:
+            field = renamed[name]
+            if not has_type(value, types[field]):
+                raise _unfit(name, value, f"give {describe_type(types[field])}")
+            if fields.setdefault(field, _as_tuples(value)) != _as_tuples(value):
+                raise _unfit(name, value, f"another field says {fields[field]}")
+        elif name in fixed:
+            if value != fixed[name]:
+                raise _unfit(name, value, f"only {fixed[name]} is known")
+        elif name not in ignored and name[:1] != "_":
+            raise _unfit(name, value, "the field is not known, and may change the network")
+    scaling = _scaling(config)
+    return StatedNetwork(fields | ({"default_scaling": scaling} if scaling else {}), scaling)
+
+
+def _as_tuples(value: Any) -> Any:
+    """A value of JSON with tuples for its lists."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value

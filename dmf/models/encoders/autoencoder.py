@@ -89,6 +89,26 @@ def as_moments(encoded: Moments | Latents) -> Moments:
     return Moments(encoded, jnp.zeros_like(encoded))
 
 
+def check_images(autoencoder: Autoencoder, images: Images) -> None:
+    """Raises InputError where an autoencoder cannot encode images of this shape."""
+    *_, height, width, channels = images.shape
+    factor = autoencoder.factor
+    if channels != autoencoder.channels or height % factor or width % factor:
+        raise InputError(
+            f"images have shape {images.shape}",
+            remedy=f"give [b, h, w, {autoencoder.channels}], h and w multiples of {factor}",
+        )
+
+
+def check_latents(autoencoder: Autoencoder, latents: Latents) -> None:
+    """Raises InputError where an autoencoder cannot decode latents of this shape."""
+    if latents.shape[-1] != autoencoder.latent_channels:
+        raise InputError(
+            f"latents have shape {latents.shape}",
+            remedy=f"give [b, h, w, {autoencoder.latent_channels}]",
+        )
+
+
 def with_dtype(network: Network, dtype: str) -> Network:
     """A frozen network that computes in another dtype.
 

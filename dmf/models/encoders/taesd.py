@@ -1,0 +1,162 @@
+"""TAESD (diffusers' AutoencoderTiny): a small convolutional autoencoder without a distribution.
+
+It is distilled from a large autoencoder and encodes to the scaled latents of that one: the latents
+of the released `taesd` are those of Stable Diffusion times 0.18215, so that either autoencoder
+decodes the samples of a network that is trained on them. The release (MIT licence, no paper) is
+github.com/madebyollin/taesd. The default fields are those of `taesd` and `taesdxl`; `taesd3` and
+`taef1` have 16 latent channels.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dmf.errors import check_at_least, check_choice, check_valid
+from dmf.models.encoders.autoencoder import Latents, check_images, check_latents
+from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
+
+# The decoder limits latents softly to this magnitude.
+_LIMIT = 3.0
+
+Maps = Float[Array, "b h w _"]
+
+Convolution = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TAESD:
+    """A small convolutional autoencoder; images have one latent each, without a distribution.
+
+    Attributes:
+      channels: channels of the images, >= 1.
+      latent_channels: channels of the latents, >= 1.
+      width: channels of all layers between, >= 1.
+      encoder_blocks: residual blocks of the levels of the encoder, finest first, each >= 0; each
+        level halves the height and width of the one before.
+      decoder_blocks: residual blocks of as many levels of the decoder, coarsest first.
+      default_scaling: the published scaling of the latents, after which they have about unit
+        variance; none for the released networks, whose latents are scaled.
+      dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
+    """
+
+    channels: int = 3
+    latent_channels: int = 4
+    width: int = 64
+    encoder_blocks: tuple[int, ...] = (1, 3, 3, 3)
+    decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
+    default_scaling: LatentScaling = LatentScaling()
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        check_at_least(self, 1, "channels", "latent_channels", "width")
+        for field in ("encoder_blocks", "decoder_blocks"):
+            blocks = getattr(self, field)
+            check_valid(self, blocks and min(blocks) >= 0, field,
+                        "give a whole number >= 0 for each of at least one level")
+        check_valid(self, len(self.decoder_blocks) == len(self.encoder_blocks), "decoder_blocks",
+                    f"give as many levels as encoder_blocks={self.encoder_blocks}")
+        check_valid(self, len(self.default_scaling.mean) in (0, self.latent_channels),
+                    "default_scaling",
+                    f"give a mean and a std for each of latent_channels={self.latent_channels}")
+        check_choice(self, "dtype", COMPUTE_DTYPES)
+
+    @property
+    def factor(self) -> int:
+        """The ratio of an image's height and width to those of its latents."""
+        return 2 ** (len(self.encoder_blocks) - 1)
+
+    def init(self, key: PRNGKey) -> Params:
+        """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
+        encoder_key, decoder_key = jax.random.split(key)
+        images = jnp.zeros((1, self.factor, self.factor, self.channels))
+        latents = jnp.zeros((1, 1, 1, self.latent_channels))
+        return {
+            "encoder": Encoder(self).init(encoder_key, images)["params"],
+            "decoder": Decoder(self).init(decoder_key, latents)["params"],
+        }
+
+    def encode(self, params: Params, images: Images) -> Latents:
+        """The latents of images: [b, h / factor, w / factor, latent_channels] float32.
+
+        Args:
+          params: parameters, as `init` returns them; only `encoder` is read.
+          images: [b, h, w, channels] in [-1, 1]; h and w are multiples of `factor`.
+
+        Raises:
+          InputError: the images do not have such a shape.
+        """
+        check_images(self, images)
+        latents = Encoder(self).apply({"params": params["encoder"]}, images)
+        return latents.astype(jnp.float32)
+
+    def decode(self, params: Params, latents: Latents) -> Images:
+        """The images of latents: [b, h factor, w factor, channels] float32, not clipped.
+
+        Args:
+          params: parameters, as `init` returns them; only `decoder` is read.
+          latents: [b, h, w, latent_channels], unscaled, as `encode` returns them.
+
+        Raises:
+          InputError: the latents have another number of channels.
+        """
+        check_latents(self, latents)
+        images = Decoder(self).apply({"params": params["decoder"]}, latents)
+        return images.astype(jnp.float32)
+
+
+class Block(nn.Module):
+    """Three convolutions with ReLU between them, plus the input, and ReLU of the sum."""
+
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Maps) -> Maps:
+        y = x
+        for i in range(3):
+            y = nn.relu(y) if i else y
+            y = Convolution(self.width, dtype=self.dtype, name=f"convolution_{i}")(y)
+        return nn.relu(x + y)
+
+
+class Encoder(nn.Module):
+    """Images in [-1, 1] to latents; the layers see images in [0, 1]."""
+
+    config: TAESD
+
+    @nn.compact
+    def __call__(self, images: Images) -> Latents:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = Convolution(config.width, dtype=dtype, name="in")((images + 1) / 2)
+        for i, blocks in enumerate(config.encoder_blocks):
+            if i:
+                x = Convolution(config.width, strides=2, use_bias=False, dtype=dtype,
+                                name=f"level_{i}_resize")(x)
+            for j in range(blocks):
+                x = Block(config.width, dtype, name=f"level_{i}_block_{j}")(x)
+        return Convolution(config.latent_channels, dtype=dtype, name="out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents to images; levels are numbered from the coarsest."""
+
+    config: TAESD
+
+    @nn.compact
+    def __call__(self, latents: Latents) -> Images:
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        x = jnp.tanh(latents / _LIMIT) * _LIMIT
+        x = nn.relu(Convolution(config.width, dtype=dtype, name="in")(x))
+        for i, blocks in enumerate(config.decoder_blocks):
+            for j in range(blocks):
+                x = Block(config.width, dtype, name=f"level_{i}_block_{j}")(x)
+            if i + 1 < len(config.decoder_blocks):
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = Convolution(config.width, use_bias=False, dtype=dtype,
+                                name=f"level_{i}_resize")(x)
+        return 2 * Convolution(config.channels, dtype=dtype, name="out")(x) - 1
