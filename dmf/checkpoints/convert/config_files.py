@@ -82,8 +82,7 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
             raise _unfit(name, value, f"only {_BLOCKS[name]} for each width is known")
         elif name not in (*_FIXED, *_BLOCKS, *_SCALING, *_WITHOUT_EFFECT) and name[:1] != "_":
             raise _unfit(name, value, "the field is not known, and may change the network")
-    scaling = _scaling(config)
-    return StatedNetwork(fields | ({"default_scaling": scaling} if scaling else {}), scaling)
+    return _with_scaling(fields, config)
 
 
 def dinov2(config: Mapping[str, Any]) -> StatedNetwork:
@@ -103,6 +102,12 @@ def dinov2(config: Mapping[str, Any]) -> StatedNetwork:
             raise _unfit(name, config[name], f"only {value} is known")
     return StatedNetwork({ours: config[name] for name, ours in _OF_DINOV2.items()
                           if name in config})
+
+
+def _with_scaling(fields: dict[str, Any], config: Mapping[str, Any]) -> StatedNetwork:
+    """The fields and the scaling of an autoencoder, whose own scaling is the stated one."""
+    scaling = _scaling(config)
+    return StatedNetwork(fields | ({"default_scaling": scaling} if scaling else {}), scaling)
 
 
 def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
@@ -165,8 +170,7 @@ def diffusers_network(
                 raise _unfit(name, value, f"only {fixed[name]} is known")
         elif name not in ignored and name[:1] != "_":
             raise _unfit(name, value, "the field is not known, and may change the network")
-    scaling = _scaling(config)
-    return StatedNetwork(fields | ({"default_scaling": scaling} if scaling else {}), scaling)
+    return _with_scaling(fields, config)
 
 
 def _as_tuples(value: Any) -> Any:
