@@ -25,7 +25,7 @@ from dmf.checkpoints.convert import format_1, namings, open_checkpoint, source_f
 from dmf.checkpoints.stored_config import without_local_paths
 from dmf.errors import InputError, brief
 from dmf.models import FROZEN_KINDS
-from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.objectives.build import interpolant
 from dmf.runtime import files, progress
 from dmf.runtime.ownership import owned_output
@@ -47,7 +47,6 @@ class Parts(NamedTuple):
       params: parameters of the network.
       origin: one line that says where the parameters come from.
       autoencoder: the autoencoder of the latents that the network makes; None without one.
-      scaling: the scaling of the latents that is stated beside an autoencoder; None without one.
     """
 
     network: Any
@@ -55,7 +54,6 @@ class Parts(NamedTuple):
     params: Params
     origin: str
     autoencoder: "Parts | None" = None
-    scaling: LatentScaling | None = None
 
 
 def convert(
@@ -87,8 +85,9 @@ def convert(
     """
     with owned_output("output", output), files.new_directory(output) as folder:
         decoder = _read_autoencoder(autoencoder) if autoencoder else None
-        parts = _read(source, fields, key, naming, config_class, decoder and decoder.scaling)
+        parts = _read(source, fields, key, naming, config_class, decoder and decoder.network)
         if decoder:
+            _check_channels(autoencoder, decoder.network, parts.network)
             parts = parts._replace(autoencoder=decoder)
         _write_orbax(folder, parts)
 
@@ -101,11 +100,22 @@ def _read_autoencoder(source: str) -> Parts:
     return parts
 
 
+def _check_channels(source: str, autoencoder: Autoencoder, network: Any) -> None:
+    """Raises InputError where the samples of a network are no latents of an autoencoder."""
+    *_, channels = getattr(network, "sample_shape", (0,))
+    if channels != autoencoder.latent_channels:
+        raise InputError("autoencoder", source, f"its latents have {autoencoder.latent_channels} "
+                         f"channels, and the samples of the {type(network).__name__} {channels}")
+
+
 def _read(
     source: str, fields: Mapping[str, Any], key: str, naming: str,
-    config_class: type | None = None, scaling: LatentScaling | None = None,
+    config_class: type | None = None, autoencoder: Autoencoder | None = None,
 ) -> Parts:
-    """The parts of a run, an export, or a checkpoint of another project."""
+    """The parts of a run, an export, or a checkpoint of another project.
+
+    A network without a config has the latents of `autoencoder`, or those of Stable Diffusion.
+    """
     if stored_params.is_dmf_checkpoint(source):
         return _read_dmf(source, fields, key)
     opened = open_checkpoint.open_checkpoint(source, key)
@@ -120,7 +130,7 @@ def _read(
         )
         with _stated_errors(opened.config):
             config = load.export_config(converted.network, stated, defaults,
-                                        converted.scaling or scaling)
+                                        converted.scaling, autoencoder)
     except InputError as error:
         if len(str(error)) > _MAX_ERROR_LENGTH:  # it quotes what the file states
             error = InputError("", remedy=f"{brief(error, _MAX_ERROR_LENGTH)} ...")
@@ -134,7 +144,7 @@ def _read(
     ])))
     origin = f"converted from {_public_name(source)} ({converted.naming.name})"
     inner = _read_autoencoder_of(source)
-    return Parts(converted.network, config, converted.params, origin, inner, converted.scaling)
+    return Parts(converted.network, config, converted.params, origin, inner)
 
 
 def _read_autoencoder_of(source: str) -> Parts | None:

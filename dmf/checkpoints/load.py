@@ -14,6 +14,7 @@ from dmf.checkpoints import params as stored_params
 from dmf.checkpoints import power_ema
 from dmf.checkpoints.stored_config import without_foreign_paths
 from dmf.data.build import Data, data
+from dmf.data.latent_origin import check_origin
 from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
 from dmf.models.abstract_params import abstract_params
@@ -152,7 +153,7 @@ def config_from_json(stored: Mapping[str, Any]) -> ConfigDict:
 
 def export_config(
     network: Any, stated: Mapping[str, Any], defaults: Mapping[str, Any] | None = None,
-    scaling: LatentScaling | None = None,
+    scaling: LatentScaling | None = None, autoencoder: Autoencoder | None = None,
 ) -> dict[str, Any]:
     """The config of a network that was converted, for its export.
 
@@ -160,8 +161,9 @@ def export_config(
       network: a network that is trained, or a frozen network.
       stated: the config that the converted file states; empty if it states none.
       defaults: a config with every field, for a network whose file states none.
-      scaling: the scaling of its latents, for a network whose file states no config; the published
-        one of Stable Diffusion's autoencoder by default.
+      scaling: the scaling of its latents, for a network whose file states no config; that of the
+        autoencoder by default.
+      autoencoder: the autoencoder of its latents; that of Stable Diffusion by default.
 
     Returns:
       The config as JSON holds it; that of a frozen network has one section, its kind.
@@ -178,7 +180,7 @@ def export_config(
         raise InputError("", remedy=f"the checkpoint states a config without {min(missing)}")
     config = config_from_json(stated or defaults)
     config.model = registry.to_config(network, "model")
-    published = AutoencoderKL()
+    published = autoencoder or AutoencoderKL()
     if not stated and network.channels == published.latent_channels:
         config.latents.update(registry.to_config(scaling or published.default_scaling))
         config.data.name = f"imagenet_latents_{published.factor * network.input_size}"
@@ -281,13 +283,18 @@ def load_latent_space(config: ConfigDict) -> tuple[LatentSpace, Params] | None:
 
     Raises:
       InputError: a field that cannot be used, or the autoencoder has another number of channels
-        than `config.model`.
+        than `config.model`, or is not that of the latents of `config.data`.
     """
     directory = latents(config.latents).autoencoder
     if not directory:
         return None
     autoencoder, params = load_autoencoder(directory)
-    return build_latent_space(config, autoencoder), params
+    space = build_latent_space(config, autoencoder)
+    try:
+        check_origin(data(config.data).directories, autoencoder, params)
+    except InputError as error:
+        raise InputError("latents.autoencoder", directory, str(error)) from None
+    return space, params
 
 
 def build_latent_space(config: ConfigDict, autoencoder: Autoencoder) -> LatentSpace:

@@ -19,6 +19,7 @@ from dmf.data.datasets import (
     check_labels,
     open_dataset,
 )
+from dmf.data.latent_origin import check_same_origin
 from dmf.errors import InputError, check_at_least
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at, build, component_field, components
@@ -85,6 +86,11 @@ class Data:
         return {"data": self} | {f"data.mixture.{k}": part for k, part in self.mixture.items()}
 
     @property
+    def directories(self) -> dict[str, str]:
+        """The directory of each part, by its place in the config; some may be empty."""
+        return {place: part.directory for place, part in self.parts.items()}
+
+    @property
     def weights(self) -> tuple[float, ...]:
         """The weight of each part of the mixture; () without a mixture."""
         return tuple(part.weight for part in self.parts.values()) if self.mixture else ()
@@ -118,7 +124,8 @@ def dataset(settings: Data, network: Network, extra: str = "") -> Dataset:
         alignment; otherwise empty.
 
     Raises:
-      InputError: a dataset does not exist, or its samples, labels or extra do not fit the network.
+      InputError: a dataset does not exist, or its samples, labels or extra do not fit the network;
+        or the latents of a mixture are of several autoencoders.
     """
     parts = []
     for place, part in settings.parts.items():
@@ -131,6 +138,7 @@ def dataset(settings: Data, network: Network, extra: str = "") -> Dataset:
             BatchTransform(scaling=LatentScaling(), mirror=settings.mirror).check(opened.shape)
             indices = _of_classes(settings.classes, opened)
         parts.append((opened if network.num_classes else UnlabelledDataset(opened), indices))
+    check_same_origin(settings.directories)
     if extra:
         _check_same_extra([part for part, _ in parts], extra)
     if len(parts) == 1 and not settings.classes:

@@ -5,18 +5,24 @@ import json
 import os
 import pathlib
 
+import diffusers_autoencoders
 import golden_values as gv
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 from test_convert import OF_DMF_TINY, PT, converted, refused
 
+from configs import default
 from dmf.checkpoints import load
 from dmf.checkpoints.convert import namings
 from dmf.checkpoints.convert.open_checkpoint import open_checkpoint
 from dmf.errors import InputError
+from dmf.models import AutoencoderKL
+from dmf.models.build import network
+from dmf.models.encoders.latent_scaling import LatentScaling
 
 STATED = {
     "_class_name": "AutoencoderKL", "_diffusers_version": "0.21.1", "act_fn": "silu",
@@ -66,7 +72,12 @@ def test_the_config_beside_an_autoencoder_is_read(tmp_path, weights):
     ({"up_block_types": ["UpDecoderBlock2D"] * 2}, "only UpDecoderBlock2D for each width is known"),
     ({"scaling_factor": True}, "it is no scaling of latents"),
     ({"mid_block_add_attention": False}, "mid_block_add_attention=False: only True is known"),
-    ({"use_quant_conv": False}, "use_quant_conv=False: only True is known"),
+    ({"use_quant_conv": False}, "^quant_conv=False: its tensors say True"),
+    ({"use_post_quant_conv": False}, "^post_quant_conv=False: its tensors say True"),
+    ({"use_post_quant_conv": 1}, "use_post_quant_conv=1: give true or false"),
+    ({"latent_channels": 16}, "^latent_channels=16: its tensors say 4"),
+    ({"scaling_factor": 0}, "it is no scaling of latents"),
+    ({"latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, "a std for each of latent_channels=4"),
     ({"gain": 2}, "gain=2: the field is not known, and may change the network"),
     ({"_class_name": "VQModel"}, "_class_name=VQModel: only AutoencoderKL is known"),
     ({"scaling_factor": "much"}, "it is no scaling of latents"),
@@ -92,6 +103,36 @@ def test_the_scaling_of_the_autoencoder_is_that_of_the_flow_map(tmp_path, weight
     config = load.read_config(output)
     assert (config.latents.scale, config.latents.shift) == (0.13025, 0.5)
     assert load.load_autoencoder(config.latents.autoencoder)[0].groups == 8
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_part_of_an_autoencoder_alone(tmp_path, weights, part):
+    tensors = {name: w for name, w in weights.items() if name.startswith(part)}
+    with pytest.raises(InputError, match=f"^it holds the {part} of an autoencoder without its"):
+        read(diffusers(tmp_path / "vae", tensors))
+
+
+def test_an_autoencoder_of_other_latents_than_the_network(tmp_path, capsys):
+    vae = diffusers_autoencoders.golden_directory(tmp_path)
+    flags = (f"--output={tmp_path}/converted", *OF_DMF_TINY, f"--autoencoder={vae}")
+    assert tiny.dmf("convert", PT, *flags) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.endswith("its latents have 16 channels, and the samples of the DiT 4")
+
+
+def test_a_flow_map_has_the_latents_of_its_autoencoder():
+    """Of any number of channels and any factor; without one, those of Stable Diffusion."""
+    def dit(channels: int):
+        return network(tiny.config({"model.channels": channels}).model)
+
+    vae = AutoencoderKL(latent_channels=16, widths=(32, 32), default_scaling=LatentScaling(
+        scale=0.3611, shift=0.1159))
+    defaults = load.config_to_json(default.get_config())
+    config = load.export_config(dit(16), {}, defaults, autoencoder=vae)
+    assert config["data"]["name"] == "imagenet_latents_16"
+    assert (config["latents"]["scale"], config["latents"]["shift"]) == (0.3611, 0.1159)
+    config = load.export_config(dit(4), {}, defaults)
+    assert (config["data"]["name"], config["latents"]["scale"]) == ("imagenet_latents_64", 0.18215)
 
 
 def test_the_autoencoder_of_a_pipeline_is_taken_and_said(tmp_path, weights):

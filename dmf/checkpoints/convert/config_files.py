@@ -36,10 +36,11 @@ _FIXED_IN_DINOV2 = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": Tr
 _RENAMED = {
     "in_channels": "channels", "out_channels": "channels", "latent_channels": "latent_channels",
     "block_out_channels": "widths", "layers_per_block": "layers_per_block",
-    "norm_num_groups": "groups",
+    "norm_num_groups": "groups", "use_quant_conv": "quant_conv",
+    "use_post_quant_conv": "post_quant_conv",
 }  # fmt: skip
-_FIXED = {"act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
-          "use_post_quant_conv": True}  # fmt: skip
+_SWITCHES = ("use_quant_conv", "use_post_quant_conv")
+_FIXED = {"act_fn": "silu", "mid_block_add_attention": True}
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _WITHOUT_EFFECT = ("sample_size", "force_upcast", "architectures", "model_type", "torch_dtype",
@@ -50,8 +51,8 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
     """The fields and the scaling of an autoencoder that diffusers wrote.
 
     >>> stated = autoencoder_kl({"norm_num_groups": 8, "scaling_factor": 0.5})
-    >>> stated.fields, stated.scaling.scale
-    ({'groups': 8}, 0.5)
+    >>> stated.fields["groups"], stated.scaling == stated.fields["default_scaling"]
+    (8, True)
 
     Args:
       config: its `config.json`; empty where there is none.
@@ -67,8 +68,9 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
     for name, value in config.items():
         values = value if isinstance(value, list) else [value]
         if name in _RENAMED:
-            if {type(number) for number in values} != {int}:
-                raise _unfit(name, value, "give whole numbers")
+            if {type(number) for number in values} != {bool if name in _SWITCHES else int}:
+                raise _unfit(name, value, "give true or false" if name in _SWITCHES
+                             else "give whole numbers")
             field, ours = _RENAMED[name], tuple(value) if isinstance(value, list) else value
             if fields.setdefault(field, ours) != ours:
                 raise _unfit(name, value, f"another field says {fields[field]}")
@@ -78,7 +80,8 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
             raise _unfit(name, value, f"only {_BLOCKS[name]} for each width is known")
         elif name not in (*_FIXED, *_BLOCKS, *_SCALING, *_WITHOUT_EFFECT) and name[:1] != "_":
             raise _unfit(name, value, "the field is not known, and may change the network")
-    return StatedNetwork(fields, _scaling(config))
+    scaling = _scaling(config)
+    return StatedNetwork(fields | ({"default_scaling": scaling} if scaling else {}), scaling)
 
 
 def dinov2(config: Mapping[str, Any]) -> StatedNetwork:

@@ -123,6 +123,8 @@ class Naming:
       network: the class of the network.
       identifying_tensors: names of tensors that every checkpoint of this naming has, and no
         checkpoint of another one.
+      incomplete: what a checkpoint holds that has one of these tensors, and not the identifying
+        ones: a part of the network, with the remedy.
       infer_network: (shapes of the tensors by name, without the prefixes of wrapping modules;
         fields of the network that the user gave, which override what the shapes say) -> the
         network.
@@ -146,6 +148,7 @@ class Naming:
     read_config: Callable[[Mapping[str, Any]], StatedNetwork] = lambda config: StatedNetwork({})
     scaling: Callable[[Any], LatentScaling | None] = lambda network: None
     notes: str = ""
+    incomplete: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def with_given(

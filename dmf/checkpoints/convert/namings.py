@@ -75,6 +75,9 @@ def detect_naming(tensors: Tensors, name: str = "") -> Naming:
     for naming in NAMINGS:
         if shapes.keys() >= set(naming.identifying_tensors) and naming.matches_shapes(shapes):
             return naming
+    for tensor, part in itertools.chain.from_iterable(n.incomplete.items() for n in NAMINGS):
+        if tensor in shapes:
+            raise InputError("", remedy=f"it holds {part}")
     some = ", ".join(repr(name) for name in sorted(tensors)[:3]) or "none at all"
     raise InputError("", remedy=f"its tensors ({some}) belong to no known network; the known "
                      f"namings are {_LISTED}")

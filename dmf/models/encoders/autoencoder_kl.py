@@ -2,7 +2,9 @@
 
 It is frozen here: latent diffusion is trained on the latents that `encode` returns, and `decode`
 turns samples into images. From arXiv:2112.10752; the default fields are those of the released
-`sd-vae-ft-mse` and `sd-vae-ft-ema`.
+`sd-vae-ft-mse` and `sd-vae-ft-ema`. The autoencoder of SDXL has another scale of the latents,
+0.13025. Those of Stable Diffusion 3 (arXiv:2403.03206) and FLUX have 16 latent channels, a shift of
+the latents, and no quant convolutions.
 """
 
 import dataclasses
@@ -41,6 +43,10 @@ class AutoencoderKL:
       layers_per_block: residual blocks of each level of the encoder, >= 1; the decoder has one
         more.
       groups: groups of the group normalisations; it must divide each of `widths`.
+      quant_conv: whether a 1 x 1 convolution is the last layer of the encoder.
+      post_quant_conv: whether a 1 x 1 convolution is the first layer of the decoder.
+      default_scaling: the published scaling of the latents, after which they have about unit
+        variance; by channel, it has as many values as latent channels.
       dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
     """
 
@@ -49,6 +55,9 @@ class AutoencoderKL:
     widths: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     groups: int = 32
+    quant_conv: bool = True
+    post_quant_conv: bool = True
+    default_scaling: LatentScaling = LatentScaling(scale=STABLE_DIFFUSION_SCALE)
     dtype: str = "float32"
 
     def __post_init__(self):
@@ -57,6 +66,8 @@ class AutoencoderKL:
         self._check(min(self.widths) >= 1, "widths", "give whole numbers >= 1")
         self._check(all(width % self.groups == 0 for width in self.widths), "groups",
                     f"it must divide each of widths={self.widths}")
+        self._check(len(self.default_scaling.mean) in (0, self.latent_channels), "default_scaling",
+                    f"give a mean and a std for each of latent_channels={self.latent_channels}")
         check_choice(self, "dtype", COMPUTE_DTYPES)
 
     def _check(self, valid: bool, field: str, remedy: str) -> None:
@@ -67,11 +78,6 @@ class AutoencoderKL:
     def factor(self) -> int:
         """The ratio of an image's height and width to those of its latents."""
         return 2 ** (len(self.widths) - 1)
-
-    @property
-    def default_scaling(self) -> LatentScaling:
-        """The published scaling of four-channel latents; none for others."""
-        return LatentScaling(scale=STABLE_DIFFUSION_SCALE if self.latent_channels == 4 else 1.0)
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
@@ -198,7 +204,7 @@ class Encoder(nn.Module):
         x = Middle(config.groups, dtype, name="middle")(x)
         x = nn.silu(GroupNorm(config.groups, dtype=dtype, name="norm")(x))
         x = Convolution(outputs, dtype=dtype, name="out")(x)
-        return nn.Conv(outputs, (1, 1), dtype=dtype, name="moments")(x)
+        return nn.Conv(outputs, (1, 1), dtype=dtype, name="moments")(x) if config.quant_conv else x
 
 
 class Decoder(nn.Module):
@@ -210,7 +216,9 @@ class Decoder(nn.Module):
     def __call__(self, latents: Latents) -> Images:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         last, widths = len(config.widths) - 1, config.widths[::-1]
-        x = nn.Conv(config.latent_channels, (1, 1), dtype=dtype, name="latents")(latents)
+        x = latents
+        if config.post_quant_conv:
+            x = nn.Conv(config.latent_channels, (1, 1), dtype=dtype, name="latents")(x)
         x = Convolution(widths[0], dtype=dtype, name="in")(x)
         x = Middle(config.groups, dtype, name="middle")(x)
         for i, width in enumerate(widths):

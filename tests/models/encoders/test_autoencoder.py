@@ -65,12 +65,6 @@ def test_the_protocol(network):
     assert isinstance(network, Autoencoder)
 
 
-@pytest.mark.parametrize(("channels", "scale"), [(4, 0.18215), (16, 1.0)])
-def test_the_published_scaling(channels, scale):
-    scaling = AutoencoderKL(latent_channels=channels).default_scaling
-    assert scaling == LatentScaling(scale=scale)
-
-
 def test_latents_without_a_distribution_have_no_deviation():
     latents = PatchAutoencoder().encode(PARAMS, IMAGES)
     np.testing.assert_array_equal(as_moments(latents).mean, latents)

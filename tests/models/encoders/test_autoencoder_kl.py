@@ -1,5 +1,6 @@
 """The autoencoder of Stable Diffusion: golden values, published names, and its errors."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 
 from dmf.checkpoints.convert.name_tables import to_params, to_tensors
 from dmf.checkpoints.convert.tables.autoencoder_kl import NAMINGS, infer_network
@@ -16,10 +18,12 @@ from dmf.errors import InputError
 from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.autoencoder import Moments
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL, GroupNorm
+from dmf.models.encoders.latent_scaling import LatentScaling
 
 PUBLISHED = AutoencoderKL()
 SMALL = AutoencoderKL(widths=(32, 32, 64), layers_per_block=1, groups=8)
-TINY = AutoencoderKL(channels=2, latent_channels=3, widths=(4, 8), layers_per_block=1, groups=2)
+TINY = AutoencoderKL(channels=2, latent_channels=3, widths=(4, 8), layers_per_block=1, groups=2,
+                     default_scaling=LatentScaling())
 DIFFUSERS, OLD = NAMINGS
 MODERN_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 over_namings = pytest.mark.parametrize("naming", NAMINGS, ids=lambda s: s.name)
@@ -192,6 +196,8 @@ def test_inputs_of_other_shapes_are_refused(method, shape, message):
         ({"widths": ()}, r"widths=\(\): give the channels of at least one level"),
         ({"widths": (32, 0)}, r"widths=\(32, 0\): give whole numbers >= 1"),
         ({"groups": 48}, r"groups=48: it must divide each of widths=\(128, .*"),
+        ({"default_scaling": LatentScaling(mean=(0.0,) * 3, std=(1.0,) * 3)},
+         r"default_scaling=.*: give a mean and a std for each of latent_channels=4"),
         ({"dtype": "float16"}, "dtype=float16: choose one of float32, bfloat16"),
     ],
 )
@@ -236,6 +242,26 @@ def test_both_namings_are_the_same_parameters():
 def test_the_network_is_inferred(network, naming):
     given = {} if network.groups == 32 else {"groups": network.groups}
     assert infer_network(shapes(network, naming), given) == network
+
+
+@pytest.mark.parametrize(("quant", "post_quant"), [(False, True), (True, False), (False, False)])
+def test_quant_convolutions_are_where_their_tensors_are(quant, post_quant):
+    network = dataclasses.replace(TINY, quant_conv=quant, post_quant_conv=post_quant)
+    names = shapes(network)
+    assert infer_network(names, {"groups": 2}) == network
+    paths = {entry.path for entry in DIFFUSERS.table(network).values()}
+    assert paths == flatten_dict(abstract(network), sep="/").keys()
+    heads = {name.partition(".")[0] for name in names} - {"encoder", "decoder"}
+    assert heads == set(["quant_conv"] * quant + ["post_quant_conv"] * post_quant)
+
+
+@pytest.mark.parametrize(("channels", "scale"), [(4, 0.18215), (16, 1.0)])
+def test_the_scaling_where_none_is_stated(channels, scale):
+    names = shapes(dataclasses.replace(TINY, latent_channels=channels))
+    assert infer_network(names, {"groups": 2}).default_scaling == LatentScaling(scale=scale)
+    given = LatentScaling(scale=0.5, shift=0.25)
+    stated = infer_network(names, {"groups": 2, "default_scaling": given})
+    assert stated.default_scaling == given
 
 
 def test_given_fields_win_where_the_tensors_do_not_tell():

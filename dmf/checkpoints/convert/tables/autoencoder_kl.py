@@ -1,4 +1,5 @@
-"""Names of the published autoencoders of Stable Diffusion, those of `AutoencoderKL` in diffusers.
+"""Names of the published autoencoders of Stable Diffusion, SDXL, Stable Diffusion 3 and FLUX, those
+of `AutoencoderKL` in diffusers.
 
 diffusers renamed the tensors of the attention once; checkpoints come with either names.
 """
@@ -22,6 +23,7 @@ from dmf.checkpoints.convert.name_tables import (
 )
 from dmf.errors import InputError
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
+from dmf.models.encoders.latent_scaling import LatentScaling
 
 # The names of query, key, value and out.
 _ATTENTIONS = {
@@ -34,12 +36,16 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
     """The network of a checkpoint; see `Naming.infer_network`.
 
     The shapes do not tell the number of groups of the group normalisations: it is given, or stated
-    in `config.json`, or else 32 as published.
+    in `config.json`, or else 32 as published. Nor do they tell the scaling of the latents: of four
+    channels it is that of Stable Diffusion where none is stated, of others there is none.
 
     Raises:
-      InputError: a tensor that tells a field is missing or of another rank, or no network has
-        these fields.
+      InputError: a tensor that tells a field is missing or of another rank, the decoder is missing,
+        or no network has these fields.
     """
+    if not any(name.startswith("decoder.") for name in shapes):
+        raise InputError("", remedy="it holds the encoder of an autoencoder without its decoder; "
+                         "give the whole autoencoder")
     matches = [re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", name) for name in shapes]
     levels, layers = ({match[i] for match in matches if match} for i in (1, 2))
     first = (f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(len(levels)))
@@ -48,8 +54,11 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
         "latent_channels": _kernel(shapes, "decoder.conv_in.weight")[1],
         "widths": tuple(_kernel(shapes, name)[0] for name in first),
         "layers_per_block": len(layers),
+        "quant_conv": any(name.startswith("quant_conv.") for name in shapes),
+        "post_quant_conv": any(name.startswith("post_quant_conv.") for name in shapes),
     }
-    return AutoencoderKL(**with_given(told, fields))
+    unscaled = {} if told["latent_channels"] == 4 else {"default_scaling": LatentScaling()}
+    return AutoencoderKL(**with_given(told, fields, unscaled))
 
 
 def _kernel(shapes: Mapping[str, Shape], name: str) -> Shape:
@@ -83,22 +92,24 @@ def _encoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
         table |= _resnets(name, f"{path}_resnet", before, width, count)
         if i != len(widths) - 1:
             table |= _convolution(f"{name}.downsamplers.0.conv", f"{path}_resize", width, width)
-    return (
-        table
-        | _middle("encoder.mid_block", "encoder/middle", widths[-1], attention)
+    table |= (
+        _middle("encoder.mid_block", "encoder/middle", widths[-1], attention)
         | _norm("encoder.conv_norm_out", "encoder/norm", widths[-1])
         | _convolution("encoder.conv_out", "encoder/out", widths[-1], outputs)
-        | _convolution("quant_conv", "encoder/moments", outputs, outputs, 1)
     )
+    if network.quant_conv:
+        table |= _convolution("quant_conv", "encoder/moments", outputs, outputs, 1)
+    return table
 
 
 def _decoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
     widths, inputs = network.widths[::-1], network.latent_channels
     table = (
-        _convolution("post_quant_conv", "decoder/latents", inputs, inputs, 1)
-        | _convolution("decoder.conv_in", "decoder/in", inputs, widths[0])
+        _convolution("decoder.conv_in", "decoder/in", inputs, widths[0])
         | _middle("decoder.mid_block", "decoder/middle", widths[0], attention)
     )
+    if network.post_quant_conv:
+        table |= _convolution("post_quant_conv", "decoder/latents", inputs, inputs, 1)
     for i, width in enumerate(widths):
         name, path = f"decoder.up_blocks.{i}", f"decoder/level_{i}"
         before, count = widths[max(i - 1, 0)], network.layers_per_block + 1
@@ -165,6 +176,10 @@ NAMINGS = tuple(
         name=name,
         network=AutoencoderKL,
         identifying_tensors=(f"encoder.mid_block.attentions.0.{attention[0]}.weight",),
+        incomplete={
+            f"decoder.mid_block.attentions.0.{attention[0]}.weight":
+                "the decoder of an autoencoder without its encoder; give the whole autoencoder",
+        },
         infer_network=infer_network,
         table=functools.partial(_autoencoder, attention=attention),
         read_config=config_files.autoencoder_kl,
