@@ -35,6 +35,7 @@ from absl import flags
 from benchmarks.machine import machine, start
 from benchmarks.mutant_list import LOWER, Mutant
 from benchmarks.mutant_list_alpha_flow import ALPHA_FLOW
+from benchmarks.mutant_list_autoencoders import AUTOENCODERS
 from benchmarks.mutant_list_checkpoints import CHECKPOINTS
 from benchmarks.mutant_list_flow_maps import FLOW_MAPS
 from benchmarks.mutant_list_improved_mean_flow import IMPROVED_MEAN_FLOW
@@ -52,7 +53,7 @@ _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/mutants.md", "a .md 
 ROOT = Path(__file__).resolve().parent.parent
 MUTANTS = (
     *LOWER, *IMPROVED_MEAN_FLOW, *ALPHA_FLOW, *SOFLOW, *FLOW_MAPS, *MIDDLE,
-    *CHECKPOINTS, *PREDICTIONS_AND_OPTIMIZERS, *UPPER,
+    *CHECKPOINTS, *PREDICTIONS_AND_OPTIMIZERS, *AUTOENCODERS, *UPPER,
 )  # fmt: skip
 # It compares the list of mutants with the files, so that it fails in every mutated copy.
 _OWN_TEST = "tests/test_mutants.py"

@@ -101,14 +101,20 @@ def main(verb: str, arguments: Sequence[str]) -> None:
 
 def _next_command(values: absl_flags.FlagValues, settings: Any, num_classes: int) -> str:
     """The command that trains on the dataset that `PrepareSettings` describe."""
+    from dmf.models.encoders.latent_scaling import LatentScaling
+
     *_, side, channels = settings.stored_shape
     fields = {
         "data.name": values.name, "data.directory": values.output,
         "model.num_classes": num_classes, "model.input_size": side,
         "model.channels": channels if settings.autoencoder is None else channels // 2,
     }  # fmt: skip
-    if values.autoencoder:
+    if settings.autoencoder is not None:
         fields["latents.autoencoder"] = values.autoencoder
+        scaling = dataclasses.asdict(settings.autoencoder.default_scaling)
+        unscaled = dataclasses.asdict(LatentScaling())
+        fields |= {f"latents.{name}": value for name, value in scaling.items()
+                   if value != unscaled[name]}
     flags_of_config = [f"--config.{name}={value}" for name, value in fields.items()]
     return shlex.join(["dmf", "train", "--config=CONFIG.py", "--workdir=WORKDIR", *flags_of_config])
 

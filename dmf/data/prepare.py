@@ -1,9 +1,10 @@
 """Images become a TFDS dataset of latents or crops, shard by shard.
 
 A finished directory holds ArrayRecord shards with `features.json` and `dataset_info.json`, which
-TFDS reads without this package; `labels.npy`; and `preparation.json` with the settings, the images
-that could not be read, and the other files that were left out. Until then it holds finished shards,
-with a report of each in `shards/`, and the same command resumes. A shard is finished if its file is
+TFDS reads without this package; `labels.npy`; and `preparation.json` with the settings, the
+autoencoder of the latents, the images that could not be read, and the other files that were left
+out. Until then it holds finished shards, with a report of each in `shards/`, and the same command
+resumes. A shard is finished if its file is
 what its report says; whatever is missing or damaged is written again. A shard is a function of the
 images and the settings alone: several processes can share the work, and its bytes do not depend on
 interruptions.
@@ -25,6 +26,7 @@ import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 from etils import epath
 
+from dmf.data.latent_origin import SETTINGS_FILE, origin_of
 from dmf.data.raw_images import RawImages
 from dmf.data.shard_writer import (
     RECORDS,
@@ -43,7 +45,6 @@ from dmf.runtime.files import disk_errors, partial_path, sync, write_json
 from dmf.runtime.paths import user_path
 from dmf.types import Params
 
-SETTINGS_FILE = "preparation.json"
 REPORTS = "shards"
 # Number of files or classes that are named; of more, only the number is said.
 _NAMED = 10
@@ -88,7 +89,10 @@ def prepare(
     _check_outside(output, images.source)
     with disk_errors(output):
         identity = _identity(images, settings, autoencoder_params, encoder_params, collector)
-        _claim(output, identity)
+        record = {"settings": identity}
+        if settings.autoencoder is not None:
+            record["latents"] = origin_of(settings.autoencoder, autoencoder_params).to_json()
+        _claim(output, record)
         writer = ShardWriter(
             images, output, settings, num_shards=num_shards, collector=collector,
             autoencoder_params=autoencoder_params, encoder_params=encoder_params,
@@ -203,8 +207,8 @@ def _identity(
     return json.loads(json.dumps(identity))
 
 
-def _claim(output: epath.Path, identity: dict[str, Any]) -> None:
-    """Writes the identity of the work into a new directory, or compares it with that in an old one.
+def _claim(output: epath.Path, record: dict[str, Any]) -> None:
+    """Writes the record of the work into a new directory, or compares it with that in an old one.
 
     Shards of settings that cannot be read any more are written again.
 
@@ -218,23 +222,31 @@ def _claim(output: epath.Path, identity: dict[str, Any]) -> None:
     if not path.exists():
         if any(not p.name.startswith(".") for p in others):
             raise InputError("output", output, "it exists and is not empty; choose another")
-        write_json(path, {"settings": identity})
+        write_json(path, record)
         return
-    record = _read_record(path, "settings")
-    if record is None:
+    old = _read_record(path, "settings")
+    if old is None:
         progress.log(f"{path} is damaged; all shards are to be written again")
         if (output / REPORTS).exists():
             (output / REPORTS).rmtree()
-        record = {"settings": identity}
         write_json(path, record)
-    stored = record["settings"]
+        old = record
+    identity, stored = record["settings"], old["settings"]
     for field in sorted(identity.keys() | stored.keys()):
-        if identity.get(field) != stored.get(field):
+        if _differ(identity.get(field), stored.get(field)):
             raise InputError(
                 "output", output,
                 f"it holds other work, whose {field} is {stored.get(field)} and not "
                 f"{identity.get(field)}; choose another directory, or the same settings",
             )
+
+
+def _differ(setting: Any, stored: Any) -> bool:
+    """Whether a setting differs from a stored one, by the fields that both have: an earlier version
+    did not store all fields of an autoencoder."""
+    if isinstance(setting, dict) and isinstance(stored, dict):
+        return any(_differ(setting[name], stored[name]) for name in setting.keys() & stored.keys())
+    return setting != stored
 
 
 def _report_path(output: epath.Path, shard: int) -> epath.Path:

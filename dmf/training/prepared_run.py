@@ -8,7 +8,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmf.checkpoints.params import latest_step
+from dmf.data.build import data
+from dmf.data.latent_origin import stated_origins
 from dmf.errors import InputError
+from dmf.models.build import latents
+from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
 from dmf.training.abstract_inputs import abstract_inputs
@@ -54,6 +58,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
       InputError: a field that cannot be used; the message names it.
     """
     training = build.training(config)
+    _report_scaling(config)
     prepared = PreparedRun(
         training=training,
         step=compiled_train_step(training.recipe),
@@ -72,6 +77,16 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
     _check_disk(workdir, prepared.abstract, training)
     jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
     return prepared
+
+
+def _report_scaling(config: ConfigDict) -> None:
+    """Says where `config.latents` scales latents otherwise than their autoencoder states; a scaling
+    by channel is meant to."""
+    ours = latents(config.latents).scaling
+    for place, origin in stated_origins(data(config.data).directories).items():
+        if origin.scaling != ours and not ours.mean:
+            processes.log(f"latents.scale={ours.scale}, latents.shift={ours.shift}: the "
+                          f"autoencoder of {place}.directory states {origin.scaling}")
 
 
 def _check_disk(workdir: epath.Path, state: TrainState, training: build.Training) -> None:

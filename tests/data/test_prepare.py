@@ -25,6 +25,7 @@ from dmf.data import prepare
 from dmf.data.datasets import open_dataset
 from dmf.data.image_files import UnreadableImage, open_images
 from dmf.data.image_transforms import center_crop
+from dmf.data.latent_origin import latent_origin, origin_of
 from dmf.data.pixels import png
 from dmf.data.shard_writer import PrepareSettings
 from dmf.errors import InputError, RunError
@@ -107,6 +108,7 @@ def test_every_readable_image_is_there_with_its_label():
     (skipped,) = report["skipped"]
     assert names.keys() - stored.keys() == {skipped["image"]}
     assert report["written"] == COUNT - 1
+    assert latent_origin(prepared()) == origin_of(*load.load_autoencoder(autoencoder()))
 
 
 def test_moments_are_those_of_encoding_one_by_one():
