@@ -88,6 +88,8 @@ FURTHER_CASES = (
     *(Case("v5e:16x16", "dmf_xl2_256", batch, LADDER[0]) for batch in (256, 1024)),
     # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
+    # Improved MeanFlow as published.
+    Case("v5e:16x16", "improved_meanflow:xl2", 1024, LADDER[1]),
 )
 GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
         "a100:8": "NVIDIA A100-SXM4-80GB", "a100-40gb:8": "NVIDIA A100-SXM4-40GB",
