@@ -106,8 +106,9 @@ FURTHER_GPU_CASES = (
       for config in ("sit_xl2", "sit_xl2_repa_256", "meanflow", "dmf_distilled")),
     Case("a100-40gb:8", "sit_xl2_repa_512", 256, LADDER[1]),
     *(Case("h100:8", config, 256, LADDER[0]) for config in ("meanflow", "sit_xl2_repa_256")),
-    # Improved MeanFlow as published.
-    Case("h100:8", "improved_meanflow:xl2", 1024, LADDER[1]),
+    # Improved MeanFlow and pixel MeanFlow as published.
+    *(Case("h100:8", config, 1024, LADDER[1])
+      for config in ("improved_meanflow:xl2", "pixel_meanflow:h16")),
 )  # fmt: skip
 # All programs of XL/2 with remat "none" in the tables take more than this for each sample of 256
 # tokens. A case for which it is more than a chip has is not compiled.
