@@ -83,20 +83,17 @@ LADDER = (
 )
 # Measured before 256 chips along "data" split the state into 16 parts, as this mesh does.
 MESHES = {"v5e:16x16": {"mesh.slices": 16}}
-# The in-context networks, with their published batches and the default mesh.
-IN_CONTEXT_CONFIGS = (("improved_meanflow:xl2", 1024), ("pixel_meanflow:h16", 1024))
-IN_CONTEXT_TOPOLOGIES = {"v5e:16x16": "TPU v5 lite", "v6e:8x8": "TPU v6 lite"}
 FURTHER_CASES = (
     # 256 chips along one axis.
     *(Case("v5e:16x16", "dmf_xl2_256", batch, LADDER[0]) for batch in (256, 1024)),
     # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
+    # Improved MeanFlow as published.
+    Case("v5e:16x16", "improved_meanflow:xl2", 1024, LADDER[1]),
 )
 GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
         "a100:8": "NVIDIA A100-SXM4-80GB", "a100-40gb:8": "NVIDIA A100-SXM4-40GB",
         "h200:8": "NVIDIA H200"}  # fmt: skip
-IN_CONTEXT_GPUS = {"h100:8": GPUS["h100:8"]}
-SMALLEST_IN_CONTEXT = (("improved_meanflow:b2", 1024), ("pixel_meanflow:b16", 1024))
 GPU_CONFIGS = (("dmf_xl2_256", 256), ("dmf_xl2_512", 256))
 FURTHER_GPU_CASES = (
     # Larger batches on 80 GB, without and with rematerialisation.
@@ -109,6 +106,9 @@ FURTHER_GPU_CASES = (
       for config in ("sit_xl2", "sit_xl2_repa_256", "meanflow", "dmf_distilled")),
     Case("a100-40gb:8", "sit_xl2_repa_512", 256, LADDER[1]),
     *(Case("h100:8", config, 256, LADDER[0]) for config in ("meanflow", "sit_xl2_repa_256")),
+    # Improved MeanFlow and pixel MeanFlow as published.
+    *(Case("h100:8", config, 1024, LADDER[1])
+      for config in ("improved_meanflow:xl2", "pixel_meanflow:h16")),
 )  # fmt: skip
 # All programs of XL/2 with remat "none" in the tables take more than this for each sample of 256
 # tokens. A case for which it is more than a chip has is not compiled.
@@ -120,25 +120,14 @@ def cases(results: dict[str, Any], devices: str = "tpu") -> Iterator[Case]:
     tpu = devices == "tpu"
     for topology, device in (TOPOLOGIES if tpu else GPUS).items():
         for config, batch in CONFIGS if tpu else GPU_CONFIGS:
-            first = Case(topology, config, batch, MESHES.get(topology, {}))
-            yield from _ladder(first, device, results)
+            for settings in LADDER:
+                case = Case(topology, config, batch, settings | MESHES.get(topology, {}))
+                if settings["model.remat"] == "none" and _is_too_large(case, device):
+                    continue
+                yield case
+                if fits(results.get(case.key, {})):
+                    break
     yield from FURTHER_CASES if tpu else FURTHER_GPU_CASES
-    for topology, device in (IN_CONTEXT_TOPOLOGIES if tpu else IN_CONTEXT_GPUS).items():
-        for config, batch in IN_CONTEXT_CONFIGS:
-            yield from _ladder(Case(topology, config, batch, {}), device, results)
-    for config, batch in () if tpu else SMALLEST_IN_CONTEXT:
-        yield Case("h100:8", config, batch, LADDER[1])
-
-
-def _ladder(base: Case, device: str, results: dict[str, Any]) -> Iterator[Case]:
-    """Yields the cases of a ladder up to the first that fits; `base` has their other settings."""
-    for settings in LADDER:
-        case = base._replace(settings=settings | base.settings)
-        if settings["model.remat"] == "none" and _is_too_large(case, device):
-            continue
-        yield case
-        if fits(results.get(case.key, {})):
-            break
 
 
 def fits(result: dict[str, Any]) -> bool:
