@@ -3,6 +3,7 @@
 from benchmarks.mutant_list import Mutant
 
 _TAESD = ("tests/models/encoders/test_taesd.py",)
+_DC = ("tests/models/encoders/test_autoencoder_dc.py",)
 
 AUTOENCODERS = (
     Mutant(
@@ -32,5 +33,19 @@ AUTOENCODERS = (
         "elif name not in ignored and name[:1] != \"_\":",
         "elif name in ignored and False:",
         _TAESD,
+    ),
+    Mutant(
+        "dc_mean_of_pixels", "pixels become channels of DC-AE in another order",
+        "dmf/models/encoders/autoencoder_dc.py",
+        ".transpose(0, 1, 3, 5, 2, 4)",
+        ".transpose(0, 1, 3, 2, 4, 5)",
+        _DC,
+    ),
+    Mutant(
+        "dc_attention", "attention of DC-AE divides by no sum of weights",
+        "dmf/models/encoders/autoencoder_dc.py",
+        "/ (weights[..., None] + 1e-15)",
+        "/ (0 * weights[..., None] + 1)",
+        _DC,
     ),
 )  # fmt: skip
