@@ -2,6 +2,8 @@
 
 from benchmarks.mutant_list import Mutant
 
+_DC = ("tests/models/encoders/test_autoencoder_dc.py",)
+
 AUTOENCODERS = (
     Mutant(
         "quant_convolutions", "an autoencoder has both quant convolutions or none",
@@ -30,5 +32,19 @@ AUTOENCODERS = (
         'params.get("encoder", params)',
         "params",
         ("tests/data/test_latent_origin.py",),
+    ),
+    Mutant(
+        "dc_mean_of_pixels", "pixels become channels of DC-AE in another order",
+        "dmf/models/encoders/autoencoder_dc.py",
+        ".transpose(0, 1, 3, 5, 2, 4)",
+        ".transpose(0, 1, 3, 2, 4, 5)",
+        _DC,
+    ),
+    Mutant(
+        "dc_attention", "attention of DC-AE divides by no sum of weights",
+        "dmf/models/encoders/autoencoder_dc.py",
+        "/ (weights[..., None] + 1e-15)",
+        "/ (0 * weights[..., None] + 1)",
+        _DC,
     ),
 )  # fmt: skip

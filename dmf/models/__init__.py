@@ -8,6 +8,7 @@ other.
 
 from dmf.models.dit import DiT
 from dmf.models.encoders.autoencoder import Autoencoder
+from dmf.models.encoders.autoencoder_dc import AutoencoderDC
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.inception import Inception
@@ -16,7 +17,8 @@ from dmf.models.in_context_dit import InContextDiT
 from dmf.registry import define_kind
 
 __all__ = [
-    "TAESD", "Autoencoder", "AutoencoderKL", "DiT", "DinoV2", "InContextDiT", "Inception",
+    "TAESD", "Autoencoder", "AutoencoderDC", "AutoencoderKL", "DiT", "DinoV2", "InContextDiT",
+    "Inception",
 ]  # fmt: skip
 
 # The kinds of network that `dmf convert` reads and nothing here trains.
@@ -25,7 +27,7 @@ FROZEN_KINDS = ("autoencoder", "encoder")
 define_kind("model", "The network that is trained.", dit=DiT, in_context_dit=InContextDiT)
 define_kind(
     "autoencoder", "The frozen network between images and latents.", autoencoder_kl=AutoencoderKL,
-    taesd=TAESD,
+    taesd=TAESD, autoencoder_dc=AutoencoderDC,
 )
 define_kind(
     "encoder", "A frozen network that features are measured with.", inception=Inception,

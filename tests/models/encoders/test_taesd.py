@@ -12,7 +12,6 @@ import pytest
 from safetensors.numpy import save_file
 
 from dmf.checkpoints.convert import namings
-from dmf.checkpoints.convert.open_checkpoint import open_checkpoint
 from dmf.checkpoints.convert.tables.taesd import NAMINGS, infer_network
 from dmf.errors import InputError
 from dmf.models import TAESD, Autoencoder
@@ -23,25 +22,9 @@ SMALL = TAESD(width=8, encoder_blocks=(1, 2, 0), decoder_blocks=(2, 0, 1))
 FLAT = TAESD(channels=1, latent_channels=2, width=4, encoder_blocks=(0,), decoder_blocks=(2,))
 
 
-def read(folder, **fields) -> namings.Converted:
-    opened = open_checkpoint(str(folder))
-    return namings.from_named_tensors(opened.tensors, fields, neighbour=opened.neighbour)
-
-
-def assert_same_outputs(found: namings.Converted, theirs, tolerance=1e-5) -> None:
-    params = gv.on_device(found.params)
-    first = lambda name: np.moveaxis(theirs[name], 1, -1)  # noqa: E731
-    ours = gv.jit(lambda params, images, z: (
-        found.network.encode(params, images), found.network.decode(params, z)
-    ))(params, first("images_nchw"), first("z"))
-    for mine, name in zip(ours, ("latents", "decoded"), strict=True):
-        assert mine.dtype == jnp.float32
-        gv.assert_near(mine, first(name), tolerance)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> namings.Converted:
-    return read(dd.golden_directory("taesd", tmp_path_factory.mktemp("taesd")))
+    return dd.read(dd.golden_directory("taesd", tmp_path_factory.mktemp("taesd")))
 
 
 def test_golden_values(found):
@@ -49,7 +32,7 @@ def test_golden_values(found):
     assert found.network == SMALL and isinstance(found.network, Autoencoder)
     golden = gv.load("taesd_0")
     assert np.abs(golden["z"]).max() > 3, "no latent would be limited"
-    assert_same_outputs(found, golden)
+    dd.assert_same_outputs(found, golden)
     back = namings.to_named_tensors(found.network, found.params, NAMING)
     for name, shape in golden.config["names"].items():
         drawn = gv.drawn_weights(name, shape, seed=golden.config["seed"])
@@ -65,8 +48,8 @@ def test_diffusers_computes_the_same(name, tmp_path):
     pytest.importorskip("diffusers", reason="needs torch and diffusers")
     network = dd.autoencoder(name)
     network.save_pretrained(tmp_path)
-    found = read(tmp_path)
-    assert_same_outputs(found, dd.outputs(network))
+    found = dd.read(tmp_path)
+    dd.assert_same_outputs(found, dd.outputs(network))
     stated = network.config
     expected = LatentScaling(scale=stated.scaling_factor, shift=stated.shift_factor)
     assert found.network.default_scaling == expected
@@ -77,7 +60,7 @@ def test_diffusers_computes_the_same(name, tmp_path):
 @pytest.mark.slow
 def test_bfloat16_is_close(found):
     network = dataclasses.replace(found.network, dtype="bfloat16")
-    assert_same_outputs(dataclasses.replace(found, network=network), gv.load("taesd_0"), 5e-2)
+    dd.assert_same_outputs(dataclasses.replace(found, network=network), gv.load("taesd_0"), 5e-2)
 
 
 def test_the_published_network():
@@ -133,7 +116,7 @@ def test_inputs_of_other_shapes_are_refused(method, shape, message):
 ])  # fmt: skip
 def test_a_config_that_fits_no_taesd(tmp_path, changes, message):
     with pytest.raises(InputError, match=message) as error:
-        read(dd.golden_directory("taesd", tmp_path, **changes))
+        dd.read(dd.golden_directory("taesd", tmp_path, **changes))
     assert "\n" not in str(error.value)
 
 
@@ -154,7 +137,7 @@ def test_a_part_alone(tmp_path, part, released):
     file = tmp_path / "part.safetensors"
     save_file(parts(part, "" if released else f"{part}.layers."), file)
     with pytest.raises(InputError, match=f"^it holds the {part} of an autoencoder .TAESD. without"):
-        read(file)
+        dd.read(file)
 
 
 @pytest.mark.slow
