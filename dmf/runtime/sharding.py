@@ -283,7 +283,7 @@ def partition(
     first = 1 if STACKED.search(name) else 0
     lengths = {i: shape[i] for i in range(first, len(shape)) if spec[i] is None}
     for axis in axes:
-        counts = {i: _count_parts(length, sizes[axis]) for i, length in lengths.items()}
+        counts = {i: _count_parts(length, sizes[axis], copies) for i, length in lengths.items()}
         split = max(counts, key=lambda i: (counts[i], shape[i]), default=None)
         if split is not None and counts[split] > 1 and (copies or counts[split] == sizes[axis]):
             spec[split] = (*(spec[split] or ()), axis)
@@ -292,10 +292,11 @@ def partition(
     return PartitionSpec(*spec), parts
 
 
-def _count_parts(length: int, devices: int) -> int:
+def _count_parts(length: int, devices: int, copies: bool) -> int:
     """Into how many equal parts a mesh axis splits a dimension: as many as devices if they divide
-    it; else their greatest divisor that leaves whole tiles, if the dimension consists of these."""
-    if length % devices == 0:
+    it, and, where devices may hold copies, leave each at least a tile; else their greatest divisor
+    that leaves whole tiles, if the dimension consists of these."""
+    if length % devices == 0 and (length // devices >= TILE_ROWS or not copies):
         return devices
     return math.gcd(devices, length if length % TILE_ROWS else length // TILE_ROWS)
 

@@ -149,8 +149,8 @@ def test_a_dimension_that_no_axis_divides_stays_whole():
     [
         ((64, 128), {"fsdp": 2, "data": 3}, (None, "fsdp"), {"fsdp": 2}),
         # The dimension that can be split most, the largest of several, and not the largest of all.
-        ((1000, 64), {"data": 16}, (None, "data"), {"data": 16}),
-        ((1000, 96), {"data": 24}, (None, "data"), {"data": 24}),
+        ((1000, 128), {"data": 16}, (None, "data"), {"data": 16}),
+        ((1000, 192), {"data": 24}, (None, "data"), {"data": 24}),
         ((1004, 42), {"data": 16}, ("data", None), {"data": 4}),
         # Parts that leave copies are whole tiles of eight rows, if the dimension has these.
         ((1152, 1152), {"data": 128}, ("data", None), {"data": 128}),
@@ -173,6 +173,12 @@ def test_an_axis_splits_a_dimension_by_a_divisor(shape, sizes, spec, parts):
     assert partition("x", shape, sizes, axes, copies=False)[1] == whole
 
 
+def test_where_devices_may_hold_copies_no_part_is_smaller_than_a_tile():
+    sizes = {"data": 256, "fsdp": 1, "tensor": 1}
+    for copies, parts in ((True, 128), (False, 256)):
+        assert partition("x", (1024, 16), sizes, ("data",), copies)[1] == {"data": parts}
+
+
 # The parameters of XL/2 that hold more than 99 % of the values.
 XL_KERNELS = {
     "blocks/attention/qkv/kernel": (28, 1152, 3, 16, 72),
@@ -186,11 +192,13 @@ XL_KERNELS = {
 @pytest.mark.parametrize("axis", ["data", "fsdp"])
 @pytest.mark.parametrize("name", XL_KERNELS)
 def test_a_mesh_of_any_size_splits_the_state_of_xl(axis, name):
-    """By all devices if they divide the width of 1,152, and else by a divisor of its 144 tiles."""
+    """By all devices if they divide the width of 1,152 into parts of at least a tile, and else by a
+    divisor of its 144 tiles."""
     for size in (*range(1, 33), 48, 56, 96, 100, 256, 384, 1000, 2048, 4096):
         sizes = {"data": 1, "fsdp": 1, "tensor": 1, axis: size}
         _, parts = partition(name, XL_KERNELS[name], sizes, ("fsdp", "data"), copies=True)
-        assert parts.get(axis, 1) == (size if 1152 % size == 0 else math.gcd(size, 144)), size
+        whole = 1152 % size == 0 and 1152 // size >= 8
+        assert parts.get(axis, 1) == (size if whole else math.gcd(size, 144)), size
 
 
 @pytest.mark.parametrize(
