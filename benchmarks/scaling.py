@@ -89,9 +89,9 @@ FURTHER_CASES = (
     # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
     # Improved MeanFlow and pixel MeanFlow as published.
-    *(Case(topology, config, 1024, LADDER[1])
-      for config in ("improved_meanflow:xl2", "pixel_meanflow:h16")
+    *(Case(topology, "improved_meanflow:xl2", 1024, LADDER[1])
       for topology in ("v5e:16x16", "v6e:8x8")),
+    Case("v5e:16x16", "pixel_meanflow:h16", 1024, LADDER[1]),
 )  # fmt: skip
 GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
         "a100:8": "NVIDIA A100-SXM4-80GB", "a100-40gb:8": "NVIDIA A100-SXM4-40GB",

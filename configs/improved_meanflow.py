@@ -9,7 +9,7 @@ a row's `sampling.guidance` gave its score at one step; the published ones were 
 evaluate` does with `--guidance` and `--interval`. bfloat16 is our choice. Published code gives FID
 3.37, 2.27, 1.85 and 1.70 at one step, and 1.53 at two.
 
-XL/2 fits 256 TPU v5e, where it sends much, and eight H100 with a batch of 1,024 (docs/scaling.md).
+XL/2 fits 256 TPU v5e, 64 TPU v6e and eight H100 with a batch of 1,024 (docs/scaling.md).
 """
 
 import functools

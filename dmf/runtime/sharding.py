@@ -8,11 +8,11 @@ The mesh has four axes:
 - "fsdp" splits the batch, parameters, optimizer state and EMA parameters.
 - "tensor" splits the dimensions of parameters that `TENSOR_RULES` names.
 
-An axis need not divide a dimension of the optimizer state or the EMA parameters: a divisor of the
-axis is then the number of parts, and the other devices of the axis hold copies of them. The
-sharding of such an array is on a mesh of its own, with the same devices in the same order, in which
-the axis is two: "data" and "data_copies". Parameters are split by whole axes only; the compiler
-would gather activations to use copies of their parts.
+An axis need not divide a dimension of the optimizer state or the EMA parameters into parts of at
+least a tile: a divisor of the axis is then the number of parts, and the other devices of the axis
+hold copies of them. The sharding of such an array is on a mesh of its own, with the same devices in
+the same order, in which the axis is two: "data" and "data_copies". Parameters are split by whole
+axes only; the compiler would gather activations to use copies of their parts.
 """
 
 import math
