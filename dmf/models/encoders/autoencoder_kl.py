@@ -16,7 +16,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dmf.errors import InputError, check_at_least, check_choice
-from dmf.models.encoders.autoencoder import Latents, Moments
+from dmf.models.encoders.autoencoder import Latents, Moments, check_images, check_latents
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
 
@@ -99,12 +99,7 @@ class AutoencoderKL:
         Raises:
           InputError: the images do not have such a shape.
         """
-        *_, height, width, channels = images.shape
-        if channels != self.channels or height % self.factor or width % self.factor:
-            raise InputError(
-                f"images have shape {images.shape}",
-                remedy=f"give [b, h, w, {self.channels}], h and w multiples of {self.factor}",
-            )
+        check_images(self, images)
         moments = Encoder(self).apply({"params": params["encoder"]}, images)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return Moments(mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2))
@@ -119,11 +114,7 @@ class AutoencoderKL:
         Raises:
           InputError: the latents have another number of channels.
         """
-        if latents.shape[-1] != self.latent_channels:
-            raise InputError(
-                f"latents have shape {latents.shape}",
-                remedy=f"give [b, h, w, {self.latent_channels}]",
-            )
+        check_latents(self, latents)
         images = Decoder(self).apply({"params": params["decoder"]}, latents)
         return images.astype(jnp.float32)
 
