@@ -10,6 +10,7 @@ from benchmarks.kills import MOMENTS, PHASES, Kills
 
 
 # What Orbax's event loops say when they are dropped.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_damaged_checkpoints_are_never_taken_for_what_was_saved(tmp_path, caplog):
     caplog.set_level(logging.CRITICAL, "asyncio")

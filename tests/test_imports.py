@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import small_network
 import tiny
 
@@ -26,6 +27,7 @@ def test_the_package_and_its_help_are_light():
     assert not {"jax", "numpy", "flax", "absl"} & loaded_after(help_text)
 
 
+@pytest.mark.slow
 def test_a_run_needs_neither_tensorflow_nor_torch(tmp_path):
     poisoned = (
         "import importlib.machinery\n"

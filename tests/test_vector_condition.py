@@ -91,6 +91,7 @@ def test_the_condition_follows_the_protocol(example):
     assert built.condition(jnp.zeros(3, jnp.int32)).present.tolist() == [False, False, False]
 
 
+@pytest.mark.slow
 def test_a_null_condition_hides_the_vector(example):
     built = example.VectorPerceptron(width=8, depth=1)
     params = built.init(jax.random.key(0))

@@ -102,7 +102,8 @@ def test_a_training_file_of_repa(tmp_path):
     gv.assert_each_near(features, golden["features"], 1e-5)
 
 
-@pytest.mark.parametrize("name", ["meanflow_tiny", "meanflow_tiny_kappa"])
+@pytest.mark.parametrize("name", [
+    pytest.param("meanflow_tiny", marks=pytest.mark.slow), "meanflow_tiny_kappa"])
 def test_an_orbax_directory_of_meanflow(tmp_path, name):
     """Of whole training states; the average of the last one is taken."""
     golden = gv.load(name)
@@ -344,6 +345,7 @@ def hub(tmp_path) -> str:
     return f"HF_HUB_CACHE={tmp_path}/hub HF_HUB_OFFLINE=1"
 
 
+@pytest.mark.slow
 def test_the_hub(tmp_path):
     """From its cache without a network; what is not there is one line."""
     settings = dict(setting.split("=") for setting in hub(tmp_path).split())

@@ -33,7 +33,10 @@ def parts(fields=FIELDS) -> export.Parts:
     )
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", [
+    pytest.param(form, marks=pytest.mark.slow if form == "stablehlo" else ())
+    for form in export.FORMATS
+])
 def test_no_path_of_this_machine_is_published(tmp_path, form):
     export.write(tmp_path / "out", parts(FIELDS | PATHS), form=form, steps=1)
     here = str(tiny.ROOT).encode()

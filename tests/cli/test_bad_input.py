@@ -144,6 +144,7 @@ def test_a_start_of_another_architecture_is_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     with small_network.registered():
         config = small_network.config({"run.steps": 12, "run.log_every": 5})

@@ -108,6 +108,7 @@ def test_a_run_and_its_flow_map_from_the_command_line(tmp_path, capsys):
     assert (config.run.steps, config.sampling.steps, config.seed) == (2, [1], 5)
 
 
+@pytest.mark.slow
 def test_directories_may_be_relative(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train = ["train", f"--config={small_network.CONFIG}", "--config.run.steps=2"]
@@ -144,6 +145,7 @@ def test_an_output_that_another_command_is_writing_is_refused(tmp_path, capsys, 
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_evaluate_takes_its_numbers_of_steps_from_the_config(tmp_path):
     arguments = [made(small_network.run()), f"--output={tmp_path}/numbers.json"]
     assert tiny.dmf("evaluate", *arguments) == 0
@@ -226,7 +228,7 @@ def test_drawn_guidance_wants_a_network_that_takes_it(tmp_path):
         train(config, tmp_path / "run")
 
 
-@pytest.mark.parametrize("sampler", ["euler", "ctm"])
+@pytest.mark.parametrize("sampler", ["euler", pytest.param("ctm", marks=pytest.mark.slow)])
 def test_samples_depend_on_seed_and_index_alone(sampler):
     network, config, params = load.load_network(small_network.run())
     config.sampling.sampler = {"name": sampler}

@@ -247,6 +247,7 @@ def test_a_flag_and_its_value_may_stand_apart():
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_flags_may_stand_apart_on_the_command_line(tmp_path):
     config, workdir = ("--config", tiny.CONFIG), tmp_path / "run"
     fields = ("--config.run.steps", 2, "--config.run.checkpoint_every", 1)

@@ -140,6 +140,7 @@ def test_it_trains(tmp_path):
     assert (tmp_path / "run/samples/00000003.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(tmp_path):
     for process in (1, 0):
         assert run_prepare(tmp_path / "out", f"--process={process}", "--processes=2") == 0
@@ -174,6 +175,7 @@ def test_killed_and_started_again(tmp_path, shards):
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.slow
 def test_an_unfinished_dataset_is_none(tmp_path):
     assert run_prepare(tmp_path / "out", "--process=0", "--processes=2") == 0
     with pytest.raises(InputError, match="no such dataset"):

@@ -159,6 +159,7 @@ def test_a_set_is_at_no_distance_from_itself(tmp_path, real):
     assert row["precision"] == row["recall"] == 1
 
 
+@pytest.mark.slow
 def test_a_reference_may_have_any_form(tmp_path, real, others):
     written = tmp_path / "written.npz"
     both = ("--inception=I", "--dinov2=D", "--metrics=fid,fd_dinov2")
@@ -212,6 +213,7 @@ def test_written_samples_measure_as_samples(tmp_path, real):
         assert direct["results"][0][metric] == pytest.approx(written["results"][0][metric])
 
 
+@pytest.mark.slow
 def test_every_setting_stands_beside_the_numbers(tmp_path, real):
     result = of_run(tmp_path / "e.json", *ADM, f"--reference={real}", "--steps=1,2", "--ema=main,",
                    "--label-sampling=balanced", "--rounding=half_up", "--metrics=fid")  # fmt: skip
@@ -253,6 +255,7 @@ def test_what_was_interrupted_goes_on(tmp_path, real, monkeypatch, capsys):
     assert "1 step:" not in capsys.readouterr().err, "a finished row is not made again"
 
 
+@pytest.mark.slow
 def test_a_row_that_is_cut_is_measured_again(tmp_path, monkeypatch):
     evaluator = Evaluator(tiny.config({"evaluation.metrics": ("fd_pixels",)}), tmp_path)
     images = evaluated_image_set(evaluator.dataset())
@@ -266,6 +269,7 @@ def test_a_row_that_is_cut_is_measured_again(tmp_path, monkeypatch):
     assert evaluator.measure(images) == row, "a finished row is not made again"
 
 
+@pytest.mark.slow
 def test_a_set_that_changed_is_measured_anew(tmp_path, real, monkeypatch):
     images, output = tmp_path / "images.npz", tmp_path / "e.json"
     pixels = np.load(real)["arr_0"]
@@ -331,6 +335,7 @@ def test_samples_that_are_not_finite_fail(tmp_path, real, capsys, monkeypatch):
     assert not (tmp_path / "e.json").exists()
 
 
+@pytest.mark.slow
 def test_no_distance_is_computed_that_was_not_asked_for(tmp_path, monkeypatch):
     """Of label agreement chance is no distance; ten distances of 3,072 x 3,072 take minutes."""
     for name in ("halves_distance", "frechet_distance", "moments"):

@@ -91,6 +91,7 @@ def children(parent):
     return found
 
 
+@pytest.mark.slow
 def test_a_failure_is_raised_where_the_job_runs(tmp_path):
     with pytest.raises(RunError, match="bad: exit code 3, see .*train.log"):
         slurm_launcher.Task(job(tmp_path, "bad", "raise SystemExit(3)"))()

@@ -189,6 +189,7 @@ def test_a_workdir_of_another_sweep_is_refused(tmp_path, capsys, monkeypatch):
     assert "seed=0: it holds another run, whose optimizer.learning_rate is 0.5" in line
 
 
+@pytest.mark.slow
 def test_failed_runs_are_listed_and_the_exit_code_is_1(tmp_path, capsys):
     fields = {"optimizer.learning_rate": 1e30}, {"optimizer.learning_rate": 1e-3, "seed": 7}
     with small_network.registered():

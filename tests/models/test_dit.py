@@ -303,6 +303,7 @@ def test_features_are_taken_after_their_block():
         assert (other_features != features).any() == reaches
 
 
+@pytest.mark.slow
 def test_features_can_be_taken_after_the_last_block():
     model, params = randomised(alignment_depth=3, alignment_width=12)
     assert model.apply_with_features(params, *inputs(model))[1].shape == (2, 16, 12)
@@ -315,9 +316,10 @@ def test_features_can_be_taken_after_the_last_block():
      {"conditioning": "decoupled", "split_depth": 1},
      pytest.param({"conditioning": "decoupled", "split_depth": 3}, marks=pytest.mark.slow),
      {"conditioning": "decoupled", "block_times": "interleaved"},
-     {"conditioning": "decoupled", "block_times": "both", "split_depth": 1},
+     pytest.param({"conditioning": "decoupled", "block_times": "both", "split_depth": 1},
+                  marks=pytest.mark.slow),
      pytest.param({"conditioning": "decoupled", "block_times": "tbr"}, marks=pytest.mark.slow),
-     {"conditioning": "flow"}, {"conditioning": "meanflow"},
+     pytest.param({"conditioning": "flow"}, marks=pytest.mark.slow), {"conditioning": "meanflow"},
      {"conditioning": "meanflow", "embedded_times": ("r",), "guidance_input": True}],
     ids=["all_r", "split", "all_t", "interleaved", "both", "letters", "flow", "meanflow", "of_r"],
 )  # fmt: skip

@@ -88,6 +88,7 @@ def test_sums_in_bfloat16_are_found():
     assert "reduce_sum" in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("conditioning", "shared"),
     [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],

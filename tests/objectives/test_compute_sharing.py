@@ -141,8 +141,8 @@ def test_losses_and_gradients_are_those_of_the_formulas(kind, sharing):
     assert_same(kind, losses_and_gradients(kind, SHARINGS[sharing]))
 
 
-@pytest.mark.parametrize("sharing", [
-    pytest.param(PLAIN, marks=pytest.mark.slow), ComputeSharing()], ids=["plain", "shared"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharing", [PLAIN, ComputeSharing()], ids=["plain", "shared"])
 def test_drawn_guidance_is_its_formula(sharing):
     """Both losses by hand: the network is given the drawn guidance, and guided by it where t is in
     the drawn interval and the label is not dropped; the null label is given no guidance."""
@@ -343,10 +343,10 @@ def traced_passes(objective, model) -> float:
     return matmul_flops(used) / (COUNT * model.flops.forward)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remat", "plain", "shared"),
-    [("none", 11.1, 9.45), pytest.param("dots", 11.3, 9.7, marks=pytest.mark.slow),
-     pytest.param("full", 13.1, 12.05, marks=pytest.mark.slow)],
+    [("none", 11.1, 9.45), ("dots", 11.3, 9.7), ("full", 13.1, 12.05)],
 )
 def test_forward_passes_of_a_step_under_remat(remat, plain, shared):
     """Recomputed operations count too. The network has the shape of S/2, split at 8 of 12."""

@@ -41,7 +41,11 @@ OBJECTIVES = {
     "mean_flow": MeanFlow(guidance=SelfGuidance(omega=1.5, kappa=0.3)),
     "decoupled_mean_flow": DecoupledMeanFlow(guidance=SelfGuidance(omega=1.0, kappa=0.4)),
 }
-over_objectives = pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+# The default level has the one that draws all that the others draw.
+over_objectives = pytest.mark.parametrize("objective", [
+    pytest.param(each, id=name, marks=pytest.mark.slow if name != "decoupled_mean_flow" else ())
+    for name, each in OBJECTIVES.items()
+])  # fmt: skip
 over_paths = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "cosine"])
 
 
@@ -165,7 +169,9 @@ def test_target_is_the_velocity_where_the_times_are_equal():
     assert jnp.abs(du_dt).min() > 0
 
 
-@pytest.mark.parametrize("conditioning", ["decoupled", "meanflow"])
+@pytest.mark.parametrize(
+    "conditioning", ["decoupled", pytest.param("meanflow", marks=pytest.mark.slow)]
+)
 def test_tangent_is_the_finite_difference(conditioning):
     if conditioning == "decoupled":
         model, params = gv.decoupled("dmf_tiny"), gv.decoupled_params("dmf_tiny")
@@ -183,7 +189,9 @@ def test_tangent_is_the_finite_difference(conditioning):
     gv.assert_near(du_dt, (later - earlier) / (2 * step), 1e-3)
 
 
-@pytest.mark.parametrize("kind", [MeanFlow, DecoupledMeanFlow])
+@pytest.mark.parametrize(
+    "kind", [pytest.param(MeanFlow, marks=pytest.mark.slow), DecoupledMeanFlow]
+)
 def test_tangent_and_target_follow_the_guided_velocity(kind):
     """The metrics of the linear network equal the formula written out in numpy."""
     guidance = SelfGuidance(omega=1.5, kappa=0.2, interval=(0.3, 0.8))

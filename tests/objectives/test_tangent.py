@@ -167,6 +167,7 @@ def test_warm_up_of_the_derivative():
     assert np.abs(column(r - t) * du_dt).max() > 0.1
 
 
+@pytest.mark.slow
 def test_warm_up_in_a_run(tmp_path):
     """The first step regresses on the velocity of the path alone, the second one on du/dt too."""
     fields = {"run.steps": 2, "run.log_every": 1, "run.checkpoint_every": 0}

@@ -94,6 +94,7 @@ def test_the_cells_of_an_objective_hold_its_errors():
             np.testing.assert_allclose(pairs[i], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_reports_cells(tmp_path):
     """A single cell holds the mean error over steps and microbatches."""
     fields = {"objective.time_bins": 1, "gradient_accumulation": 2, "run.steps": 2}

@@ -254,6 +254,7 @@ def waiting(seconds: Sequence[float], code: str = WAITING) -> list[subprocess.Po
     return processes
 
 
+@pytest.mark.slow
 def test_losing_one_ends_the_others_outside_of_collectives():
     remaining, lost = waiting([300, 300])
     lost.kill()
@@ -312,6 +313,7 @@ def test_all_that_fail_alike_end_alike_however_slowly_one_of_them_exits():
         assert (process.returncode, log) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_process_that_has_ended_is_not_lost_to_the_others():
     """It waits for them, and has heartbeats until they have ended too."""
     for process in waiting([0, 3.5]):

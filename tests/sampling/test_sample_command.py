@@ -40,6 +40,7 @@ def test_samples_are_the_same_in_every_format(tmp_path, labels, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(NAMES)
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_parts(tmp_path):
     for name, size in (("parts.npz", 1), ("whole.npz", 4)):
         chunk = f"--config.evaluation.chunk_size={size}"
@@ -116,6 +117,7 @@ def test_invalid_flags_are_refused(tmp_path, capsys, flag, name, words):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
     output = tmp_path / "samples_cfg1.5"
     assert sample(output, "--count=2", "--steps=1") == 0

@@ -87,7 +87,8 @@ class UnequalSteps(AdamsBashforth):
 @over_paths
 @pytest.mark.parametrize(
     ("sampler", "order"),
-    [(Euler(), 1), (Heun(), 2), (AdamsBashforth(), 2), (UnequalSteps(), 2)],
+    [pytest.param(Euler(), 1, marks=pytest.mark.slow), (Heun(), 2), (AdamsBashforth(), 2),
+     (UnequalSteps(), 2)],
     ids=["euler", "heun", "adams_bashforth", "unequal_steps"],
 )
 def test_order_of_convergence_on_a_flow_model(path, sampler, order):

@@ -117,6 +117,7 @@ def test_labels_seed_and_count_are_free(tmp_path):
         np.testing.assert_array_equal(images, expected[:count])
 
 
+@pytest.mark.slow
 def test_a_frozen_network_makes_no_images(tmp_path, capsys):
     latent_checkpoint()
     assert tiny.dmf("export", f"--checkpoint={tiny.SCRATCH}/latent/vae",
@@ -136,6 +137,7 @@ def test_an_export_keeps_its_autoencoder(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_frozen_network_is_exported_in_either_naming(tmp_path):
     latent_checkpoint()
     for naming, name in (("diffusers", "to_q"), ("diffusers-old", "query")):
@@ -153,6 +155,7 @@ def test_a_frozen_network_is_exported_in_either_naming(tmp_path):
         jax.tree.map(np.testing.assert_array_equal, params, back)
 
 
+@pytest.mark.slow
 def test_latents_without_an_autoencoder_are_no_images(tmp_path, capsys):
     map_alone = tiny.SCRATCH / "latent/map.safetensors"
     latent_checkpoint()

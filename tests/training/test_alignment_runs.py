@@ -174,6 +174,7 @@ def test_interrupted_and_started_again(tmp_path, monkeypatch):
     assert records(tmp_path / "out") == records(prepared())
 
 
+@pytest.mark.slow
 def test_features_are_among_the_settings(capsys):
     before = records(prepared())
     capsys.readouterr()

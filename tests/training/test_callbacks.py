@@ -68,6 +68,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores, capsys):
     assert rows[1] == {"step": 4} | dict.fromkeys(names, 1.0)
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_missing_is_made_up_for(tmp_path, monkeypatch):
     """One that was interrupted, or was not asked for when the run was here."""
     shutil.copytree(small_network.run(), tmp_path / "run")

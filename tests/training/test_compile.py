@@ -260,6 +260,7 @@ print(json.dumps(messages))
 """
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_memory_of_tpus_is_what_libtpu_leaves_and_arguments_are_in_what_it_refuses():
     """Of a program that sorts as much as there is, into as much again, beside 1 GiB of what it

@@ -43,6 +43,7 @@ def _limited_memory():
     resource.setrlimit(resource.RLIMIT_DATA, limits)
 
 
+@pytest.mark.slow
 def test_nonsense_is_refused_by_its_field(tmp_path):
     for field in NONSENSE:
         with pytest.raises(InputError) as error:

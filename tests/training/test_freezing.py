@@ -67,9 +67,8 @@ IN_CONTEXT = InContextDiT(**TINY, conditioning="decoupled", split_depth=1, head_
                           positions="rotary_2d", prediction="data", patch_bottleneck=7)
 
 
-@pytest.mark.parametrize("model", [
-    NETWORK, pytest.param(IN_CONTEXT, marks=pytest.mark.slow)
-], ids=["dit", "in_context_dit"])  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [NETWORK, IN_CONTEXT], ids=["dit", "in_context_dit"])
 def test_the_encoder_is_all_that_encode_depends_on(model):
     """Numbers that are changed show in what is encoded if they are the encoder's."""
     params = random_params(model)

@@ -189,6 +189,7 @@ def test_a_step_takes_the_memory_of_one_term_and_gives_the_same():
     gv.assert_near(moments, expected_moments, 1e-4)
 
 
+@pytest.mark.slow
 def test_a_derived_objective_adds_a_term():
     network, batch, gradients, metrics = LinearNetwork(), batch_of(8), [], []
     draws = DecoupledMeanFlow().draw(jax.random.key(0), batch)

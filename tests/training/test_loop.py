@@ -157,6 +157,7 @@ def test_a_run_writes_what_it_says():
     assert PIL.Image.open(workdir / "samples/00000008.png").size == (6 * 91, 6 * 37)
 
 
+@pytest.mark.slow
 def test_the_mfu_and_waits_are_reported(tmp_path, monkeypatch, capsys):
     """The MFU where the peak is known, and waits for data where they are long."""
     specs = device_specs.DeviceSpec(1e9, 1e9, 1e9)
@@ -343,6 +344,7 @@ def test_parts_that_do_not_go_together_are_refused(tmp_path, fields, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_traces_its_step_once(tmp_path, monkeypatch):
     """Also where a run of the same process resumes it."""
     traced = []

@@ -235,9 +235,9 @@ def drawn_guidance(fields):
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [
-    small_network.config, pytest.param(tiny.config, marks=pytest.mark.slow),
-    pytest.param(drawn_guidance, marks=pytest.mark.slow),
+    small_network.config, tiny.config, drawn_guidance,
 ])
 def test_accumulation_changes_nothing(make, tmp_path):
     runs = {

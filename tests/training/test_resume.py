@@ -177,6 +177,7 @@ def black(tmp_path):
         yield continued
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_the_data_that_it_began_with_alone(tmp_path, black):
     x, y = np.zeros((24, 64)), np.zeros(24)
     black(x, y)

@@ -157,7 +157,9 @@ def outputs_on(mesh, form, batch=8):
     return lowered.compile()(weights, x, dx)
 
 
-@pytest.mark.parametrize("form", [forward_mode.meanflow, forward_mode.one_linearisation])
+@pytest.mark.parametrize("form", [
+    pytest.param(forward_mode.meanflow, marks=pytest.mark.slow), forward_mode.one_linearisation,
+])  # fmt: skip
 def test_a_mesh_changes_nothing(form):
     forward_mode.assert_close(outputs_on(make_mesh(2, 2, 2), form), outputs_on(None, form))
 
@@ -230,6 +232,7 @@ def without_kernels(monkeypatch):
     monkeypatch.setattr(attention, "flash_attention", fail)
 
 
+@pytest.mark.slow
 def test_parameters_are_drawn_without_kernels(without_kernels):
     """A block is initialised on one token of one sample, which no kernel takes."""
     block = layers.Block(4, 4.0, False, jnp.dtype("float32"), "flash")

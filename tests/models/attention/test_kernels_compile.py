@@ -53,14 +53,15 @@ for length in map(int, sys.argv[3:]):
 SHORT, IN_CONTEXT, LONG = ("256",), ("276",), ("1024", "4096")
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
     ("topology", "tensor", "lengths"),
     [
         ("v5e:4x4", 4, SHORT),
-        pytest.param("v5e:4x4", 4, IN_CONTEXT + LONG, marks=pytest.mark.slow),
-        pytest.param("v5p:2x2x1", 2, SHORT + IN_CONTEXT + LONG, marks=pytest.mark.slow),
-        pytest.param("v6e:4x4", 4, SHORT + IN_CONTEXT + LONG, marks=pytest.mark.slow),
+        ("v5e:4x4", 4, IN_CONTEXT + LONG),
+        ("v5p:2x2x1", 2, SHORT + IN_CONTEXT + LONG),
+        ("v6e:4x4", 4, SHORT + IN_CONTEXT + LONG),
     ],
 )
 def test_compiles_for_tpu(topology, tensor, lengths):

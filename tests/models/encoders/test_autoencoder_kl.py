@@ -93,6 +93,7 @@ def test_golden_images():
     gv.assert_near(decoded(), golden, 1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close():
     rough = AutoencoderKL(**vars(SMALL) | {"dtype": "bfloat16"})
     golden = gv.load("vae_0")

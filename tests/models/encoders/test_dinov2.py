@@ -260,6 +260,7 @@ def antialiased(side: int, size: int) -> np.ndarray:
     return weights / weights.sum(1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "columns"), [(3, 2), (6, 4), (4, 4)])
 def test_positions_follow_the_grid(rows, columns):
     """Where a patch is one pixel, the resized table can be added to the pixels instead."""

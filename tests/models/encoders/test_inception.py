@@ -120,6 +120,7 @@ def test_logits_without_the_bias():
     gv.assert_each_near(difference, [gv.inception_tensors()["fc.bias"]] * 3, 2e-2)
 
 
+@pytest.mark.slow
 def test_features_are_float32():
     images = jnp.zeros((1, 299, 299, 3))
     half = jax.eval_shape(Inception(dtype="bfloat16").apply, abstract(), images)
