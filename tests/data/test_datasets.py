@@ -9,7 +9,6 @@ import time
 import jax
 import numpy as np
 import pytest
-import sklearn.datasets
 import tiny
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -64,10 +63,12 @@ def batch_labels(loader: DataLoader, step: int, mesh: Mesh | None = None) -> lis
 
 
 def test_digits_are_those_of_scikit_learn(tmp_path):
+    from sklearn.datasets import load_digits
+
     dataset = open_dataset("digits", directory=str(tmp_path))
     rows = dataset.read(range(len(dataset)))
     x, labels = rows["x"], rows["y"]
-    digits = sklearn.datasets.load_digits()
+    digits = load_digits()
     # TFDS stores rows in another order: compare sorted rows of (label, pixels).
     levels = np.rint(digits.data * 255 / 16).astype(np.uint8)
     stored = np.column_stack([labels, x.reshape(len(x), 64)])

@@ -10,7 +10,6 @@ import image_set
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
 from dmf.data.image_sets import ImageSet, open_image_set
 from dmf.data.image_transforms import center_crop
@@ -227,6 +226,8 @@ def test_files_that_are_no_images_are_noted(tmp_path, pack):
 
 
 def test_digits_by_name():
+    from sklearn.datasets import load_digits
+
     opened = open_image_set("digits")
     assert (opened.name, opened.shape, len(opened)) == ("digits", (8, 8, 1), 1797)
     digits = load_digits()

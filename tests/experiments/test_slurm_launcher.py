@@ -65,6 +65,7 @@ def test_jobs_run_into_their_logs_and_are_not_submitted_twice(tmp_path):
     assert again["bad"] != numbers["bad"] and told["bad"].endswith("submitted")
 
 
+@pytest.mark.slow
 def test_a_job_that_has_to_end_saves_and_goes_on(tmp_path):
     one = job(tmp_path, "one", SAVES, tmp_path / "again")
     numbers, _ = submit(tmp_path, [one])

@@ -33,8 +33,6 @@ OBJECTIVES = {
 }  # fmt: skip
 CASES = [("flow", False), *((name, shared) for name in ("meanflow", "decoupled")
                             for shared in (False, True))]
-# The loss of flow matching is a part of that of Decoupled MeanFlow.
-QUICK = [("decoupled", True)]
 
 
 def gradient_of(conditioning: str, shared: bool, *, side: int, count: int, **fields: Any):
@@ -89,10 +87,7 @@ def test_sums_in_bfloat16_are_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("conditioning", "shared"),
-    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize(("conditioning", "shared"), CASES)
 def test_no_gradient_is_summed_in_bfloat16(conditioning, shared):
     """Neither over tokens nor over samples, in scanned blocks with what is recomputed."""
     gradient, params = gradient_of(conditioning, shared, side=2, count=3, width=8,
@@ -154,9 +149,8 @@ def test_the_gradient_of_a_kernel_has_its_dtype(dtype):
     assert error < 1e-5 if dtype == "float32" else 1e-4 < error < 1e-2
 
 
-@pytest.mark.parametrize(
-    "gradient_dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("gradient_dtype", ["float32", "bfloat16"])
 def test_the_gradients_of_blocks_are_collected_in_their_dtype(gradient_dtype):
     gradient, params = gradient_of("flow", False, side=2, count=3, width=8, dtype="bfloat16",
                                    gradient_dtype=gradient_dtype)

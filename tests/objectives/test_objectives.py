@@ -333,6 +333,7 @@ def test_each_term_reports_its_log_variance(kind, terms):
     assert (terms == ("flow_matching",)) or jnp.any(each_draw[-1].t != each_draw[-1].r)
 
 
+@pytest.mark.slow
 def test_the_terms_of_decoupled_mean_flow_add_up_to_its_loss():
     objective, batch = OBJECTIVES["decoupled_mean_flow"], batch_of(5)
     draws = drawn(objective, 0, batch)

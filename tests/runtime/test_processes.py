@@ -197,6 +197,7 @@ def test_the_same_processes_resume_bit_for_bit(tmp_path):
     assert fingerprints[0] == fingerprints[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("raised", "kind", "waited"), [
     ("UNKNOWN: Gloo all-reduce failed", Lost, False), ("INTERNAL: a bug", FROM_RUNTIME, True),
 ])  # fmt: skip

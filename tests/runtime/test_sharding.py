@@ -229,7 +229,7 @@ def bytes_on_device(device: jax.Device, tree) -> int:
 @pytest.mark.parametrize(
     ("kind", "sizes", "parts"),
     [
-        (parameter_shardings, (1, 8, 1), 8),
+        pytest.param(parameter_shardings, (1, 8, 1), 8, marks=pytest.mark.slow),
         pytest.param(parameter_shardings, (2, 1, 4), 1.8, marks=pytest.mark.slow),
         (state_shardings, (4, 2, 1), 8),
     ],

@@ -23,7 +23,7 @@ def sample(output: pathlib.Path, *flags: str) -> int:
     return tiny.dmf("sample", *where, *flags)
 
 
-@pytest.mark.parametrize("labels", ["random", "all"])
+@pytest.mark.parametrize("labels", ["random", pytest.param("all", marks=pytest.mark.slow)])
 def test_samples_are_the_same_in_every_format(tmp_path, labels, capsys):
     chosen = ["--labels=random", "--seed=3"] if labels == "random" else ["--seed=3"]
     expected = class_labels(np.arange(30), 10, "random" if labels == "random" else "balanced", 3)

@@ -142,6 +142,7 @@ def test_computed_and_stored_features_give_the_same_losses(tmp_path, monkeypatch
         np.testing.assert_allclose(stored, computed, rtol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_run_aligns_its_tokens_and_resumes_bit_for_bit(tmp_path, one_device):
     chosen = config(str(dinov2()), {
         "run.steps": 24, "run.checkpoint_every": 12, "optimizer.learning_rate": 1e-2,
@@ -185,6 +186,7 @@ def test_features_are_among_the_settings(capsys):
     assert records(prepared()) == before
 
 
+@pytest.mark.slow
 def test_what_is_no_dinov2_is_refused(tmp_path, capsys):
     autoencoder = tiny_exports.exported(tiny_exports.AUTOENCODER)
     assert run_prepare(tmp_path / "out", f"--features={autoencoder}") == 2

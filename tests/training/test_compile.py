@@ -103,6 +103,7 @@ def test_a_config_that_cannot_be_is_refused(overrides, message):
         compile.compile_step(tiny.flow_map(overrides), jax.devices())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slices", [1, 2])
 def test_only_reported_slices_are_joined_by_the_slower_network(monkeypatch, slices):
     """A mesh may divide a slice in two, whose links still join its devices."""
@@ -277,6 +278,7 @@ def test_the_memory_of_tpus_is_what_libtpu_leaves_and_arguments_are_in_what_it_r
         assert compile._refused_bytes(message) / 2**30 == pytest.approx(memory + 1, abs=0.02)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_topology_that_cannot_be_is_refused_in_one_line():
     ended = on_topology("v9:2x2")

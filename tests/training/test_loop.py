@@ -357,6 +357,7 @@ def test_a_run_traces_its_step_once(tmp_path, monkeypatch):
         assert len(traced) == 1
 
 
+@pytest.mark.slow
 def test_runs_of_one_process_with_equal_recipes_share_their_step():
     def step(fields, **components):
         with small_network.registered():

@@ -203,7 +203,8 @@ def test_a_platform_without_a_kernel_is_named(monkeypatch):
         attention.flash_attention(x, x, x)
 
 
-@pytest.mark.parametrize("mesh", [pytest.param(None, marks=pytest.mark.slow), (2, 2, 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [None, (2, 2, 2)])
 def test_a_network_is_the_same_by_kernels(mesh):
     random = np.random.default_rng(0)
     params = jax.tree.map(

@@ -95,9 +95,8 @@ def test_memory_is_that_of_a_group():
     assert needed(32, 32) > 4 * needed(32, 2)
 
 
-@pytest.mark.parametrize("dtype", [
-    "float32", pytest.param("bfloat16", marks=pytest.mark.slow)
-])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bits_do_not_depend_on_the_number_of_devices(dtype):
     """Each device decodes five latents, in groups of two and a remaining one."""
     latents = jax.random.normal(jax.random.key(1), (40, 4, 4, 4))
@@ -192,6 +191,7 @@ def test_a_decoder_is_identified_by_its_parameters_not_by_its_directory(monkeypa
     assert identity(monkeypatch, {"latents.autoencoder": "other"}) == identity(monkeypatch)
 
 
+@pytest.mark.slow
 def test_commands_identify_their_work_by_what_images_depend_on(monkeypatch, tmp_path):
     """So they do not resume parts that were made with another setting."""
     identities = []
