@@ -134,8 +134,8 @@ _OBJECTIVES = (
     Mutant(
         "target_gradient", "the target of MeanFlow carries a gradient",
         "dmf/objectives/mean_flow.py",
-        "squared_error(u, jax.lax.stop_gradient(target))",
-        "squared_error(u, target)",
+        "jax.lax.stop_gradient(target), (sample.t, sample.r))",
+        "target, (sample.t, sample.r))",
         ("tests/objectives/test_compute_sharing.py",),
     ),
     Mutant(
@@ -210,14 +210,14 @@ _OBJECTIVES = (
     ),
     Mutant(
         "error_mean", "the error of a sample is the mean and not the sum over its values",
-        "dmf/objectives/objective.py",
+        "dmf/objectives/distances.py",
         "return jnp.sum(difference**2, axis=(1, 2, 3))",
         "return jnp.mean(difference**2, axis=(1, 2, 3))",
         ("tests/objectives/test_objectives.py",),
     ),
     Mutant(
         "alignment_sign", "tokens are driven away from the features of the encoder",
-        "dmf/objectives/objective.py",
+        "dmf/objectives/distances.py",
         "return -jnp.mean(jnp.sum(unit[0] * unit[1], axis=-1), axis=-1)",
         "return jnp.mean(jnp.sum(unit[0] * unit[1], axis=-1), axis=-1)",
         ("tests/objectives/test_golden_repa.py", "tests/objectives/test_objectives.py"),

@@ -10,6 +10,7 @@ model, and leave out improved MeanFlow, whose velocity head a flow model lacks.
 `python -m benchmarks.objectives` compares them on the digits (docs/objectives.md).
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,23 @@ OBJECTIVES = (
     "mean_flow", "improved_mean_flow", "alpha_flow", "soflow", "shortcut", "consistency",
     "terminal_velocity_matching", "decoupled_mean_flow",
 )  # fmt: skip
-HEAD_DEPTH = 2  # blocks of the velocity head
+
+
+def model_fields(name: str, head_depth: int) -> dict[str, Any]:
+    """The fields of a DiT that an objective with its default settings needs.
+
+    Args:
+      name: one of `OBJECTIVES`.
+      head_depth: number of blocks of a velocity head, where the objective has one.
+    """
+    built = objective(registry.default_config("objective", name))
+    fields = {field: True for field in ("learned_variance", "guidance_input", "velocity_head")
+              if getattr(built, field)}
+    if built.velocity_head:
+        fields["head_depth"] = head_depth
+    if name == "terminal_velocity_matching":
+        fields["attention"] = "xla"  # its gradient goes through a tangent
+    return fields
 
 
 def get_sweep() -> Iterator[dict[str, Any]]:
@@ -31,21 +48,14 @@ def get_sweep() -> Iterator[dict[str, Any]]:
     config = digits_meanflow.get_config()
     budget = config.run.steps * objective(config.objective).flops(network(config.model))
     for name in OBJECTIVES:
-        config.objective = registry.default_config("objective", name)
-        built = objective(config.objective)
-        heads = {field: getattr(built, field)
-                 for field in ("learned_variance", "guidance_input", "velocity_head")}
-        config.model.update(heads)
-        config.model.head_depth = HEAD_DEPTH if built.velocity_head else 8
-        changed = {"objective.name": name, "run.steps":
-                   round(budget / built.flops(network(config.model)))}
-        changed |= {f"model.{field}": True for field, needed in heads.items() if needed}
-        if built.velocity_head:
-            changed["model.head_depth"] = HEAD_DEPTH
+        fields = model_fields(name, head_depth=2)
+        model = copy.deepcopy(config.model)
+        model.update(fields)
+        cost = objective(registry.default_config("objective", name)).flops(network(model))
+        changed = {"objective.name": name, "run.steps": round(budget / cost)}
+        changed |= {f"model.{field}": value for field, value in fields.items()}
         if name == "consistency":
             changed |= {"objective.tangent.warmup_steps": changed["run.steps"] // 10,
                         "sampling.sampler.name": "restart"}
-        if name == "terminal_velocity_matching":
-            changed["model.attention"] = "xla"  # its gradient goes through a tangent
         for seeds in grid({"seed": range(3)}):
             yield changed | seeds

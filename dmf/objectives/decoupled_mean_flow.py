@@ -10,76 +10,50 @@ from typing import Any
 
 import jax
 
-from dmf.objectives.compute_sharing import ComputeSharing, guided_velocities
+from dmf.objectives.compute_sharing import guided_velocities
 from dmf.objectives.flow_matching import flow_matching_loss
-from dmf.objectives.guidance import Guidance, SelfGuidance
-from dmf.objectives.interpolants import LINEAR, Interpolant
+from dmf.objectives.guided_objective import GuidedObjective
 from dmf.objectives.loss_weighting import CauchyWeighting, Weighting
 from dmf.objectives.mean_flow import guidance_flops, mean_flow_loss, tangent_flops
-from dmf.objectives.objective import Objective, Sum, Term
+from dmf.objectives.objective import Sum, Term
 from dmf.objectives.path_sample import (
     DecoupledDraws,
     Draws,
-    check_label_dropout,
     draw_guidance,
     draw_label_dropout,
     draw_noise,
     path_sample,
 )
 from dmf.objectives.tangent import Tangent
-from dmf.objectives.time_bins import check_time_bins
 from dmf.objectives.time_samplers import LogitNormal, OrderedPair, TimePair, TimeSampler
 from dmf.registry import component_field, runtime_field
 from dmf.types import Batch, Metrics, Network, Params, PerSample, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoupledMeanFlow(Objective):
+class DecoupledMeanFlow(GuidedObjective):
     """Turn a flow model into a flow map: half flow matching, half MeanFlow, each on the whole batch
     (arXiv:2510.24474).
 
     Attributes:
-      interpolant: the path between data and noise.
       time_sampler: distribution of t in the flow-matching loss.
       time_pair: distribution of (t, r) in the MeanFlow loss.
       guidance: guidance of the velocity in both losses: none, self, drawn, or a frozen teacher's.
       tangent: how du/dt is computed and bounded in the MeanFlow loss.
       label_dropout: probability in [0, 1] that the condition of a sample is dropped in both losses.
-      weighting: from the squared error of a sample to its loss.
-      compute_sharing: which computations are shared; it changes no value.
-      time_bins: number of equal parts of [0, 1] for metrics of the errors by t and by (t, r); 0 for
-        none.
       teacher: the network of `frozen_params["teacher"]`, where the guidance is a teacher's.
     """
 
-    interpolant: Interpolant = component_field("interpolant", LINEAR)
     time_sampler: TimeSampler = component_field("time_sampler", LogitNormal())
     time_pair: TimePair = component_field("time_pair", OrderedPair(
         first=LogitNormal(mean=0.4), second=LogitNormal(mean=-1.2)
     ))
-    guidance: Guidance = component_field("guidance", SelfGuidance())
     tangent: Tangent = Tangent()
-    label_dropout: float = 0.1
     weighting: Weighting = component_field("weighting", CauchyWeighting())
-    compute_sharing: ComputeSharing = ComputeSharing()
-    time_bins: int = 0
     teacher: Network | None = runtime_field()
 
-    needs_r = True
-
     def __post_init__(self):
-        check_label_dropout(self.label_dropout)
-        check_time_bins(self.time_bins)
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
-
-    @property
-    def guidance_input(self) -> bool:
-        """Whether the network takes the guidance, which is drawn in training, as an input."""
-        return self.guidance.is_drawn
+        super().__post_init__()
 
     @property
     def needs_teacher(self) -> bool:

@@ -9,15 +9,11 @@ from collections.abc import Mapping
 
 import jax
 
+from dmf.objectives.distances import cosine_distance
 from dmf.objectives.guidance import GuidedVelocity
 from dmf.objectives.interpolants import LINEAR, Interpolant
 from dmf.objectives.loss_weighting import UniformWeighting, Weighting
-from dmf.objectives.objective import (
-    Objective,
-    cosine_distance,
-    squared_error,
-    values_per_sample,
-)
+from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import (
     Draws,
     PathSample,
@@ -26,8 +22,9 @@ from dmf.objectives.path_sample import (
     draw_noise,
     path_sample,
 )
-from dmf.objectives.time_bins import binned_errors, check_time_bins
+from dmf.objectives.time_bins import check_time_bins
 from dmf.objectives.time_samplers import LogitNormal, TimeSampler
+from dmf.objectives.weighted_error import weighted_error
 from dmf.registry import component_field
 from dmf.types import Batch, Features, Images, Metrics, Network, Params, PerSample, PRNGKey
 
@@ -92,7 +89,9 @@ class FlowMatching(Objective):
         del frozen_params
         sample = path_sample(self.interpolant, network, batch, draws)
         u, tokens = self._predict(network, params, sample)
-        losses, metrics = weighted_error(self, network, params, sample, u, sample.v_t)
+        losses, metrics = weighted_error(
+            self, network, params, "flow_matching", u, sample.v_t, (sample.t,)
+        )
         if tokens is None:
             return losses, metrics
         distance = cosine_distance(tokens, batch.features)
@@ -137,24 +136,5 @@ def flow_matching_loss(
     conditional = u
     if guided.kappa is not None and not objective.compute_sharing.enabled:
         conditional = network.apply(jax.lax.stop_gradient(params), x_t, t, t, y)
-    return weighted_error(objective, network, params, sample, u, guided.at(conditional))
-
-
-def weighted_error(
-    objective: Objective,
-    network: Network,
-    params: Params,
-    sample: PathSample,
-    u: Images,
-    target: Images,
-) -> tuple[PerSample, Metrics]:
-    """The weighted squared error |u - target|^2 at r = t, and its metrics."""
-    error, size = squared_error(u, target), values_per_sample(u)
-    metrics = {"flow_matching_error": error / size}
-    metrics |= binned_errors("flow_matching_error", error / size, objective.time_bins, sample.t)
-    phi = None
-    if objective.learned_variance:
-        phi = metrics["flow_matching_log_variance"] = network.log_variance(
-            params, sample.t, sample.t
-        )
-    return objective.weighting(error, size, phi), metrics
+    v_g = guided.at(conditional)
+    return weighted_error(objective, network, params, "flow_matching", u, v_g, (t,))

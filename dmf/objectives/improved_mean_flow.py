@@ -31,11 +31,10 @@ from dmf.objectives.guidance import (
 )
 from dmf.objectives.interpolants import per_sample
 from dmf.objectives.mean_flow import MeanFlow, identity_loss
-from dmf.objectives.objective import squared_error, values_per_sample
 from dmf.objectives.path_sample import Draws, PathSample, path_sample
 from dmf.objectives.tangent import Tangent
-from dmf.objectives.time_bins import binned_errors
 from dmf.objectives.time_samplers import LogitNormal, OrderedPair, TimePair
+from dmf.objectives.weighted_error import weighted_error
 from dmf.registry import component_field
 from dmf.types import (
     Batch,
@@ -57,14 +56,10 @@ class ImprovedMeanFlow(MeanFlow):
     velocity (improved MeanFlow, arXiv:2512.02012; pixel MeanFlow, arXiv:2601.22158).
 
     Attributes:
-      interpolant: the path between data and noise.
-      time_pair: distribution of (t, r).
       guidance: guidance of the velocity that both heads regress on: drawn. kappa=None, the default,
         is the published one; where r = t, the interval is (0, 1).
       tangent: how du/dt is computed and bounded; its velocity is predicted, by the velocity head.
-      label_dropout: probability in [0, 1] that the condition of a sample is dropped.
       weighting: from the squared error of a head to its loss: adaptive or uniform.
-      compute_sharing: which computations are shared; it changes no value.
       time_bins: number of equal parts of [0, 1] for metrics of both errors by (t, r); 0 for none.
     """
 
@@ -120,12 +115,10 @@ class ImprovedMeanFlow(MeanFlow):
             self.guidance, sample.t, sample.dropped, sample.v_t, v_u, sample.guidance
         ).at(v_c)
         losses, metrics = identity_loss(self, network, params, sample, u, v_g, du_dt)
-        error, size = squared_error(v, v_g), values_per_sample(v)
-        metrics["velocity_head_error"] = error / size
-        metrics |= binned_errors(
-            "velocity_head_error", error / size, self.time_bins, sample.t, sample.r
+        others, errors = weighted_error(
+            self, network, params, "velocity_head", v, v_g, (sample.t, sample.r)
         )
-        return losses + self.weighting(error, size, None), metrics
+        return losses + others, metrics | errors
 
     def flops(self, network: Network) -> float:
         """Operations of a forward and a backward pass of both heads, of the tangent of u, and of

@@ -12,75 +12,47 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from dmf.objectives.compute_sharing import ComputeSharing, guided_velocities, shared_encoder_jvp
-from dmf.objectives.guidance import (
-    Guidance,
-    GuidedVelocity,
-    SelfGuidance,
-    check_guides_itself,
-)
-from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
-from dmf.objectives.loss_weighting import AdaptiveWeighting, Weighting
-from dmf.objectives.objective import Objective, squared_error, values_per_sample
+from dmf.objectives.compute_sharing import guided_velocities, shared_encoder_jvp
+from dmf.objectives.distances import mean_squared_error
+from dmf.objectives.guidance import Guidance, GuidedVelocity, check_guides_itself
+from dmf.objectives.guided_objective import GuidedObjective
+from dmf.objectives.interpolants import per_sample
+from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import (
     Draws,
     PathSample,
-    check_label_dropout,
     draw_guidance,
     draw_label_dropout,
     draw_noise,
     path_sample,
 )
 from dmf.objectives.tangent import Tangent, root_mean_square
-from dmf.objectives.time_bins import binned_errors, check_time_bins
 from dmf.objectives.time_samplers import LogitNormal, OrderedPair, TimePair
+from dmf.objectives.weighted_error import weighted_error
 from dmf.registry import component_field
 from dmf.types import Batch, Images, Metrics, Network, Params, PerSample, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeanFlow(Objective):
+class MeanFlow(GuidedObjective):
     """Train a flow map from scratch: regress u(x_t, t, r, y) on the MeanFlow identity
     (arXiv:2505.13447).
 
     Attributes:
-      interpolant: the path between data and noise.
       time_pair: distribution of (t, r).
       guidance: guidance of the velocity in target and tangent: none, self or drawn.
       tangent: how du/dt is computed and bounded.
-      label_dropout: probability in [0, 1] that the condition of a sample is dropped.
-      weighting: from the squared error of a sample to its loss.
-      compute_sharing: which computations are shared; it changes no value.
       time_bins: number of equal parts of [0, 1] for metrics of the error by (t, r); 0 for none.
     """
 
-    interpolant: Interpolant = component_field("interpolant", LINEAR)
     time_pair: TimePair = component_field("time_pair", OrderedPair(
         first=LogitNormal(mean=-0.4), second=LogitNormal(mean=-0.4), equal_probability=0.75
     ))
-    guidance: Guidance = component_field("guidance", SelfGuidance())
     tangent: Tangent = Tangent()
-    label_dropout: float = 0.1
-    weighting: Weighting = component_field("weighting", AdaptiveWeighting())
-    compute_sharing: ComputeSharing = ComputeSharing()
-    time_bins: int = 0
-
-    needs_r = True
 
     def __post_init__(self):
-        check_label_dropout(self.label_dropout)
-        check_time_bins(self.time_bins)
+        super().__post_init__()
         check_guides_itself(type(self).__name__, self.guidance)
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
-
-    @property
-    def guidance_input(self) -> bool:
-        """Whether the network takes the guidance, which is drawn in training, as an input."""
-        return self.guidance.is_drawn
 
     def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> Draws:
         """Noise, (t, r) and dropped labels, each from a key of its own."""
@@ -160,18 +132,9 @@ def target_loss(
 ) -> tuple[PerSample, Metrics]:
     """The weighted squared error of u against a target [b, h, w, c] without gradient; otherwise as
     for `mean_flow_loss`."""
-    error, size = squared_error(u, jax.lax.stop_gradient(target)), values_per_sample(u)
-    metrics = {
-        "mean_flow_error": error / size,
-        "velocity_error": squared_error(u, sample.v_t) / size,
-    }
-    metrics |= binned_errors(
-        "mean_flow_error", error / size, objective.time_bins, sample.t, sample.r
-    )
-    phi = None
-    if objective.learned_variance:
-        phi = metrics["mean_flow_log_variance"] = network.log_variance(params, sample.t, sample.r)
-    return objective.weighting(error, size, phi), metrics
+    losses, metrics = weighted_error(objective, network, params, "mean_flow", u,
+                                     jax.lax.stop_gradient(target), (sample.t, sample.r))
+    return losses, metrics | {"velocity_error": mean_squared_error(u, sample.v_t)}
 
 
 def average_velocity(

@@ -14,39 +14,36 @@ import jax.numpy as jnp
 
 from dmf.errors import InputError
 from dmf.objectives.batch_parts import check_share, join_batch, split_batch
-from dmf.objectives.compute_sharing import ComputeSharing, guided_velocities
+from dmf.objectives.compute_sharing import guided_velocities
 from dmf.objectives.flow_matching import flow_matching_loss
-from dmf.objectives.guidance import Guidance, SelfGuidance, check_guides_itself
-from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
+from dmf.objectives.guidance import check_guides_itself
+from dmf.objectives.guided_objective import GuidedObjective
+from dmf.objectives.interpolants import per_sample
 from dmf.objectives.loss_weighting import UniformWeighting, Weighting
 from dmf.objectives.mean_flow import guidance_flops
 from dmf.objectives.objective import (
-    Objective,
     Sum,
     Term,
-    squared_error,
     target_params,
-    values_per_sample,
 )
 from dmf.objectives.path_sample import (
     Draws,
     FlowMapDraws,
     PathSample,
-    check_label_dropout,
     draw_guidance,
     draw_label_dropout,
     draw_noise,
     path_sample,
 )
 from dmf.objectives.tangent import Tangent
-from dmf.objectives.time_bins import binned_errors, check_time_bins
 from dmf.objectives.time_samplers import TimeSampler, UniformTime
+from dmf.objectives.weighted_error import weighted_error
 from dmf.registry import component_field
 from dmf.types import Batch, Images, Metrics, Network, Params, PerSample, PRNGKey, Times
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shortcut(Objective):
+class Shortcut(GuidedObjective):
     """Train a flow map from scratch: flow matching, and steps of lengths 2/n, 4/n, ..., 1 that
     agree with two steps of half the length (shortcut models, arXiv:2410.12557).
 
@@ -54,7 +51,6 @@ class Shortcut(Objective):
     flow matching, so that each loss is computed for its own rows alone.
 
     Attributes:
-      interpolant: the path between data and noise.
       time_sampler: distribution of t in flow matching; uniform as published.
       shortest_steps: n, a power of two: the number of the shortest steps from noise to data, 128 as
         published. Steps of length 1/n are the velocity's: the target of a step of 2/n has r = t.
@@ -64,44 +60,21 @@ class Shortcut(Objective):
         network's own, without gradient.
       guidance: guidance of the velocity in flow matching: none, self or drawn. Self-consistency
         passes it on to longer steps.
-      label_dropout: probability in [0, 1] that the condition of a sample is dropped.
-      weighting: from the squared error of a sample to its loss.
-      compute_sharing: which computations are shared; it changes no value.
-      time_bins: number of equal parts of [0, 1] for metrics of the errors by t and by (t, r); 0 for
-        none.
     """
 
-    interpolant: Interpolant = component_field("interpolant", LINEAR)
     time_sampler: TimeSampler = component_field("time_sampler", UniformTime())
     shortest_steps: int = 128
     self_consistency_share: float = 0.25
     target_ema: str = ""
-    guidance: Guidance = component_field("guidance", SelfGuidance())
-    label_dropout: float = 0.1
     weighting: Weighting = component_field("weighting", UniformWeighting())
-    compute_sharing: ComputeSharing = ComputeSharing()
-    time_bins: int = 0
-
-    needs_r = True
 
     def __post_init__(self):
-        check_label_dropout(self.label_dropout)
-        check_time_bins(self.time_bins)
+        super().__post_init__()
         check_share("self_consistency_share", self.self_consistency_share)
         check_guides_itself("Shortcut", self.guidance)
         n = self.shortest_steps
         if not 2 <= n <= 2**16 or n & (n - 1):
             raise InputError("shortest_steps", n, f"give a power of two from 2 to {2**16}")
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
-
-    @property
-    def guidance_input(self) -> bool:
-        """Whether the network takes the guidance, which is drawn in training, as an input."""
-        return self.guidance.is_drawn
 
     def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> FlowMapDraws:
         """Noise and dropped labels, a time of flow matching, and a step, for every sample; the loss
@@ -197,13 +170,7 @@ def self_consistency_loss(
     """
     t, r = sample.t, sample.r
     u, target = step_and_target(objective, network, params, fixed, sample)
-    error, size = squared_error(u, target), values_per_sample(u)
-    metrics = {"self_consistency_error": error / size}
-    metrics |= binned_errors("self_consistency_error", error / size, objective.time_bins, t, r)
-    phi = None
-    if objective.learned_variance:
-        phi = metrics["self_consistency_log_variance"] = network.log_variance(params, t, r)
-    return objective.weighting(error, size, phi), metrics
+    return weighted_error(objective, network, params, "self_consistency", u, target, (t, r))
 
 
 def step_and_target(

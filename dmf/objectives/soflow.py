@@ -26,25 +26,24 @@ import jax.numpy as jnp
 
 from dmf.errors import InputError, check_between
 from dmf.objectives.batch_parts import check_share, join_batch, split_batch
-from dmf.objectives.compute_sharing import ComputeSharing, guided_velocities
+from dmf.objectives.compute_sharing import guided_velocities
 from dmf.objectives.flow_matching import flow_matching_loss
-from dmf.objectives.guidance import Guidance, GuidedVelocity, SelfGuidance, check_guides_itself
-from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
-from dmf.objectives.loss_weighting import AdaptiveWeighting, Weighting
+from dmf.objectives.guidance import GuidedVelocity, check_guides_itself
+from dmf.objectives.guided_objective import GuidedObjective
+from dmf.objectives.interpolants import per_sample
 from dmf.objectives.mean_flow import guidance_flops
-from dmf.objectives.objective import Objective, Sum, Term, squared_error, values_per_sample
+from dmf.objectives.objective import Sum, Term
 from dmf.objectives.path_sample import (
     Draws,
     PathSample,
-    check_label_dropout,
     draw_guidance,
     draw_label_dropout,
     draw_noise,
     path_sample,
 )
 from dmf.objectives.tangent import Tangent
-from dmf.objectives.time_bins import binned_errors, check_time_bins
 from dmf.objectives.time_samplers import LogitNormal, OrderedPair, TimePair, TimeSampler
+from dmf.objectives.weighted_error import weighted_error
 from dmf.registry import component_field
 from dmf.types import Batch, Images, Metrics, Network, Params, PerSample, PRNGKey
 
@@ -65,7 +64,7 @@ class SoFlowDraws(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SoFlow(Objective):
+class SoFlow(GuidedObjective):
     """Train a flow map from scratch without a derivative of the network: flow matching on one part
     of the batch, and consistency of two points of a path on the other (arXiv:2512.15657).
 
@@ -73,7 +72,6 @@ class SoFlow(Objective):
     matching, so that each loss is computed for its own rows alone.
 
     Attributes:
-      interpolant: the path between data and noise.
       time_sampler: distribution of t in flow matching.
       time_pair: distribution of (t, r) in the consistency loss.
       consistency_share: share in (0, 1) of the batch that is trained by consistency, a whole number
@@ -82,14 +80,9 @@ class SoFlow(Objective):
       last_ratio: rho at `last_step` and after it; in between, rho is exponential in the step.
       last_step: training step at which rho reaches `last_ratio`; 0 for the last one of the run.
       guidance: guidance of the velocity in both losses: none, self or drawn.
-      label_dropout: probability in [0, 1] that the condition of a sample is dropped.
       weighting: from the squared error of a sample to its loss, for both losses.
-      compute_sharing: which computations are shared; it changes no value.
-      time_bins: number of equal parts of [0, 1] for metrics of the errors by t and by (t, r); 0 for
-        none.
     """
 
-    interpolant: Interpolant = component_field("interpolant", LINEAR)
     time_sampler: TimeSampler = component_field("time_sampler", LogitNormal(mean=-0.4))
     time_pair: TimePair = component_field("time_pair", OrderedPair(
         first=LogitNormal(mean=-0.4), second=LogitNormal(mean=-0.4)
@@ -98,32 +91,14 @@ class SoFlow(Objective):
     first_ratio: float = 0.1
     last_ratio: float = 0.002
     last_step: int = 0
-    guidance: Guidance = component_field("guidance", SelfGuidance())
-    label_dropout: float = 0.1
-    weighting: Weighting = component_field("weighting", AdaptiveWeighting())
-    compute_sharing: ComputeSharing = ComputeSharing()
-    time_bins: int = 0
-
-    needs_r = True
 
     def __post_init__(self):
-        check_label_dropout(self.label_dropout)
-        check_time_bins(self.time_bins)
+        super().__post_init__()
         check_share("consistency_share", self.consistency_share)
         check_guides_itself("SoFlow", self.guidance)
         # Below, float32 has nothing left of u - u_l.
         check_between(self, 1e-5, 1.0, "first_ratio", "last_ratio")
         check_between(self, 0, 10**9, "last_step")
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
-
-    @property
-    def guidance_input(self) -> bool:
-        """Whether the network takes the guidance, which is drawn in training, as an input."""
-        return self.guidance.is_drawn
 
     def for_run(self, steps: int) -> "SoFlow":
         """The objective of a run, in which the last step of the schedule is known.
@@ -241,13 +216,8 @@ def consistency_loss(
     """
     t, r = sample.t, sample.r
     u, target = average_velocity_and_target(objective, network, params, sample, guided, ratio)
-    error, size = squared_error(u, target), values_per_sample(u)
-    metrics = {"consistency_error": error / size, "consistency_ratio": ratio}
-    metrics |= binned_errors("consistency_error", error / size, objective.time_bins, t, r)
-    phi = None
-    if objective.learned_variance:
-        phi = metrics["consistency_log_variance"] = network.log_variance(params, t, r)
-    return objective.weighting(error, size, phi), metrics
+    losses, metrics = weighted_error(objective, network, params, "consistency", u, target, (t, r))
+    return losses, metrics | {"consistency_ratio": ratio}
 
 
 def average_velocity_and_target(

@@ -17,44 +17,40 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dmf.objectives.compute_sharing import ComputeSharing, guided_velocities
+from dmf.objectives.compute_sharing import guided_velocities
 from dmf.objectives.flow_matching import flow_matching_loss
-from dmf.objectives.guidance import Guidance, SelfGuidance, check_guides_itself
-from dmf.objectives.interpolants import LINEAR, Interpolant, per_sample
+from dmf.objectives.guidance import check_guides_itself
+from dmf.objectives.guided_objective import GuidedObjective
+from dmf.objectives.interpolants import per_sample
 from dmf.objectives.loss_weighting import UniformWeighting, Weighting
 from dmf.objectives.mean_flow import guidance_flops
 from dmf.objectives.objective import (
-    Objective,
     Sum,
     Term,
-    squared_error,
     target_params,
-    values_per_sample,
 )
 from dmf.objectives.path_sample import (
     Draws,
     FlowMapDraws,
     PathSample,
-    check_label_dropout,
     draw_guidance,
     draw_label_dropout,
     draw_noise,
     path_sample,
 )
 from dmf.objectives.tangent import Tangent, root_mean_square
-from dmf.objectives.time_bins import binned_errors, check_time_bins
 from dmf.objectives.time_samplers import GapPair, LogitNormal, TimePair, TimeSampler
+from dmf.objectives.weighted_error import weighted_error
 from dmf.registry import component_field
 from dmf.types import Batch, Images, Metrics, Network, Params, PerSample, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TerminalVelocityMatching(Objective):
+class TerminalVelocityMatching(GuidedObjective):
     """Train a flow map from scratch: flow matching, and the velocity at the end of jumps (terminal
     velocity matching, arXiv:2511.19797).
 
     Attributes:
-      interpolant: the path between data and noise.
       time_sampler: distribution of t in flow matching.
       time_pair: distribution of the start t and the end r of a jump.
       guidance: guidance of the velocity in flow matching: none, self or drawn; the published one is
@@ -64,40 +60,17 @@ class TerminalVelocityMatching(Objective):
         paper's FID at one step rises from 4.90 to 10.24.
       differentiate_tangent: whether the gradient goes through du/dr. False is cheaper and biased
         ("detach JVP" in the paper), and is what flash attention allows.
-      label_dropout: probability in [0, 1] that the condition of a sample is dropped.
-      weighting: from the squared error of a sample to its loss.
-      compute_sharing: which computations are shared; it changes no value.
-      time_bins: number of equal parts of [0, 1] for metrics of the errors by t and by (t, r); 0 for
-        none.
     """
 
-    interpolant: Interpolant = component_field("interpolant", LINEAR)
     time_sampler: TimeSampler = component_field("time_sampler", LogitNormal(mean=-0.4))
     time_pair: TimePair = component_field("time_pair", GapPair())
-    guidance: Guidance = component_field("guidance", SelfGuidance())
     target_ema: str = ""
     differentiate_tangent: bool = True
-    label_dropout: float = 0.1
     weighting: Weighting = component_field("weighting", UniformWeighting())
-    compute_sharing: ComputeSharing = ComputeSharing()
-    time_bins: int = 0
-
-    needs_r = True
 
     def __post_init__(self):
-        check_label_dropout(self.label_dropout)
-        check_time_bins(self.time_bins)
+        super().__post_init__()
         check_guides_itself("TerminalVelocityMatching", self.guidance)
-
-    @property
-    def learned_variance(self) -> bool:
-        """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
-
-    @property
-    def guidance_input(self) -> bool:
-        """Whether the network takes the guidance, which is drawn in training, as an input."""
-        return self.guidance.is_drawn
 
     def draw(self, key: PRNGKey, batch: Batch, step: jax.Array | None = None) -> FlowMapDraws:
         """Noise and dropped labels of both losses, a time of flow matching, (t, r) of a jump."""
@@ -164,14 +137,13 @@ def terminal_velocity_loss(
     """
     t, r = sample.t, sample.r
     velocity, target, du_dr = terminal_velocities(objective, network, params, fixed, sample)
-    error, size = squared_error(velocity, target), values_per_sample(velocity)
-    metrics = {"terminal_velocity_error": jnp.where(r < t, error / size, 0.0),
-               "du_dr_norm": root_mean_square(jax.lax.stop_gradient(du_dr))}
-    metrics |= binned_errors("terminal_velocity_error", error / size, objective.time_bins, t, r)
-    phi = None
-    if objective.learned_variance:
-        phi = metrics["terminal_velocity_log_variance"] = network.log_variance(params, t, r)
-    return jnp.where(r < t, objective.weighting(error, size, phi), 0.0), metrics
+    losses, metrics = weighted_error(
+        objective, network, params, "terminal_velocity", velocity, target, (t, r)
+    )
+    error = metrics["terminal_velocity_error"]
+    metrics |= {"terminal_velocity_error": jnp.where(r < t, error, 0.0),
+                "du_dr_norm": root_mean_square(jax.lax.stop_gradient(du_dr))}
+    return jnp.where(r < t, losses, 0.0), metrics
 
 
 def terminal_velocities(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmf.objectives.objective import cosine_distance, squared_error
+from dmf.objectives.distances import cosine_distance, squared_error
 
 
 def test_a_token_that_is_zero_has_no_direction_and_no_nan():
