@@ -371,7 +371,7 @@ _MODELS = (
         "dmf/models/encoders/latent_scaling.py",
         "return x / factor + offset",
         "return x * factor + offset",
-        ("tests/models/encoders/test_latent_space.py",),
+        ("tests/test_docstring_examples.py",),
     ),
     Mutant(
         "decode_groups", "groups of latents are decoded into overlapping places",
