@@ -39,6 +39,13 @@ _TRAINING = (
         ("tests/training/test_muon.py",),
     ),
     Mutant(
+        "muon_blocks", "every device iterates with parts of all matrices",
+        "dmf/training/muon.py",
+        "if axes_of_matrix(name, \"blocks\") else leaf",
+        "if not name else leaf",
+        ("tests/training/test_muon.py",),
+    ),
+    Mutant(
         "muon_weight_decay", "Muon decays matrices alone",
         "dmf/training/muon.py",
         "adam_weight_decay=self.weight_decay,",

@@ -169,6 +169,22 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, axes))
 
 
+def constrain_blocks(x: jax.Array) -> jax.Array:
+    """Constrains the sharding of an array that is stacked by depth, inside jit: a device has some
+    blocks, whole, and none where there are more devices than blocks.
+
+    Args:
+      x: [depth, ...].
+
+    Returns:
+      The array; unchanged if no mesh with the four axes is in context.
+    """
+    axes = (*BATCH_AXES, "tensor")
+    if set(axes) != set(jax.sharding.get_abstract_mesh().axis_names):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
 def targets_one_cpu() -> bool:
     """Whether the program that is traced is for one CPU device, by the mesh in context; without a
     mesh, whether JAX's default device is a CPU."""

@@ -9,6 +9,7 @@ import optax
 from optax import contrib
 
 from dmf.errors import InputError, check_choice, check_valid
+from dmf.runtime.sharding import constrain_blocks
 from dmf.training.optimizer import DECAY_RATE, Optimizer, check_adam
 from dmf.types import Params
 
@@ -64,11 +65,18 @@ class Muon(Optimizer):
         check_adam(self)
 
     def update_rule(self) -> optax.GradientTransformation:
-        return contrib.muon(
+        init, update = contrib.muon(
             self.rate, beta=self.momentum, eps=self.eps, weight_decay=self.weight_decay,
             adam_b1=self.b1, adam_b2=self.b2, adam_weight_decay=self.weight_decay,
             muon_weight_dimension_numbers=self.matrix_axes,
         )
+
+        def update_blocks(
+            gradient: Params, state: Any, params: Params | None = None
+        ) -> tuple[Params, Any]:
+            return _whole_blocks(update(_whole_blocks(gradient), _whole_blocks(state), params))
+
+        return optax.GradientTransformation(init, update_blocks)
 
     def matrix_axes(self, params: Params) -> Params:
         """The axes of the inputs and outputs of each matrix.
@@ -96,6 +104,17 @@ class Muon(Optimizer):
             raise InputError("optimizer.name", "muon", "the network has no blocks/.../kernel, the "
                              "matrices that it is for; choose adamw")
         return found
+
+
+def _whole_blocks(tree: Any) -> Any:
+    """Distributes the stacked matrices of a tree over the devices by blocks. The products of the
+    iterations would else gather every matrix again, three times in each."""
+
+    def constrained(path: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return constrain_blocks(leaf) if axes_of_matrix(name, "blocks") else leaf
+
+    return jax.tree_util.tree_map_with_path(constrained, tree)
 
 
 def axes_of_matrix(name: str, matrices: str) -> contrib.MuonDimensionNumbers | None:

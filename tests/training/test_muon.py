@@ -13,8 +13,16 @@ from optax import contrib
 from configs import default
 from dmf.checkpoints.manager import CheckpointManager
 from dmf.errors import InputError
-from dmf.runtime.sharding import make_mesh
+from dmf.runtime.sharding import (
+    make_mesh,
+    parameter_shardings,
+    replicated,
+    shardings_of,
+    state_shardings,
+    with_shardings,
+)
 from dmf.training import build
+from dmf.training.hlo_collectives import collectives
 from dmf.training.loop import train
 from dmf.training.muon import Muon
 from dmf.training.train_state import initial_train_state, train_state_shardings
@@ -182,3 +190,25 @@ def test_what_muon_cannot_use_is_refused():
     assert build.optimizer({"name": "muon", "schedule": "cosine"}, 8).decay_steps == 8
     with pytest.raises(InputError, match="^optimizer.name=muon: the network has no blocks"):
         MUON.transform().init({"in": jnp.ones((3, 4))})
+
+
+@pytest.mark.parametrize("depth", [8, 3])
+def test_no_iteration_gathers_a_matrix(depth):
+    """A step gathers what it updated, once; the fifteen products of each matrix gather nothing."""
+    mesh, transform = make_mesh(data=8), MUON.transform()
+    params = {"blocks": {"kernel": jax.ShapeDtypeStruct((depth, 64, 64), jnp.float32)}}
+    state = jax.eval_shape(transform.init, params)
+    gradient, state = with_shardings((params, state), state_shardings(mesh, (params, state)))
+    params = with_shardings(params, parameter_shardings(mesh, params))
+
+    def train(gradient, state, params):
+        updates, state = transform.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        jitted = jax.jit(train, out_shardings=(replicated(mesh), shardings_of(state)))
+        program = jitted.lower(gradient, state, params).compile()
+    found = collectives(program.as_text(), 8)
+    size = depth * 64 * 64 * 4
+    assert sum(each.size for each in found if each.kind == "all-gather") <= size
+    assert sum(each.sent for each in found) < 3 * size
