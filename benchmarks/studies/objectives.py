@@ -46,7 +46,8 @@ nothing about other data, or about longer training.
     {{command}}
 
 wrote this page, with {{count:,}} samples per number, on {{machine}}.
-Its runs and evaluations, one after the other, took {{minutes:.0f}} minutes.
+The times of its runs and evaluations add up to {{minutes:.0f}} minutes; several processes that are
+given other `--seeds` of the same workdir run side by side.
 Two random halves of the data differ by {{halves:.2f}}.
 """
 

@@ -146,8 +146,9 @@ def plot(
                           color=f"C{list(objectives.METHODS).index(name)}",
                           label=objectives.METHODS[name].label)
         axes.set(title=title, xlabel="TFLOP of training", yscale="log")
-        axes.legend(fontsize="small")
     every[0].set_ylabel("Fréchet distance at one step")
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper",
+                  fontsize="small")  # fmt: skip
     figure.savefig(path, dpi=100)
 
 

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from benchmarks.studies.study import Claim, Measure, Plan, Rows, Study
 
 METRIC = "fd_pixels"
+COLORS = 10  # of the cycle of matplotlib
 
 
 def read_results(plan: Plan, folders: Sequence[pathlib.Path]) -> dict[str, Rows]:
@@ -67,18 +68,23 @@ def plot(
     path: pathlib.Path, study: Study, measures: Mapping[str, Measure], results: Mapping[str, Rows]
 ) -> None:
     """Plots the distance against sampling steps, with a curve for each measure."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    many = len(study.measures) > 6
+    figure = Figure(figsize=(9 if many else 6, 4), layout="constrained")
     axes = figure.add_subplot()
-    for name in study.measures:
+    for i, name in enumerate(study.measures):
         steps = measures[name].steps
         values = np.array([distances(results[name], n) for n in steps])
-        axes.errorbar(steps, values.mean(1), spread(values), marker="o", label=measures[name].label)
+        axes.errorbar(steps, values.mean(1), spread(values), label=measures[name].label,
+                      marker="o" if i < COLORS else "s", linestyle="-" if i < COLORS else "--")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("sampling steps")
     axes.set_ylabel("Fréchet distance")
-    axes.legend(fontsize="small" if len(study.measures) > 6 else None)
+    if many:  # They would hide the curves.
+        figure.legend(loc="outside right upper", fontsize="small")
+    else:
+        axes.legend()
     figure.savefig(path, dpi=100)
 
 
