@@ -2,13 +2,12 @@
 
     python -m benchmarks.mutants [--only=NAME,NAME] [--first-only] [--list]
 
-The faults ("mutants") are those of `benchmarks.mutant_list` and its neighbours: each replaces one
-text in one file. They are put into a temporary copy of the checkout: the files that git tracks or
-does not ignore, as they are on the disk. With each mutant the tests that it names run first
-(`python -m pytest -x -q -n 0`), and, if they all pass, the rest of the default level (the tests not
-marked slow, `-n 2`), unless --first-only is given. The first test that fails has found the mutant.
-At the end, all tests that found one run without any mutant; a test that fails there too has found
-nothing.
+The faults ("mutants") are those of `benchmarks/mutant_lists`: each replaces one text in one file.
+They are put into a temporary copy of the checkout: the files that git tracks or does not ignore, as
+they are on the disk. With each mutant the tests that it names run first (`python -m pytest -x -q
+-n 0`), and, if they all pass, the rest of the default level (the tests not marked slow, `-n 2`),
+unless --first-only is given. The first test that fails has found the mutant. At the end, all tests
+that found one run without any mutant; a test that fails there too has found nothing.
 
 A line is printed as each mutant ends, and is kept as JSON beside the table. The same command
 continues after an interruption: what the named tests found is not repeated as long as the mutant,
@@ -33,17 +32,7 @@ from typing import NamedTuple
 from absl import flags
 
 from benchmarks.machine import machine, start
-from benchmarks.mutant_list import LOWER, Mutant
-from benchmarks.mutant_list_alpha_flow import ALPHA_FLOW
-from benchmarks.mutant_list_autoencoders import AUTOENCODERS
-from benchmarks.mutant_list_checkpoints import CHECKPOINTS
-from benchmarks.mutant_list_flow_maps import FLOW_MAPS
-from benchmarks.mutant_list_improved_mean_flow import IMPROVED_MEAN_FLOW
-from benchmarks.mutant_list_middle import MIDDLE
-from benchmarks.mutant_list_predictions_and_optimizers import PREDICTIONS_AND_OPTIMIZERS
-from benchmarks.mutant_list_soflow import SOFLOW
-from benchmarks.mutant_list_taesd import TAESD
-from benchmarks.mutant_list_upper import UPPER
+from benchmarks.mutant_lists import Mutant, all_mutants
 
 _ONLY = flags.DEFINE_list("only", [], "names of the mutants to run; all by default")
 _LIST = flags.DEFINE_bool("list", False, "print the mutants and run nothing")
@@ -52,10 +41,7 @@ _TIMEOUT = flags.DEFINE_float("timeout", 1800, "seconds after which a run of tes
 _OUTPUT = flags.DEFINE_string("output", "benchmarks/results/mutants.md", "a .md file for the table")
 
 ROOT = Path(__file__).resolve().parent.parent
-MUTANTS = (
-    *LOWER, *IMPROVED_MEAN_FLOW, *ALPHA_FLOW, *SOFLOW, *FLOW_MAPS, *MIDDLE, *CHECKPOINTS,
-    *PREDICTIONS_AND_OPTIMIZERS, *AUTOENCODERS, *TAESD, *UPPER,
-)  # fmt: skip
+MUTANTS = all_mutants()
 # It compares the list of mutants with the files, so that it fails in every mutated copy.
 _OWN_TEST = "tests/test_mutants.py"
 _FAILURE = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", re.M)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from benchmarks import mutants
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists import Mutant
 
 MUTANTS = mutants.MUTANTS
 

@@ -1,6 +1,6 @@
 """The mutants of data, sampling and evaluation."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _DATA = (
     Mutant(
@@ -264,4 +264,4 @@ _EVALUATION = (
     ),
 )  # fmt: skip
 
-MIDDLE = (*_DATA, *_SAMPLING, *_EVALUATION)
+MUTANTS = (*_DATA, *_SAMPLING, *_EVALUATION)

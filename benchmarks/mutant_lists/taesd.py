@@ -1,10 +1,10 @@
 """The mutants of TAESD, an autoencoder without a distribution."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _TAESD = ("tests/models/encoders/test_taesd.py",)
 
-TAESD = (
+MUTANTS = (
     Mutant(
         "taesd_limit", "the decoder of TAESD does not limit latents",
         "dmf/models/encoders/taesd.py",

@@ -1,12 +1,12 @@
 """The mutants of what networks predict, and of optimizers and their parameter groups."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _PREDICTION = ("tests/models/test_prediction.py",)
 _OPTIMIZERS = ("tests/training/test_lion_and_adafactor.py",)
 _GROUPS = ("tests/training/test_parameter_groups.py",)
 
-PREDICTIONS_AND_OPTIMIZERS = (
+MUTANTS = (
     Mutant(
         "noise_divisor", "the velocity of predicted noise is divided by t",
         "dmf/models/prediction.py",

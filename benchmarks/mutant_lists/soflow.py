@@ -1,10 +1,10 @@
 """The mutants of SoFlow: its target, its schedule, its guidance, and the parts of a batch."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _TESTS = ("tests/objectives/test_soflow.py",)
 
-SOFLOW = (
+MUTANTS = (
     Mutant(
         "soflow_target", "SoFlow divides the difference of two velocities by rho alone",
         "dmf/objectives/soflow.py",

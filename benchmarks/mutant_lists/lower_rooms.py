@@ -1,30 +1,6 @@
-"""The mutants of the lower rooms of the package: runtime, objectives and models.
+"""The mutants of runtime, objectives and models."""
 
-A mutant is a fault that a programmer could make. `benchmarks.mutants` runs the tests with each.
-"""
-
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    """A fault in one file of the package.
-
-    Attributes:
-      name: name of the mutant.
-      description: what is wrong with it.
-      file: path of the file.
-      old: text that occurs once in the file.
-      new: text that replaces it.
-      tests: paths of the test files that run first.
-    """
-
-    name: str
-    description: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-
+from benchmarks.mutant_lists.mutant import Mutant
 
 _SHARED = (
     Mutant(
@@ -389,4 +365,4 @@ _MODELS = (
     ),
 )  # fmt: skip
 
-LOWER = (*_SHARED, *_RUNTIME, *_OBJECTIVES, *_MODELS)
+MUTANTS = (*_SHARED, *_RUNTIME, *_OBJECTIVES, *_MODELS)

@@ -1,8 +1,8 @@
 """The mutants of checkpoints."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
-CHECKPOINTS = (
+MUTANTS = (
     Mutant(
         "state_checksum", "a train state is restored without a look at its checksums",
         "dmf/checkpoints/manager.py",

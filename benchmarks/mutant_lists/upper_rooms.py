@@ -1,6 +1,6 @@
 """The mutants of the upper rooms: training, experiments and cli."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _TRAINING = (
     Mutant(
@@ -257,4 +257,4 @@ _CLI = (
     ),
 )  # fmt: skip
 
-UPPER = (*_TRAINING, *_EXPERIMENTS, *_CLI)
+MUTANTS = (*_TRAINING, *_EXPERIMENTS, *_CLI)

@@ -1,12 +1,12 @@
 """The mutants of shortcut models, consistency training and terminal velocity matching."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _SHORTCUT = ("tests/objectives/test_shortcut.py",)
 _CONSISTENCY = ("tests/objectives/test_consistency.py",)
 _TERMINAL = ("tests/objectives/test_terminal_velocity_matching.py",)
 
-FLOW_MAPS = (
+MUTANTS = (
     Mutant(
         "batch_parts", "joined parts of a batch are in the order of the parts",
         "dmf/objectives/batch_parts.py",

@@ -1,10 +1,10 @@
 """The mutants of autoencoders: their parts, their scaling, and the datasets of their latents."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _DC = ("tests/models/encoders/test_autoencoder_dc.py",)
 
-AUTOENCODERS = (
+MUTANTS = (
     Mutant(
         "quant_convolutions", "an autoencoder has both quant convolutions or none",
         "dmf/checkpoints/convert/tables/autoencoder_kl.py",

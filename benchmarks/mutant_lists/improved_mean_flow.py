@@ -1,6 +1,6 @@
 """The mutants of improved MeanFlow: its network, the second head, and its objective."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _NETWORK = ("tests/models/test_in_context_dit.py",)
 _GOLDEN = ("tests/models/test_golden_in_context.py",)
@@ -124,4 +124,4 @@ _OBJECTIVE = (
     ),
 )  # fmt: skip
 
-IMPROVED_MEAN_FLOW = (*_NETWORKS, *_OBJECTIVE)
+MUTANTS = (*_NETWORKS, *_OBJECTIVE)

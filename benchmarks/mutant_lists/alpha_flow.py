@@ -1,10 +1,10 @@
 """The mutants of alpha-Flow: its target, its weight, its schedule, and the derivative at 0."""
 
-from benchmarks.mutant_list import Mutant
+from benchmarks.mutant_lists.mutant import Mutant
 
 _TESTS = ("tests/objectives/test_alpha_flow.py",)
 
-ALPHA_FLOW = (
+MUTANTS = (
     Mutant(
         "alpha_flow_weight", "the error of alpha-Flow is not divided by alpha",
         "dmf/objectives/alpha_flow.py",
