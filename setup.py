@@ -12,10 +12,12 @@ digits = ["scikit-learn>=1.5"]
 report = ["matplotlib>=3.9"]
 sweep = ["submitit>=1.5"]
 hub = ["huggingface-hub>=0.30"]
+parquet = ["pyarrow>=17"]
 tpu = ["jax[tpu]>=0.10"]
 test = [
     *digits,
     *hub,
+    *parquet,
     *report,
     *sweep,
     # Its compiler needs no TPU: the tests compile for some that are not there.
@@ -64,6 +66,7 @@ setup(
         "gcs": ["gcsfs>=2024.6"],
         "k8s": ["jax[k8s]>=0.10"],
         "hub": hub,
+        "parquet": parquet,
         "pytorch": ["torch>=2.7"],  # benchmarks/pytorch_step.py
         "tfds": ["tensorflow>=2.18"],
         "digits": digits,

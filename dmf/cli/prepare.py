@@ -3,7 +3,9 @@
 Makes a dataset to train on: centre crops of images, as latents of the autoencoder that
 --autoencoder names (an export of dmf convert), or as they are without one. IMAGES is a folder of
 class folders, a flat folder with a labels file (--labels-file) or without labels, a .zip or .tar of
-such, or a TFDS name. The same command resumes where it was interrupted; several processes share the
+such, the .tar shards of a WebDataset (a folder of them, or a pattern as 'train-{000..146}.tar'),
+parquet files in a folder or of the Hugging Face hub (hf:OWNER/DATASET), or a TFDS name. The same
+command resumes where it was interrupted; several processes share the
 work with --process=0 --processes=4, --process=1 --processes=4, and so on, each with the same other
 flags. With --reference=FILE.npz, --protocol and --inception, statistics of the crops are written in
 the same pass, for dmf evaluate. For representation alignment (REPA), --features=DIR stores the
@@ -28,12 +30,19 @@ def _define(values: absl_flags.FlagValues) -> None:
     """Defines the flags."""
     text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
     switch = absl_flags.DEFINE_boolean
-    text("source", None, "the images: a folder, .zip, .tar or TFDS name", flag_values=values)
+    text("source", None, "the images: a folder, .zip, .tar, pattern of .tar shards, "
+         "hf:OWNER/DATASET or TFDS name", flag_values=values)
     text("output", None, "directory to make", flag_values=values)
     number("resolution", None, "height and width of the crops", flag_values=values)
     text("autoencoder", "", "autoencoder, an export of dmf convert", flag_values=values)
     text("labels-file", "", "labels file of a flat folder", flag_values=values)
-    text("split", "train", "split of a TFDS name", flag_values=values)
+    text("split", "train", "split of parquet files or a TFDS name", flag_values=values)
+    text("image-column", "", "column of images in parquet files (found by default)",
+         flag_values=values)
+    text("label-column", "", "column of labels in parquet files ('none' for no labels), or field "
+         "of the .json files of a WebDataset (found by default)", flag_values=values)
+    number("num-classes", 0, "number of classes of parquet files or a WebDataset; 0 for what the "
+           "files state, or the largest label + 1", flag_values=values)
     text("data-directory", "", "where TFDS keeps its datasets", flag_values=values)
     text("reference", "", "an .npz of reference statistics to write", flag_values=values)
     text("protocol", "adm", "protocol of the reference", flag_values=values)
@@ -85,6 +94,9 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         labels=values["labels-file"].value,
         split=values.split,
         directory=values["data-directory"].value,
+        image_column=values["image-column"].value,
+        label_column=values["label-column"].value,
+        class_count=values["num-classes"].value,
     )
     is_complete = prepare(
         images, values.output, settings,

@@ -6,6 +6,7 @@ uncompressed .tar files, and .zip files whose members are stored or deflated. No
 between two reads, so that any number of threads may read at once.
 """
 
+import contextlib
 import dataclasses
 import os
 import posixpath
@@ -13,7 +14,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from etils import epath
@@ -252,6 +253,29 @@ class ZipMember(NamedTuple):
         return data[:wanted]
 
 
+@contextlib.contextmanager
+def member_reader(path: epath.Path) -> Iterator[Callable[[TarMember | ZipMember], bytes]]:
+    """A function that reads members of an archive, which is open in the context.
+
+    Args:
+      path: the archive.
+
+    Yields:
+      member -> its bytes. It raises InputError, with an empty field, where the member is damaged or
+      has more than `MAX_FILE_BYTES`.
+
+    Raises:
+      OSError: the archive cannot be read.
+    """
+    with _open(os.fspath(path)) as file:
+
+        def read(member: TarMember | ZipMember) -> bytes:
+            _check_size(member.size)
+            return member.read(file)
+
+        yield read
+
+
 def open_archive(path: epath.Path) -> Archive:
     """Lists the members of an archive.
 
@@ -276,9 +300,25 @@ def open_archive(path: epath.Path) -> Archive:
             return Archive(path, dict(list_members(file)))
         except (OSError, MemoryError):
             raise
+        except tarfile.ReadError as error:
+            raise InputError("", remedy="cannot be read: it is damaged or cut short "
+                             f"({error})") from error
         except Exception as error:  # Python does not document all that tarfile and zipfile raise.
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError("", remedy=f"cannot be read: {reason}") from error
+
+
+def _tar_member(entry: tarfile.TarInfo) -> tuple[str, TarMember | str | None]:
+    """The name of an entry, and where it is; see `Archive`."""
+    if entry.islnk() or entry.issym():
+        raise ValueError(f"{entry.name} in it is a link: pack it again with tar "
+                         "--dereference --hard-dereference")
+    if entry.issparse():
+        raise ValueError(f"{entry.name} in it is sparse: pack it again without --sparse")
+    if entry.isfile():
+        return normalized(entry.name), TarMember(entry.offset_data, entry.size)
+    return (f"{normalized(entry.name)}/", None) if entry.isdir() else (
+        normalized(entry.name), SPECIAL)
 
 
 def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | str | None]]:
@@ -286,17 +326,7 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, TarMember | str | None]]
     with tarfile.open(fileobj=file, mode="r:") as archive:
         for entry in iter(archive.next, None):
             archive.members.clear()  # Otherwise tarfile keeps all entries in memory.
-            if entry.islnk() or entry.issym():
-                raise ValueError(f"{entry.name} in it is a link: pack it again with tar "
-                                 "--dereference --hard-dereference")
-            if entry.issparse():
-                raise ValueError(f"{entry.name} in it is sparse: pack it again without --sparse")
-            if entry.isfile():
-                yield normalized(entry.name), TarMember(entry.offset_data, entry.size)
-            elif entry.isdir():
-                yield normalized(entry.name) + "/", None
-            else:
-                yield normalized(entry.name), SPECIAL
+            yield _tar_member(entry)
             end = entry.offset_data + (entry.size if entry.isfile() else 0)
     # tarfile takes a header that is missing or broken for the end, which a block of zeros marks.
     file.seek(-(-end // _TAR_BLOCK) * _TAR_BLOCK)

@@ -16,6 +16,7 @@ from dmf.data.image_transforms import center_crop, upright_rgb
 from dmf.data.pixels import IMAGE_CHANNELS
 from dmf.data.raw_images import RawImages, decoded, open_raw_images
 from dmf.data.tfds_records import is_dataset
+from dmf.data.webdataset import find_shards
 from dmf.errors import InputError
 from dmf.runtime.files import is_regular_file
 from dmf.runtime.paths import user_path
@@ -191,8 +192,8 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
     """Opens a set of images.
 
     Args:
-      source: an `.npz` with `arr_0`, uint8 [n, h, w, c], and perhaps `labels` [n]; a folder, .zip
-        or .tar of image files; a dataset of crops that `dmf prepare` wrote; or a TFDS name. Files
+      source: an `.npz` with `arr_0`, uint8 [n, h, w, c], and perhaps `labels` [n]; a dataset of
+        crops that `dmf prepare` wrote; or what `dmf.data.raw_images.open_raw_images` opens. Files
         that are no images are left out, which the notes of the set say.
       side: side of the centre crop; 0 for no crop. Without a crop, if the first file is grey, all
         files must be, and have one channel; otherwise all images have three.
@@ -227,10 +228,11 @@ def _open_dataset(path: epath.Path) -> DatasetImages:
 
 def _open_files(source: str, side: int, field: str) -> FileImages:
     path = user_path(source)
-    if path.exists() or source.startswith(("/", ".", "~")):
-        images, name = open_images(source), path.name
-    else:
-        images, name = open_raw_images(source), source
+    is_path = path.exists() or source.startswith(("/", ".", "~"))
+    # A path that is not there is no TFDS name; a pattern of shards is no path.
+    is_missing = is_path and not path.exists() and not find_shards(source)
+    images = open_images(source) if is_missing else open_raw_images(source)
+    name = path.name if is_path else source
     shape = _decode(images, 0, side, keep_grey=True).shape
     return FileImages(
         name=name, images=images, shape=shape, source=source, field=field, side=side,

@@ -1,4 +1,5 @@
-"""Images of any size, which `dmf prepare` crops: files, archives, or a TFDS dataset."""
+"""Images of any size, which `dmf prepare` crops: files, archives, shards, parquet files, or a TFDS
+dataset."""
 
 import contextlib
 import dataclasses
@@ -14,7 +15,10 @@ import tensorflow_datasets as tfds
 
 from dmf.data.image_files import UnreadableImage, open_images
 from dmf.data.image_transforms import load_pixels, open_image
+from dmf.data.parquet_files import is_parquet
+from dmf.data.parquet_images import open_parquet
 from dmf.data.tfds_records import damage_named, open_builder, open_records
+from dmf.data.webdataset import find_shards, open_shards
 from dmf.errors import InputError
 from dmf.runtime.memory_budget import MemoryBudget
 from dmf.runtime.paths import user_path
@@ -32,7 +36,8 @@ _BYTES_PER_PIXEL = 16
 class RawImages(Protocol):
     """Images of any size, with labels, by their index.
 
-    `dmf.data.image_files.ImageFiles` and `TfdsImages` are such.
+    `dmf.data.image_files.ImageFiles`, `dmf.data.webdataset.ShardedImages`,
+    `dmf.data.parquet_images.ParquetImages` and `TfdsImages` are such.
 
     Attributes:
       names: name of each image in reports.
@@ -190,27 +195,58 @@ class TfdsImages:
 
 
 def open_raw_images(
-    source: str, *, labels: str = "", split: str = "train", directory: str = ""
+    source: str, *, labels: str = "", split: str = "train", directory: str = "",
+    image_column: str = "", label_column: str = "", class_count: int = 0,
 ) -> RawImages:
     """Opens images of any size, with their labels, in a fixed order.
 
     Args:
-      source: a folder, a .zip or .tar archive, or a TFDS name.
+      source: a folder, a .zip or .tar archive, the shards of a WebDataset (see
+        `dmf.data.webdataset.find_shards`), parquet files in a local folder or of `hf:OWNER/DATASET`
+        (see `dmf.data.parquet_files.find_files`), or a TFDS name.
       labels: the labels file of a flat folder, see `dmf.data.image_files.open_images`.
-      split: split of a TFDS name.
+      split: split of parquet files or of a TFDS name.
       directory: the directory in which TFDS keeps its datasets; empty for TFDS's default.
+      image_column: column of images in parquet files; empty to find it.
+      label_column: column of labels in parquet files, or field of labels in the .json files of a
+        WebDataset; empty to find it.
+      class_count: number of classes of parquet files or of a WebDataset; 0 for those that the files
+        state, or else for the largest label + 1.
 
     Raises:
-      InputError: the source does not exist or cannot be read; its field is "source", "labels" or
-        "split". Records other than ArrayRecord need TensorFlow, which reads them if installed.
+      InputError: the source does not exist or cannot be read, its labels are wrong, or an option
+        has no effect on it; its field is "source" or the flag of an option. Records other than
+        ArrayRecord need TensorFlow, which reads them if installed.
     """
+    options = {"labels-file": labels, "split": split.removeprefix("train") and split,
+               "data-directory": directory, "image-column": image_column,
+               "label-column": label_column, "num-classes": class_count}
+    if class_count < 0:
+        raise InputError("num-classes", class_count, "give a whole number >= 0")
+    if is_parquet(source):
+        _refuse(options, "parquet files", "labels-file", "data-directory")
+        return open_parquet(source, split=split, image_column=image_column,
+                            label_column=label_column, class_count=class_count)
+    if not labels and (shards := find_shards(source)):
+        _refuse(options, "a WebDataset", "split", "data-directory", "image-column")
+        return open_shards(shards, source, label_field=label_column, class_count=class_count)
     if user_path(source).exists() or source.endswith((".zip", ".tar")):
+        _refuse(options, "image files", "split", "data-directory", "image-column",
+                "label-column", "num-classes")
         return open_images(source, labels=labels)
+    _refuse(options, "a TFDS dataset", "labels-file", "image-column", "label-column", "num-classes")
     try:
         return _open_tfds(source, split, directory)
     except InputError as error:
         field = "source" if error.field == "name" else error.field
         raise InputError(field, error.value, error.remedy) from None
+
+
+def _refuse(options: Mapping[str, Any], kind: str, *names: str) -> None:
+    """Raises InputError for an option that has no effect on a kind of source."""
+    for name in names:
+        if options[name]:
+            raise InputError(name, options[name], f"it has no effect on {kind}; leave it out")
 
 
 def _open_tfds(name: str, split: str, directory: str) -> TfdsImages:
