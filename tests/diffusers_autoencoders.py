@@ -26,6 +26,10 @@ CONFIGS = {
                                "shift_factor": 0.0609},
     "flux": _TINY | _WITHOUT | {"latent_channels": 16, "scaling_factor": 0.3611,
                                 "shift_factor": 0.1159},
+    "attention": _TINY | {
+        "latent_channels": 3, "down_block_types": ["DownEncoderBlock2D", "AttnDownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D", "AttnUpDecoderBlock2D"],
+    },
     "post_quant": _TINY | {"latent_channels": 3, "use_quant_conv": False},
 }  # fmt: skip
 GOLDEN, SEED = "vae_16", 7

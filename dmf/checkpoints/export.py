@@ -8,7 +8,7 @@ weights. No export holds a path of the machine that wrote it.
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -35,6 +35,8 @@ from dmf.sampling.build import sampling
 from dmf.types import Params
 
 _MAX_ERROR_LENGTH = 600
+# Dropped tensors that are named; of more, the number is said.
+_NAMED = 8
 FORMATS = ("orbax", "safetensors", "stablehlo")
 
 
@@ -139,12 +141,18 @@ def _read(
         f"{source}: read as {converted.naming.name}", opened.note, converted.naming.notes,
         str(converted.network),
         f"its latents have {converted.scaling}" if converted.scaling else "",
-        f"dropped {', '.join(converted.unused)}" if converted.unused else "",
+        f"dropped {_some(converted.unused)}" if converted.unused else "",
         note,
     ])))
     origin = f"converted from {_public_name(source)} ({converted.naming.name})"
     inner = _read_autoencoder_of(source)
     return Parts(converted.network, config, converted.params, origin, inner)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of some names, and how many there are of more."""
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _read_autoencoder_of(source: str) -> Parts | None:

@@ -155,8 +155,30 @@ def configured(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict
         ours, defaults = (flatten_dict(c.to_dict(), sep=".") for c in (config, get_config()))
         given |= {field for field, value in ours.items() if value != defaults.get(field)}
     config, taken = inherit(overridden(config, overrides), given)
-    _name_datasets(config, {overridden_field(override) for override in overrides})
+    on_command_line = {overridden_field(override) for override in overrides}
+    _name_datasets(config, on_command_line)
+    _take_scaling(config, on_command_line)
     return config, taken
+
+
+def _take_scaling(config: ConfigDict, given: Collection[str]) -> None:
+    """Scales cached latents by the statistics that lie beside them, where neither the command line
+    nor the config scales them by channel.
+
+    Raises:
+      InputError: the file of statistics is damaged.
+    """
+    from dmf.checkpoints.latent_statistics import STATISTICS_FILE, dataset_statistics
+    from dmf.data.datasets import CACHE
+
+    fields = ("scale", "shift", "mean", "std")
+    is_scaled = config.latents.mean or any(f"latents.{field}" in given for field in fields)
+    if config.data.name != CACHE or is_scaled:
+        return
+    if scaling := dataset_statistics(config.data.directory):
+        config.latents.update({field: getattr(scaling, field) for field in fields})
+        print(f"from {STATISTICS_FILE} in data.directory={config.data.directory}: latents.mean and "
+              f"latents.std of {len(scaling.mean)} channels", file=sys.stderr)
 
 
 def _name_datasets(config: ConfigDict, given: Collection[str]) -> None:

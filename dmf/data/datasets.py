@@ -20,6 +20,7 @@ from etils import epath
 
 from dmf.data.latent_caches import SUFFIXES as CACHE_SUFFIXES
 from dmf.data.latent_caches import open_cache
+from dmf.data.latent_shards import holds_shards, open_latent_shards
 from dmf.data.tfds_records import (
     INFO_FILE,
     StoredFeature,
@@ -256,7 +257,8 @@ def open_dataset(
     if name == CACHE:
         if extra:
             raise _has_no(extra, name)
-        return open_cache(directory, num_classes=num_classes)
+        opener = open_latent_shards if holds_shards(directory) else open_cache
+        return opener(directory, num_classes=num_classes)
     builder = open_builder(name, directory)
     chosen = _choose_features(builder.info.features, name, extra)
     return _in_memory_if_small(_open_tfds(builder, name, split, chosen))
@@ -278,7 +280,7 @@ def stored_name(directory: str) -> str:
             return str(json.loads((place / INFO_FILE).read_text()).get("name", ""))
         if place.is_file():
             return CACHE if place.suffix == ".zip" else ""
-        if _holds_latents(place):
+        if _holds_latents(place) or holds_shards(place):
             return CACHE
         first_class = next((path for path in place.iterdir() if path.is_dir()), None)
         return CACHE if first_class is not None and _holds_latents(first_class) else ""

@@ -7,6 +7,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dmf.checkpoints.latent_statistics import STATISTICS_FILE, dataset_statistics
 from dmf.checkpoints.params import latest_step
 from dmf.data.build import data
 from dmf.data.latent_origin import stated_origins
@@ -80,9 +81,14 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
 
 
 def _report_scaling(config: ConfigDict) -> None:
-    """Says where `config.latents` scales latents otherwise than their autoencoder states; a scaling
-    by channel is meant to."""
+    """Says where `config.latents` scales latents otherwise than their autoencoder or the statistics
+    beside them state; a scaling by channel is meant to."""
     ours = latents(config.latents).scaling
+    for place, directory in data(config.data).directories.items():
+        if not ours.mean and dataset_statistics(directory):
+            processes.log(f"latents.scale={ours.scale}, latents.shift={ours.shift}: "
+                          f"{STATISTICS_FILE} in {place}.directory states a mean and a standard "
+                          "deviation of each channel")
     for place, origin in stated_origins(data(config.data).directories).items():
         if origin.scaling != ours and not ours.mean:
             processes.log(f"latents.scale={ours.scale}, latents.shift={ours.shift}: the "

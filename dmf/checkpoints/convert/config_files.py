@@ -43,8 +43,13 @@ _RENAMED = {
 }  # fmt: skip
 _SWITCHES = ("use_quant_conv", "use_post_quant_conv")
 _FIXED = {"act_fn": "silu", "mid_block_add_attention": True}
-_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
-_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+# The kinds of levels without and with attention, and our field of the latter.
+_BLOCKS = {
+    "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D", "encoder_attention"),
+    "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D", "decoder_attention"),
+}  # fmt: skip
+# What states the scaling of the latents of an autoencoder.
+SCALING_FIELDS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 _WITHOUT_EFFECT = ("sample_size", "force_upcast", "architectures", "model_type", "torch_dtype",
                    "dtype", "transformers_version")  # fmt: skip
 
@@ -78,11 +83,22 @@ def autoencoder_kl(config: Mapping[str, Any]) -> StatedNetwork:
                 raise _unfit(name, value, f"another field says {fields[field]}")
         elif name in _FIXED and value != _FIXED[name]:
             raise _unfit(name, value, f"only {_FIXED[name]} is known")
-        elif name in _BLOCKS and value != [_BLOCKS[name]] * levels:
-            raise _unfit(name, value, f"only {_BLOCKS[name]} for each width is known")
-        elif name not in (*_FIXED, *_BLOCKS, *_SCALING, *_WITHOUT_EFFECT) and name[:1] != "_":
+        elif name in _BLOCKS:
+            fields |= _attention_levels(name, value, levels)
+        elif name not in (*_FIXED, *SCALING_FIELDS, *_WITHOUT_EFFECT) and name[:1] != "_":
             raise _unfit(name, value, "the field is not known, and may change the network")
     return _with_scaling(fields, config)
+
+
+def _attention_levels(name: str, value: Any, levels: int) -> dict[str, tuple[int, ...]]:
+    """The levels with attention, finest first, by our field; those of a decoder are listed from the
+    coarsest."""
+    plain, attending, field = _BLOCKS[name]
+    is_known = isinstance(value, list) and all(kind in (plain, attending) for kind in value)
+    if not is_known or len(value) != levels:
+        raise _unfit(name, value, f"only {plain} and {attending} for each width are known")
+    finest_first = value if field == "encoder_attention" else value[::-1]
+    return {field: tuple(i for i, kind in enumerate(finest_first) if kind == attending)}
 
 
 def dinov2(config: Mapping[str, Any]) -> StatedNetwork:
@@ -112,7 +128,7 @@ def _with_scaling(fields: dict[str, Any], config: Mapping[str, Any]) -> StatedNe
 
 def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
     """The scaling of the latents; None where the config says none."""
-    factor, shift, mean, std = (config.get(name) for name in _SCALING)
+    factor, shift, mean, std = (config.get(name) for name in SCALING_FIELDS)
     if factor is None and shift is None and mean is None:
         return None
     try:
@@ -128,7 +144,7 @@ def _scaling(config: Mapping[str, Any]) -> LatentScaling | None:
         if not all(map(math.isfinite, numbers)):
             raise ValueError("a number is not finite")
     except (TypeError, ValueError, ArithmeticError) as error:
-        stated = {name: config[name] for name in _SCALING if name in config}
+        stated = {name: config[name] for name in SCALING_FIELDS if name in config}
         raise _unfit("scaling", stated, f"it is no scaling of latents ({brief(error)})") from None
     return scaling
 
@@ -156,7 +172,7 @@ def diffusers_network(
     """
     if config.get("_class_name", class_name) != class_name:
         raise _unfit("_class_name", config["_class_name"], f"only {class_name} is known")
-    ignored = (*_SCALING, *_WITHOUT_EFFECT, *without_effect)
+    ignored = (*SCALING_FIELDS, *_WITHOUT_EFFECT, *without_effect)
     types, fields = typing.get_type_hints(network), {}
     for name, value in config.items():
         if name in renamed:

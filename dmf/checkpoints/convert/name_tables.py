@@ -136,6 +136,7 @@ class Naming:
       scaling: network -> the scaling of the latents that published networks of this naming are
         trained with; None where it is that of the autoencoder, or there are no latents.
       notes: what a user should know of the conversion.
+      training_only: starts of the names of tensors that only training uses; they are dropped.
     """
 
     name: str
@@ -149,6 +150,7 @@ class Naming:
     scaling: Callable[[Any], LatentScaling | None] = lambda network: None
     notes: str = ""
     incomplete: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    training_only: tuple[str, ...] = ()
 
 
 def with_given(

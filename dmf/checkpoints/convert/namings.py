@@ -114,6 +114,8 @@ def from_named_tensors(
     """
     tensors = strip_wrappers(tensors)
     detected = detect_naming(tensors, naming)
+    dropped = {name for name in tensors if name.startswith(detected.training_only)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in dropped}
     stated = detected.read_config(neighbour)
     for field, value in fields.items():
         if stated.fields.get(field, value) != value:
@@ -126,7 +128,8 @@ def from_named_tensors(
     params = to_params(table, tensors, abstract)
     detected.check(tensors, settings, bool(naming))
     unused = {name for name, entry in table.items() if isinstance(entry, Unused)}
-    return Converted(network, params, detected, tuple(sorted(unused & tensors.keys())),
+    unused = dropped | (unused & tensors.keys())
+    return Converted(network, params, detected, tuple(sorted(unused)),
                      stated.scaling or detected.scaling(network))
 
 

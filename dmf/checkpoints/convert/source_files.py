@@ -1,11 +1,11 @@
 """The files of a checkpoint: in a directory, on the Hugging Face hub, or a file by itself.
 
 Directories are those that PyTorch's ecosystem writes: weights in one file, or in several with an
-index, beside a `config.json`; and pipelines of diffusers, of which the autoencoder is taken.
+index, beside a `config.json`; and pipelines of diffusers, of which the autoencoder is taken. Beside
+an autoencoder may lie the statistics of its latents.
 """
 
 import dataclasses
-import importlib
 import json
 import os
 from collections.abc import Callable
@@ -13,11 +13,13 @@ from typing import Any
 
 from etils import epath
 
+from dmf.checkpoints.convert.config_files import SCALING_FIELDS
+from dmf.checkpoints.latent_statistics import STATISTICS_FILE, read_statistics
 from dmf.errors import InputError, brief
 from dmf.runtime.files import is_regular_file
+from dmf.runtime.hub import HUB, download
 from dmf.runtime.paths import user_path
 
-HUB = "hf:"
 CONFIG_FILE = "config.json"
 _INDEX = ".index.json"
 # Files of weights in the order of preference.
@@ -39,7 +41,8 @@ class SourceFiles:
     Attributes:
       weights: the files of weights, several if they are sharded; or a directory that Orbax or Flax
         wrote.
-      config: what `config.json` beside the weights says, unless dmf wrote it; empty without one.
+      config: what `config.json` beside the weights says, unless dmf wrote it, and the statistics of
+        latents beside them; empty without these.
       places: the name of the file of each tensor, as the index of sharded files says; empty
         without one.
     """
@@ -75,7 +78,8 @@ def find(source: str) -> SourceFiles:
             raise InputError(str(file), remedy=f"it is no file, and {path.name} names it"
                              if file != path else "is not a file")
         _refuse_pointer(file)
-    return SourceFiles(weights, _config(path.parent / CONFIG_FILE), places)
+    config = _config(path.parent / CONFIG_FILE)
+    return SourceFiles(weights, _with_statistics(config, path.parent / STATISTICS_FILE), places)
 
 
 def _absolute(source: str) -> epath.Path:
@@ -95,7 +99,8 @@ def _in_directory(directory: epath.Path) -> epath.Path:
     if inner:
         return inner[0]
     others = sorted(path for path in directory.iterdir()
-                    if path.suffix in _SUFFIXES or path.name.endswith(_INDEX))
+                    if (path.suffix in _SUFFIXES or path.name.endswith(_INDEX))
+                    and path.name != STATISTICS_FILE)
     if len(others) > 1:
         names = ", ".join(path.name for path in others[:8])
         raise InputError(str(directory), remedy=f"it holds several files of weights, give one: "
@@ -150,6 +155,15 @@ def _config(path: epath.Path) -> dict[str, Any]:
     return {} if "format" in config else config
 
 
+def _with_statistics(config: dict[str, Any], path: epath.Path | None) -> dict[str, Any]:
+    """A config with the scaling of latents that a file of statistics beside weights states, where
+    it states none itself; in the fields of diffusers."""
+    scaling = read_statistics(path) if path else None
+    if scaling is None or any(name in config for name in SCALING_FIELDS):
+        return config
+    return config | {"latents_mean": list(scaling.mean), "latents_std": list(scaling.std)}
+
+
 def _read_json(path: epath.Path) -> dict[str, Any]:
     """A JSON file with an object.
 
@@ -182,29 +196,12 @@ def _of_hub(source: str) -> SourceFiles:
     name, _, file = rest.partition("/")
     if not file:
         raise InputError(source, remedy="give hf:OWNER/REPO/FILE")
-    path = _download(source, f"{owner}/{name}", file)
+    path = download(source, f"{owner}/{name}", file)
     folder, places = file.rpartition("/")[0], _places(path)
 
     def beside(inner: str, needed: bool = True) -> epath.Path | None:
-        return _download(source, f"{owner}/{name}", f"{folder}/{inner}".lstrip("/"), needed)
+        return download(source, f"{owner}/{name}", f"{folder}/{inner}".lstrip("/"), needed=needed)
 
-    config = beside(CONFIG_FILE, needed=False)
-    return SourceFiles(_distinct(places, path, beside), _config(config) if config else {}, places)
-
-
-def _download(source: str, repository: str, file: str, needed: bool = True) -> epath.Path | None:
-    """The local copy of a file of the hub; None if it is not there, and not needed."""
-    try:
-        hub = importlib.import_module("huggingface_hub")
-    except ImportError:
-        raise InputError(source, remedy="it needs huggingface_hub; install dmf-jax[hub]") from None
-    try:
-        return epath.Path(hub.hf_hub_download(repository, file))
-    except Exception as error:
-        if not needed and isinstance(error, hub.utils.EntryNotFoundError):
-            return None
-        raise InputError(
-            source,
-            remedy=f"it cannot be downloaded ({type(error).__name__}: {brief(error)}); without a "
-                   "network, give a file that was downloaded elsewhere",
-        ) from None
+    config, statistics = (beside(name, needed=False) for name in (CONFIG_FILE, STATISTICS_FILE))
+    stated = _with_statistics(_config(config) if config else {}, statistics)
+    return SourceFiles(_distinct(places, path, beside), stated, places)

@@ -20,6 +20,8 @@ _AVERAGE = re.compile(_WORD.format("ema|swa|avg|averaged?|shadow|polyak"))
 _RAW = re.compile(_WORD.format("online|raw|backup|original|collected"))
 _OPTIMIZER = re.compile(r"opt|optim|optimi[sz]ers?(_states?)?|opt_state|mu|nu|exp_avg(_sq)?|"
                         r"grads?|gradients?|scaler|lr_schedulers?", re.IGNORECASE)
+# Parts in which other networks than the trained one are kept, as those of its loss.
+_AUXILIARY = re.compile(r"loss|foundation_model")
 # Tensors that the network computes by itself, which a list of trained parameters may leave out.
 _FIXED = ("pos_embed",)
 _WRAPPERS = ("module", "_orig_mod")
@@ -59,8 +61,7 @@ def choose_part(
     """
     if key and key != TOP:
         tensors = _below(tensors, key)
-    found = [name for name in _network_parts(tensors, networks)
-             if not any(map(_OPTIMIZER.fullmatch, _SEPARATORS.split(name)))]
+    found = [name for name in _network_parts(tensors, networks) if not _is_beside(name)]
     if key == TOP:
         return Part(TOP, _without(tensors, found), f"part {TOP!r}")
     averages = [name for name in found if _is_average(name)]
@@ -98,6 +99,12 @@ def _network_parts(tensors: Tensors, networks: Collection[tuple[str, ...]]) -> l
                     for last in names]
         parts |= {prefix for prefix in set.intersection(*prefixes) if prefix[-1:] in ("", *"./")}
     return sorted(parts)
+
+
+def _is_beside(name: str) -> bool:
+    """Whether a part is the state of an optimizer, or of another network than the trained one."""
+    words = _SEPARATORS.split(name)
+    return any(_OPTIMIZER.fullmatch(word) or _AUXILIARY.fullmatch(word) for word in words)
 
 
 def _is_average(name: str) -> bool:

@@ -4,7 +4,8 @@ It is frozen here: latent diffusion is trained on the latents that `encode` retu
 turns samples into images. From arXiv:2112.10752; the default fields are those of the released
 `sd-vae-ft-mse` and `sd-vae-ft-ema`. The autoencoder of SDXL has another scale of the latents,
 0.13025. Those of Stable Diffusion 3 (arXiv:2403.03206) and FLUX have 16 latent channels, a shift of
-the latents, and no quant convolutions.
+the latents, and no quant convolutions. VA-VAE (arXiv:2501.01423) has 32 latent channels, a factor
+of 16, and attention at the coarsest level.
 """
 
 import dataclasses
@@ -45,6 +46,9 @@ class AutoencoderKL:
       groups: groups of the group normalisations; it must divide each of `widths`.
       quant_conv: whether a 1 x 1 convolution is the last layer of the encoder.
       post_quant_conv: whether a 1 x 1 convolution is the first layer of the decoder.
+      encoder_attention: levels of the encoder whose residual blocks are each followed by attention,
+        as indices into `widths`.
+      decoder_attention: the same for the decoder, also as indices into `widths`.
       default_scaling: the published scaling of the latents, after which they have about unit
         variance; by channel, it has as many values as latent channels.
       dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
@@ -57,6 +61,8 @@ class AutoencoderKL:
     groups: int = 32
     quant_conv: bool = True
     post_quant_conv: bool = True
+    encoder_attention: tuple[int, ...] = ()
+    decoder_attention: tuple[int, ...] = ()
     default_scaling: LatentScaling = LatentScaling(scale=STABLE_DIFFUSION_SCALE)
     dtype: str = "float32"
 
@@ -66,6 +72,9 @@ class AutoencoderKL:
         self._check(min(self.widths) >= 1, "widths", "give whole numbers >= 1")
         self._check(all(width % self.groups == 0 for width in self.widths), "groups",
                     f"it must divide each of widths={self.widths}")
+        for field in ("encoder_attention", "decoder_attention"):
+            self._check(set(getattr(self, field)) <= set(range(len(self.widths))), field,
+                        f"give indices of levels, from 0 to {len(self.widths) - 1}")
         self._check(len(self.default_scaling.mean) in (0, self.latent_channels), "default_scaling",
                     f"give a mean and a std for each of latent_channels={self.latent_channels}")
         check_choice(self, "dtype", COMPUTE_DTYPES)
@@ -188,6 +197,8 @@ class Encoder(nn.Module):
         for i, width in enumerate(config.widths):
             for j in range(config.layers_per_block):
                 x = Resnet(width, config.groups, dtype, name=f"level_{i}_resnet_{j}")(x)
+                if i in config.encoder_attention:
+                    x = Attention(config.groups, dtype, name=f"level_{i}_attention_{j}")(x)
             if i != last:
                 # Padding at the bottom and right alone, as in the training of the released weights.
                 x = Convolution(width, strides=2, padding=((0, 1), (0, 1)), dtype=dtype,
@@ -215,6 +226,8 @@ class Decoder(nn.Module):
         for i, width in enumerate(widths):
             for j in range(config.layers_per_block + 1):
                 x = Resnet(width, config.groups, dtype, name=f"level_{i}_resnet_{j}")(x)
+                if last - i in config.decoder_attention:
+                    x = Attention(config.groups, dtype, name=f"level_{i}_attention_{j}")(x)
             if i != last:
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = Convolution(width, dtype=dtype, name=f"level_{i}_resize")(x)

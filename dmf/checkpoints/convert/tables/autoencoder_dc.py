@@ -271,12 +271,13 @@ NAMINGS = (
     Naming(
         name="diffusers-dc",
         network=AutoencoderDC,
-        identifying_tensors=("encoder.conv_out.weight", "decoder.norm_out.weight"),
+        identifying_tensors=("encoder.conv_out.weight", "decoder.norm_out.weight",
+                             "encoder.down_blocks.1.0.conv1.weight"),
         infer_network=infer_network,
         table=table,
         read_config=read_config,
         incomplete={
-            "decoder.norm_out.weight": _ALONE.format("decoder", "encoder"),
+            "decoder.up_blocks.1.0.conv.weight": _ALONE.format("decoder", "encoder"),
             "encoder.down_blocks.1.0.conv1.weight": _ALONE.format("encoder", "decoder"),
         },
     ),

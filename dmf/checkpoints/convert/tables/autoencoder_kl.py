@@ -26,7 +26,7 @@ from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.latent_scaling import LatentScaling
 
 # The names of query, key, value and out.
-_ATTENTIONS = {
+ATTENTIONS = {
     "diffusers": ("to_q", "to_k", "to_v", "to_out.0"),
     "diffusers-old": ("query", "key", "value", "proj_attn"),
 }
@@ -46,9 +46,12 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
     if not any(name.startswith("decoder.") for name in shapes):
         raise InputError("", remedy="it holds the encoder of an autoencoder without its decoder; "
                          "give the whole autoencoder")
-    matches = [re.match(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.", name) for name in shapes]
-    levels, layers = ({match[i] for match in matches if match} for i in (1, 2))
+    blocks = re.compile(r"encoder\.down_blocks\.(\d+)\.resnets\.(\d+)\.")
+    matches = [match for match in map(blocks.match, shapes) if match]
+    levels, layers = ({match[i] for match in matches} for i in (1, 2))
     first = (f"encoder.down_blocks.{i}.resnets.0.conv1.weight" for i in range(len(levels)))
+    down, up = (levels_of(shapes, rf"{part}_blocks\.(\d+)\.attentions\.")
+                for part in (r"encoder\.down", r"decoder\.up"))
     told = {
         "channels": _kernel(shapes, "encoder.conv_in.weight")[1],
         "latent_channels": _kernel(shapes, "decoder.conv_in.weight")[1],
@@ -56,9 +59,22 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
         "layers_per_block": len(layers),
         "quant_conv": any(name.startswith("quant_conv.") for name in shapes),
         "post_quant_conv": any(name.startswith("post_quant_conv.") for name in shapes),
+        "encoder_attention": down,
+        "decoder_attention": tuple(len(levels) - 1 - level for level in reversed(up)),
     }
     unscaled = {} if told["latent_channels"] == 4 else {"default_scaling": LatentScaling()}
     return AutoencoderKL(**with_given(told, fields, unscaled))
+
+
+def levels_of(shapes: Mapping[str, Shape], pattern: str) -> tuple[int, ...]:
+    """The numbers of the levels that have tensors of such names, in ascending order.
+
+    Args:
+      shapes: shapes of the tensors by name.
+      pattern: matches the start of a name; its group is the number of the level.
+    """
+    matches = (re.match(pattern, name) for name in shapes)
+    return tuple(sorted({int(match[1]) for match in matches if match}))
 
 
 def _kernel(shapes: Mapping[str, Shape], name: str) -> Shape:
@@ -73,7 +89,7 @@ def _kernel(shapes: Mapping[str, Shape], name: str) -> Shape:
     return shapes[name]
 
 
-def _autoencoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
+def autoencoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
     """The name table of a network.
 
     Args:
@@ -90,6 +106,8 @@ def _encoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
         name, path = f"encoder.down_blocks.{i}", f"encoder/level_{i}"
         before, count = widths[max(i - 1, 0)], network.layers_per_block
         table |= _resnets(name, f"{path}_resnet", before, width, count)
+        if i in network.encoder_attention:
+            table |= _attentions(name, f"{path}_attention", width, count, attention)
         if i != len(widths) - 1:
             table |= _convolution(f"{name}.downsamplers.0.conv", f"{path}_resize", width, width)
     table |= (
@@ -114,6 +132,8 @@ def _decoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
         name, path = f"decoder.up_blocks.{i}", f"decoder/level_{i}"
         before, count = widths[max(i - 1, 0)], network.layers_per_block + 1
         table |= _resnets(name, f"{path}_resnet", before, width, count)
+        if len(widths) - 1 - i in network.decoder_attention:
+            table |= _attentions(name, f"{path}_attention", width, count, attention)
         if i != len(widths) - 1:
             table |= _convolution(f"{name}.upsamplers.0.conv", f"{path}_resize", width, width)
     return (
@@ -124,10 +144,25 @@ def _decoder(network: AutoencoderKL, attention: tuple[str, ...]) -> Table:
 
 
 def _middle(name: str, path: str, width: int, attention: tuple[str, ...]) -> Table:
-    table = _norm(f"{name}.attentions.0.group_norm", f"{path}/attention/norm", width)
+    return (_attention(f"{name}.attentions.0", f"{path}/attention", width, attention)
+            | _resnets(name, f"{path}/resnet", width, width, 2))
+
+
+def _attentions(
+    name: str, path: str, width: int, count: int, attention: tuple[str, ...]
+) -> Table:
+    """The attention after each residual block of a level."""
+    table = {}
+    for i in range(count):
+        table |= _attention(f"{name}.attentions.{i}", f"{path}_{i}", width, attention)
+    return table
+
+
+def _attention(name: str, path: str, width: int, attention: tuple[str, ...]) -> Table:
+    table = _norm(f"{name}.group_norm", f"{path}/norm", width)
     for layer, param in zip(attention, ("query", "key", "value", "out"), strict=True):
-        table |= _linear(f"{name}.attentions.0.{layer}", f"{path}/attention/{param}", width)
-    return table | _resnets(name, f"{path}/resnet", width, width, 2)
+        table |= _linear(f"{name}.{layer}", f"{path}/{param}", width)
+    return table
 
 
 def _resnets(name: str, path: str, inputs: int, width: int, count: int) -> Table:
@@ -181,8 +216,8 @@ NAMINGS = tuple(
                 "the decoder of an autoencoder without its encoder; give the whole autoencoder",
         },
         infer_network=infer_network,
-        table=functools.partial(_autoencoder, attention=attention),
+        table=functools.partial(autoencoder, attention=attention),
         read_config=config_files.autoencoder_kl,
     )
-    for name, attention in _ATTENTIONS.items()
+    for name, attention in ATTENTIONS.items()
 )
