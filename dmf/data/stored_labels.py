@@ -9,6 +9,7 @@ from dmf.errors import InputError
 
 # Given as the column or the field of labels, it leaves them out.
 NO_LABELS = "none"
+MAX_CLASSES = 2**31
 
 
 def checked_labels(
@@ -27,12 +28,12 @@ def checked_labels(
     Raises:
       InputError: a label is below 0, or not below the number of classes; the field is empty.
     """
-    numbers = np.asarray(labels, np.int64)
-    for i in np.flatnonzero((numbers < 0) | (numbers >= (class_count or np.inf)))[:1]:
-        expected = f"from 0 to {class_count - 1}" if class_count else "from 0"
-        raise InputError("", remedy=f"{names[i]} has the label {numbers[i]}: labels are whole "
-                         f"numbers {expected}; correct it, or --num-classes")
-    return numbers
+    limit = class_count or MAX_CLASSES
+    for name, label in zip(names, labels, strict=True):
+        if not 0 <= label < limit:
+            raise InputError("", remedy=f"{name} has the label {label}: labels are whole numbers "
+                             f"from 0 to {limit - 1}; correct it, or --num-classes")
+    return np.asarray(labels, np.int64)
 
 
 def numbered_classes(labels: Int64[np.ndarray, "n"], class_count: int) -> tuple[str, ...]:
@@ -49,7 +50,7 @@ def numbered_classes(labels: Int64[np.ndarray, "n"], class_count: int) -> tuple[
       InputError: a smaller label is absent; the field is empty.
     """
     present = np.unique(labels)
-    absent = np.setdiff1d(np.arange(present[-1] + 1), present)
+    absent = np.flatnonzero(present != np.arange(len(present)))
     if not class_count and len(absent):
         raise InputError("", remedy=f"no image has the label {absent[0]}, but one has "
                          f"{present[-1]}: number the classes without gaps, or give "

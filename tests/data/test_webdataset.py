@@ -109,6 +109,8 @@ BAD = {
              "1.json has label='cat': give a whole number from 0; its fields are label, id"),
     "truth": ([("1.png", FILES[0]), ("1.json", b'{"label": true}')], "has label=True: give a"),
     "below 0": ([("1.png", FILES[0]), ("1.cls", b"-1")], "the label -1: labels are whole numbers"),
+    "huge": ([("1.png", FILES[0]), ("1.json", b'{"label": 1%s}' % (b"0" * 30))],
+             "the label 1000000000000000000000000000000: labels are whole numbers from 0 to 2147"),
     "some": ([*sample(0, 0), ("1.png", FILES[0])], "a.tar/1.png has no label, as 1 of 2 images"),
     "gap": ([*sample(0, 0), *sample(2, 2)], "no image has the label 1, but one has 2: number the"),
     "none": ([("1.txt", b"")], "no images in it; it takes"),
