@@ -8,6 +8,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dmf.checkpoints.latent_statistics import STATISTICS_FILE, dataset_statistics
+from dmf.checkpoints.load import load_latent_space
 from dmf.checkpoints.params import latest_step
 from dmf.data.build import data
 from dmf.data.latent_origin import stated_origins
@@ -60,6 +61,7 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
     """
     training = build.training(config)
     _report_scaling(config)
+    _check_autoencoder(config)
     prepared = PreparedRun(
         training=training,
         step=compiled_train_step(training.recipe),
@@ -93,6 +95,15 @@ def _report_scaling(config: ConfigDict) -> None:
         if origin.scaling != ours and not ours.mean:
             processes.log(f"latents.scale={ours.scale}, latents.shift={ours.shift}: the "
                           f"autoencoder of {place}.directory states {origin.scaling}")
+
+
+def _check_autoencoder(config: ConfigDict) -> None:
+    """Raises InputError where the latents of the dataset are of another autoencoder than
+    `config.latents` names, in a run that decodes none: the callbacks of others load it."""
+    is_loaded = config.run.sample_every or config.evaluation.every
+    stated = config.latents.autoencoder and stated_origins(data(config.data).directories)
+    if stated and not is_loaded:
+        load_latent_space(config)
 
 
 def _check_disk(workdir: epath.Path, state: TrainState, training: build.Training) -> None:

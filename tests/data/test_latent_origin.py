@@ -74,6 +74,18 @@ def test_another_autoencoder_than_that_of_the_latents_is_refused(tmp_path, monke
         latent_space(monkeypatch, directory, 2.0)
 
 
+def test_training_refuses_another_autoencoder_even_where_it_decodes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(load, "load_autoencoder", lambda directory: (SD3, params(2.0)))
+    config = tiny.config({
+        "model.channels": 16, "latents.autoencoder": "vae", "run.sample_every": 0,
+        "data.directory": str(dataset(tmp_path, encoder=1)),
+    })  # fmt: skip
+    with pytest.raises(InputError, match="^latents.autoencoder=vae: it is an autoencoder of fact"):
+        prepared_run._check_autoencoder(config)
+    config.run.sample_every = 2
+    prepared_run._check_autoencoder(config)  # SampleGridCallback loads it.
+
+
 def test_a_mixture_of_latents_of_two_autoencoders_is_refused(tmp_path):
     parts = {"data": str(dataset(tmp_path / "a")), "data.mixture.b": str(dataset(tmp_path / "b")),
              "data.mixture.images": ""}

@@ -1,12 +1,19 @@
 """Autoencoders by the names of latent diffusion: VA-VAE, MAR, Stable Diffusion and FLUX."""
 
+import json
+import pathlib
+import shutil
+
 import golden_values as gv
 import jax
 import jax.numpy as jnp
+import latent_run
 import ldm_autoencoder as ldm
 import numpy as np
 import pytest
+import tiny
 from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
 
 from dmf.checkpoints.convert import namings
 from dmf.checkpoints.convert.open_checkpoint import open_checkpoint
@@ -126,3 +133,44 @@ def test_pytorch_computes_the_same(changes, tmp_path):
         gv.assert_near(moment, last(theirs), 1e-5)
     gv.assert_near(gv.jit(found.network.decode)(params, last(latents)),
                    last(computed.images(torch.from_numpy(latents))), 1e-5)
+
+
+def directory(folder: pathlib.Path) -> pathlib.Path:
+    """An autoencoder with the statistics of its latents beside it."""
+    folder.mkdir()
+    save_file(ldm.drawn(ldm.shapes(**TINY)), folder / "vae.safetensors")
+    (folder / "config.json").write_text(json.dumps({"norm_num_groups": 2}))
+    shutil.copy(gv.FOLDER / "latents_stats.pt", folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_in_latents_that_are_prepared(tmp_path):
+    latent_run.check(directory(tmp_path / "vae"), tmp_path, channels=3, factor=4)
+
+
+@pytest.mark.slow
+def test_a_run_in_latents_that_lightningdit_cached(tmp_path, capsys):
+    """The statistics beside them reach the config of the run, and its samples are decoded."""
+    autoencoder = tmp_path / "autoencoder"
+    source = directory(tmp_path / "vae")
+    assert tiny.dmf("convert", source, f"--output={autoencoder}") == 0
+    draw = np.random.default_rng(0).standard_normal
+    (tmp_path / "cache").mkdir()
+    rows = {name: draw((24, 3, 8, 8)).astype("f") for name in ("latents", "latents_flip")}
+    save_file(rows | {"labels": np.arange(24) % 10}, tmp_path / "cache/shard000.safetensors")
+    shutil.copy(source / "latents_stats.pt", tmp_path / "cache")
+    fields = (f"data.directory={tmp_path}/cache", "data.mirror=True", "model.channels=3",
+              f"latents.autoencoder={autoencoder}", "run.steps=10", "run.checkpoint_every=10",
+              "latents.scale=1.0")  # fmt: skip
+    flags = [f"--config.{field}" for field in fields]
+    workdir = tmp_path / "run"
+    command = ("train", f"--config={tiny.CONFIG}", f"--workdir={workdir}")
+    assert tiny.dmf(*command, *flags[:-1]) == 0
+    stated = json.loads((workdir / "config.json").read_text())["latents"]
+    assert (stated["mean"], stated["std"]) == ([0.5, -1.0, 0.25], [2.0, 0.5, 4.0])
+    samples = f"--output={tmp_path}/samples.npz"
+    assert tiny.dmf("sample", f"--checkpoint={workdir}", "--count=2", "--steps=1", samples) == 0
+    with np.load(tmp_path / "samples.npz") as file:
+        assert file["arr_0"].shape == (2, 32, 32, 3)
+    assert tiny.dmf(*command, *flags) == 2, "the run goes on with another scaling"
