@@ -27,8 +27,8 @@ MUTANTS = (
     Mutant(
         "prediction_input", "du/dt of a shared encoder leaves out the input in the division",
         "dmf/models/dit.py",
-        "Hidden(tokens, t, input_of_prediction(self, x_t))",
-        "Hidden(tokens, t, input_of_prediction(self, jax.lax.stop_gradient(x_t)))",
+        "else input_of_prediction(self, x_t)",
+        "else input_of_prediction(self, jax.lax.stop_gradient(x_t))",
         _PREDICTION,
     ),
     Mutant(

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from dmf.errors import check_between, check_choice, check_valid
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
+from dmf.models.dit_flops import dit_flops
 from dmf.models.layers import FLOAT32_PARTS
 from dmf.models.prediction import (
     DEFAULT_MIN_TIME,
@@ -31,8 +32,16 @@ from dmf.models.prediction import (
     input_of_prediction,
     velocity_of,
 )
-from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
+from dmf.models.simple_network import (
+    LARGEST_CLASSES,
+    LARGEST_DEPTH,
+    LARGEST_SIZE,
+    SimpleNetwork,
+    check_input,
+    no_velocity_head,
+)
 from dmf.models.transformer import TIME_EMBEDDINGS, Transformer, cast_blocks
+from dmf.models.wide_head import WideHead
 from dmf.types import (
     COMPUTE_DTYPES,
     Features,
@@ -45,8 +54,6 @@ from dmf.types import (
 )
 
 CONDITIONINGS = ("flow", "meanflow", "decoupled")
-# Beyond these, a number is a slip: not even shapes could be computed.
-LARGEST_DEPTH, LARGEST_SIZE, LARGEST_CLASSES = 1024, 2**18, 2**24
 # The time that a block is conditioned on, by letter: t, r, or both (r and t - r).
 TIME_LETTERS = "trb"
 BLOCK_TIME_PATTERNS = ("split", "interleaved", "both")
@@ -78,7 +85,7 @@ class Hidden(NamedTuple):
     Attributes:
       tokens: [b, l, d] in the dtype of the residual stream.
       t: [b] times of x_t.
-      x_t: the input of the network; None where it predicts velocities.
+      x_t: the input of the network; None where it predicts velocities and has no wide head.
     """
 
     tokens: jax.Array
@@ -130,6 +137,8 @@ class DiT(SimpleNetwork):
         MeanFlow, arXiv:2512.02012), with conditioning="meanflow"; sampling needs none.
       head_depth: number of blocks of the velocity head, 1 to `depth`: it has blocks of its own in
         place of the last of the network; published for in-context conditioning: 8.
+      wide_head: wide blocks after those of the network, for latents with many channels (RAE,
+        arXiv:2510.11690); they are conditioned on the time of the final layer.
       qk_norm: whether queries and keys pass an RMSNorm.
       learned_variance: whether the network has a log-variance head, which the weighting "cauchy"
         needs.
@@ -158,7 +167,7 @@ class DiT(SimpleNetwork):
     # The fields that a run shares with the checkpoint that it starts from.
     sizes: ClassVar[tuple[str, ...]] = (
         "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",
-        "num_classes", "prediction", "min_time",
+        "num_classes", "wide_head", "prediction", "min_time",
     )  # fmt: skip
 
     input_size: int
@@ -178,6 +187,7 @@ class DiT(SimpleNetwork):
     guidance_input: bool = False
     velocity_head: bool = False
     head_depth: int = 8
+    wide_head: WideHead = WideHead()
     qk_norm: bool = False
     learned_variance: bool = False
     alignment_depth: int = 0
@@ -221,6 +231,8 @@ class DiT(SimpleNetwork):
         check(self.velocity_head or self.head_depth == DiT.head_depth, "head_depth",
               f"it is that of the velocity head; set model.velocity_head=True, or leave this at "
               f"{DiT.head_depth}")
+        check(not (self.velocity_head and self.wide_head.depth), "velocity_head",
+              "a network with a wide head has no other; set model.wide_head.depth=0")
         check(not self.velocity_head or 1 <= self.head_depth <= self.depth, "head_depth",
               f"give a whole number from 1 to model.depth={self.depth}")
         splits = self.conditioning == "decoupled" and block_times in ("split", "both")
@@ -261,6 +273,11 @@ class DiT(SimpleNetwork):
         return self.input_size, self.input_size, self.channels
 
     @property
+    def tokens(self) -> int:
+        """Number of patches of the input, each of which is a token."""
+        return (self.input_size // self.patch_size) ** 2
+
+    @property
     def resolved_block_times(self) -> str:
         """The time letter of each block: `block_times` written out."""
         if self.conditioning != "decoupled":
@@ -298,22 +315,8 @@ class DiT(SimpleNetwork):
 
     @property
     def flops(self) -> Flops:
-        """Operations of the matmuls of one sample, 2 for a multiply-add.
-
-        Each of the two parts counts one time embedding. The projector and the log-variance head,
-        which are no part of the flow map, are left out.
-        """
-        width, length = self.width, (self.input_size // self.patch_size) ** 2
-        linears, modulation = 2 * width**2 * (4 + 2 * self.mlp_ratio) * length, 12 * width**2
-        block = linears + 4 * width * length**2 + modulation
-        patches = 2 * width * length * self.patch_size**2 * self.channels
-        early, time_embedding = self.encoder_depth, 2 * (256 + width) * width
-        final = patches + 2 * 2 * width**2
-        return Flops(
-            encode=patches + early * block + (time_embedding if early else 0),
-            decode=(self.depth - early) * block + time_embedding + final,
-            velocity_head=self.head_depth * block + final if self.velocity_head else 0.0,
-        )
+        """Operations of the matmuls of one sample, 2 for a multiply-add."""
+        return dit_flops(self)
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: a nested dictionary, block parameters stacked by depth."""
@@ -324,11 +327,9 @@ class DiT(SimpleNetwork):
     def cast(self, params: Params) -> Params:
         """Parameters, or a gradient by them, with the kernels of the blocks in the dtype that their
         gradients are collected in."""
-        cast = {"blocks": cast_blocks(self, params["blocks"])}
-        if self.velocity_head:
-            head = params["v_head"]
-            cast["v_head"] = {**head, "blocks": cast_blocks(self, head["blocks"])}
-        return {**params, **cast}
+        heads = {name: {**params[name], "blocks": cast_blocks(self, params[name]["blocks"])}
+                 for name in ("v_head", "wide_head") if name in params}
+        return {**params, "blocks": cast_blocks(self, params["blocks"]), **heads}
 
     def apply(self, params: Params, x_t: Images, t: Times, r: Times, y: Any) -> Images:
         """The average velocity u(x_t, t, r, y).
@@ -355,12 +356,15 @@ class DiT(SimpleNetwork):
         """The part of the network that does not depend on r; arguments as of `apply`."""
         check_input(self, x_t)
         tokens = Transformer(self).apply({"params": params}, x_t, t, y, method="encode")
-        return Hidden(tokens, t, input_of_prediction(self, x_t))
+        needed = x_t if self.wide_head.depth else input_of_prediction(self, x_t)
+        return Hidden(tokens, t, needed)
 
     def decode(self, params: Params, hidden: Hidden, r: Times, y: Any) -> Images:
         """u(x_t, t, r, y) [b, h, w, c], float32, from `hidden = encode(params, x_t, t, y)`."""
         tokens, t, x_t = hidden
-        predicted = Transformer(self).apply({"params": params}, tokens, t, r, y, method="decode")
+        predicted = Transformer(self).apply(
+            {"params": params}, tokens, t, r, y, x_t, method="decode"
+        )
         return velocity_of(self, predicted, x_t, t)
 
     def decode_heads(

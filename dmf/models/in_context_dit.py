@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from dmf.errors import check_between, check_choice, check_valid
 from dmf.models.attention.attention import IMPLEMENTATIONS
 from dmf.models.block_stack import REMAT_POLICIES
-from dmf.models.dit import LARGEST_CLASSES, LARGEST_DEPTH, LARGEST_SIZE
 from dmf.models.in_context_transformer import (
     PREFIX_TOKENS,
     BlockStack,
@@ -38,7 +37,14 @@ from dmf.models.prediction import (
     input_of_prediction,
     velocity_of,
 )
-from dmf.models.simple_network import SimpleNetwork, check_input, no_velocity_head
+from dmf.models.simple_network import (
+    LARGEST_CLASSES,
+    LARGEST_DEPTH,
+    LARGEST_SIZE,
+    SimpleNetwork,
+    check_input,
+    no_velocity_head,
+)
 from dmf.types import (
     COMPUTE_DTYPES,
     Flops,

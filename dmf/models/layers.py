@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from dmf.models.activations import gelu, layer_norm
 from dmf.models.attention.attention import attention
-from dmf.models.linear import Linear, Tokens, Vectors, scale_tokens, spread
+from dmf.models.linear import Linear, Tokens, Vectors, over_tokens, scale_tokens, spread
 from dmf.models.rotary import Rotation, rotate
 
 # Parts of a network that can be in float32 where the rest is in bfloat16: the matmuls of the time
@@ -27,6 +27,9 @@ from dmf.models.rotary import Rotation, rotate
 # tokens that they are applied to; the residual stream, with the sums that update it; the whole
 # final layer.
 FLOAT32_PARTS = ("time_embedding", "modulation", "residual", "final_layer")
+
+# What layers are conditioned on: a vector of each sample, or of each token.
+Condition = Vectors | Tokens
 
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
@@ -73,9 +76,10 @@ def unpatchify(tokens: Tokens, patch: int) -> Float[Array, "b h h c"]:
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, side * patch, side * patch, c)
 
 
-def modulate(x: Tokens, shift: Vectors, scale: Vectors) -> Tokens:
-    """x (1 + scale) + shift in the dtype of x, with one shift and scale vector per sample."""
-    return scale_tokens(x, 1 + scale, x.dtype) + spread(shift[:, None, :], x.shape, x.dtype)
+def modulate(x: Tokens, shift: Condition, scale: Condition) -> Tokens:
+    """x (1 + scale) + shift in the dtype of x, with one shift and scale vector per sample or per
+    token."""
+    return scale_tokens(x, 1 + scale, x.dtype) + spread(over_tokens(shift), x.shape, x.dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -120,8 +124,9 @@ class GuidanceEmbedding(nn.Module):
 class Modulation(nn.Module):
     """`count` modulation vectors Linear(SiLU(c)) of a condition c, zero at initialisation.
 
-    The matmul is in `dtype`. The vectors are float32: XLA's compiler for TPUs would sum their
-    gradients in the dtype that they are cast to.
+    The matmul is in `dtype`. The vectors of samples are float32: XLA's compiler for TPUs would sum
+    their gradients in the dtype that they are cast to. Those of tokens, of which there are many
+    more and whose gradients are no sums over tokens, are in `dtype`.
     """
 
     count: int
@@ -129,12 +134,12 @@ class Modulation(nn.Module):
     gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, c: Vectors) -> list[Vectors]:
-        features, float32 = (self.count, c.shape[-1]), jnp.dtype("float32")
-        linear = Linear(features, zeros, self.dtype, output_dtype=float32,
+    def __call__(self, c: Condition) -> list[Condition]:
+        output_dtype = jnp.dtype("float32") if c.ndim == 2 else self.dtype
+        linear = Linear((self.count, c.shape[-1]), zeros, self.dtype, output_dtype=output_dtype,
                         gradient_dtype=self.gradient_dtype, name="linear")
         out = linear(nn.silu(c))
-        return [out[:, i] for i in range(self.count)]
+        return [out[..., i, :] for i in range(self.count)]
 
 
 class SelfAttention(nn.Module):
@@ -193,7 +198,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with adaLN-Zero conditioning (DiT, section 3.2).
+    """A transformer block with adaLN-Zero conditioning (DiT, section 3.2), by one vector c for each
+    sample, or for each token.
 
     Shift, scale and gate, and the tokens that they are applied to, are in `modulation_dtype` (by
     default `dtype`), the rest in `dtype`, and the gradients of the kernels in `gradient_dtype` (by
@@ -209,7 +215,7 @@ class Block(nn.Module):
     gradient_dtype: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: Tokens, c: Vectors) -> Tokens:
+    def __call__(self, x: Tokens, c: Condition) -> Tokens:
         dtype, gradient_dtype = self.modulation_dtype or self.dtype, self.gradient_dtype
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = Modulation(
             6, dtype, gradient_dtype, name="modulation"
@@ -231,7 +237,7 @@ class FinalLayer(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Tokens, c: Vectors) -> Float[Array, "b l p"]:
+    def __call__(self, x: Tokens, c: Condition) -> Float[Array, "b l p"]:
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
         linear = Linear((self.patch_values,), zeros, self.dtype, name="linear")
         return linear(modulate(layer_norm(x, self.dtype), shift, scale))

@@ -9,6 +9,7 @@ backward pass casts to float32 before it sums.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,27 +23,33 @@ Tokens = Float[Array, "b l d"]
 Vectors = Float[Array, "b d"]
 
 
+def over_tokens(vectors: jax.Array) -> jax.Array:
+    """Vectors of samples [b, d] as [b, 1, d]; those of tokens [b, l, d] as they are."""
+    return vectors[:, None, :] if vectors.ndim == 2 else vectors
+
+
 def spread(x: jax.Array, shape: tuple[Size, ...], dtype: jnp.dtype) -> jax.Array:
     """x broadcast to `shape` and cast to `dtype`; its gradient is summed in float32."""
     return jnp.broadcast_to(x.astype(jnp.float32), shape).astype(dtype)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def scale_tokens(x: Tokens, factor: Vectors, dtype: jnp.dtype) -> Tokens:
-    """x * factor in `dtype`, with a vector of factors per sample; gradients are summed in float32.
+def scale_tokens(x: Tokens, factor: Vectors | Tokens, dtype: jnp.dtype) -> Tokens:
+    """x * factor in `dtype`, with a vector of factors per sample or per token; gradients are summed
+    in float32.
 
     Only the derivative by `factor` broadcasts by `spread`, so that the backward pass stores the
     vectors and not their copies for each token.
     """
-    return x.astype(dtype) * factor.astype(dtype)[:, None, :]
+    return x.astype(dtype) * over_tokens(factor.astype(dtype))
 
 
 @scale_tokens.defjvp
 def _scale_tokens_jvp(
-    dtype: jnp.dtype, primals: tuple[Tokens, Vectors], tangents: tuple[Tokens, Vectors]
+    dtype: jnp.dtype, primals: tuple[Tokens, Any], tangents: tuple[Tokens, Any]
 ) -> tuple[Tokens, Tokens]:
     (x, factor), (x_tangent, factor_tangent) = primals, tangents
-    by_factor = x.astype(dtype) * spread(factor_tangent[:, None, :], x.shape, dtype)
+    by_factor = x.astype(dtype) * spread(over_tokens(factor_tangent), x.shape, dtype)
     return scale_tokens(x, factor, dtype), scale_tokens(x_tangent, factor, dtype) + by_factor
 
 

@@ -10,6 +10,8 @@ from dmf.errors import InputError
 from dmf.types import ClassLabels, Condition, Flops, Images, Params, Times
 
 Inputs = tuple[jax.Array, jax.Array]
+# Beyond these, a number is a slip: not even shapes could be computed.
+LARGEST_DEPTH, LARGEST_SIZE, LARGEST_CLASSES = 1024, 2**18, 2**24
 
 
 def no_velocity_head(network: Any) -> InputError:

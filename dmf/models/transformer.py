@@ -1,6 +1,7 @@
 """The Flax module of the diffusion transformer; `dmf.models.dit.DiT` is its config."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ from jaxtyping import Array, Float
 
 from dmf.models import layers
 from dmf.models.block_stack import run_blocks
-from dmf.models.linear import Linear, Tokens, Vectors
+from dmf.models.linear import Linear, Tokens, Vectors, spread
 from dmf.models.parameters import stacked_parameters
+from dmf.models.wide_head import wide_head_network
 from dmf.types import (
     Features,
     GuidanceInput,
@@ -25,6 +27,8 @@ from dmf.types import (
 )
 
 Patches = Float[Array, "b l p"]
+# Of the wide head, beside the narrower ones of the trunk.
+WideTokens = Float[Array, "b l e"]
 # The module that embeds each time of a MeanFlow network.
 TIME_EMBEDDINGS = {"t": "time_embedding", "r": "target_embedding", "t-r": "interval_embedding"}
 
@@ -88,7 +92,7 @@ def run_stack(
     config: Any,
     blocks: Params,
     tokens: Tokens,
-    conditions: dict[str, Vectors],
+    conditions: dict[str, layers.Condition],
     block_times: str,
     start: int,
     stop: int,
@@ -113,6 +117,14 @@ def to_images(config: Any, patches: Patches) -> Images:
     return layers.unpatchify(patches, config.patch_size).astype(jnp.float32)
 
 
+def embed(config: Any, patch_embedding: Callable[[Patches], Tokens], x_t: Images) -> Tokens:
+    """Patches embedded as tokens [b, l, d], with their positions."""
+    table = layers.position_table(config.input_size // config.patch_size, config.width)
+    tokens = patch_embedding(layers.patchify(x_t, config.patch_size))
+    tokens = tokens.astype(dtype_of(config, "residual"))
+    return tokens + jnp.asarray(table, tokens.dtype)[None]
+
+
 class VelocityHead(nn.Module):
     """Blocks and a final layer of its own, from the tokens of an inner block to the velocity v.
 
@@ -132,6 +144,42 @@ class VelocityHead(nn.Module):
         config, depth = self.config, self.config.head_depth
         tokens = run_stack(config, self.blocks, tokens, conditions, "t" * depth, 0, depth)
         return to_images(config, self.final(tokens, conditions["t"]))
+
+
+class WideHeadBlocks(nn.Module):
+    """The blocks of a wide head, which are conditioned on the tokens of the trunk.
+
+    The condition of a token is Linear(SiLU(s + c)), with s the token of the trunk and c the
+    condition vector of the final layer (RAE, arXiv:2510.11690, whose c has no label).
+
+    Attributes:
+      config: the `wide_head_network` of the network.
+    """
+
+    config: Any
+
+    def setup(self):
+        width, dtype = self.config.width, jnp.dtype(self.config.dtype)
+        self.patch_embedding = Linear((width,), layers.xavier, dtype)
+        self.condition = Linear((width,), layers.xavier, dtype)
+        self.blocks = blocks_of(self, self.config, self.config.depth)
+
+    def __call__(
+        self, x_t: Images, tokens: Tokens, vector: Vectors
+    ) -> tuple[WideTokens, WideTokens]:
+        """The tokens of the head, and the conditions of its final layer: [b, l, e] each.
+
+        Args:
+          x_t: [b, h, w, c] the input of the network.
+          tokens: [b, l, d] after the last block of the trunk.
+          vector: [b, d] condition of the final layer.
+        """
+        config, depth, dtype = self.config, self.config.depth, jnp.dtype(self.config.dtype)
+        condition = tokens.astype(dtype) + spread(vector[:, None, :], tokens.shape, dtype)
+        conditions = {"t": self.condition(nn.silu(condition))}
+        inner = embed(config, self.patch_embedding, x_t)
+        inner = run_stack(config, self.blocks, inner, conditions, "t" * depth, 0, depth)
+        return inner, conditions["t"]
 
 
 class Transformer(nn.Module):
@@ -163,6 +211,8 @@ class Transformer(nn.Module):
         self.final = final_layer(config)
         if config.velocity_head:
             self.v_head = VelocityHead(config)
+        if config.wide_head.depth:
+            self.wide_head = WideHeadBlocks(wide_head_network(config))
         if config.learned_variance:
             self.log_variance = layers.LogVariance()
         if config.alignment_depth:
@@ -175,7 +225,7 @@ class Transformer(nn.Module):
         `dmf.models.prediction`."""
         conditions = self._conditions(t, r, y)
         tokens = self._run(self._embed(x_t), conditions, 0, self.config.depth)
-        return self._predict(tokens, conditions)
+        return self._predict(tokens, conditions, x_t)
 
     def encode(self, x_t: Images, t: Times, y: Any) -> Tokens:
         """The tokens [b, l, d] before the first block that depends on r."""
@@ -185,11 +235,14 @@ class Transformer(nn.Module):
         condition = self.time_embedding(t) + self._embed_condition(y)
         return self._run(tokens, {"t": condition}, 0, depth)
 
-    def decode(self, tokens: Tokens, t: Times, r: Times, y: Any) -> Images:
-        """The prediction [b, h, w, c], float32, from the tokens of `encode`."""
+    def decode(
+        self, tokens: Tokens, t: Times, r: Times, y: Any, x_t: Images | None = None
+    ) -> Images:
+        """The prediction [b, h, w, c], float32, from the tokens of `encode`, and for a wide head
+        from the input x_t."""
         conditions, config = self._conditions(t, r, y), self.config
         tokens = self._run(tokens, conditions, config.encoder_depth, config.depth)
-        return self._predict(tokens, conditions)
+        return self._predict(tokens, conditions, x_t)
 
     def decode_heads(
         self, tokens: Tokens, t: Times, r: Times, y: Any
@@ -208,7 +261,7 @@ class Transformer(nn.Module):
         conditions, cut = self._conditions(t, r, y), self.config.alignment_depth
         inner = self._run(self._embed(x_t), conditions, 0, cut)
         tokens = self._run(inner, conditions, cut, self.config.depth)
-        return self._predict(tokens, conditions), self.projector(inner)
+        return self._predict(tokens, conditions, x_t), self.projector(inner)
 
     def variance(self, t: Times, r: Times) -> PerSample:
         """The learned log of the expected squared error at (t, r), float32."""
@@ -224,17 +277,17 @@ class Transformer(nn.Module):
         return self(x_t, t, r, y), variance
 
     def _embed(self, x_t: Images) -> Tokens:
-        """Patches embedded as tokens [b, l, d], with their positions."""
-        config = self.config
-        table = layers.position_table(config.input_size // config.patch_size, config.width)
-        tokens = self.patch_embedding(layers.patchify(x_t, config.patch_size))
-        tokens = tokens.astype(dtype_of(config, "residual"))
-        return tokens + jnp.asarray(table, tokens.dtype)[None]
+        return embed(self.config, self.patch_embedding, x_t)
 
-    def _predict(self, tokens: Tokens, conditions: dict[str, Vectors]) -> Images:
-        """The prediction [b, h, w, c], float32, from the tokens after the last block."""
-        patches = self.final(tokens, conditions[self.config.final_layer_time])
-        return to_images(self.config, patches)
+    def _predict(
+        self, tokens: Tokens, conditions: dict[str, Vectors], x_t: Images | None = None
+    ) -> Images:
+        """The prediction [b, h, w, c], float32, from the tokens after the last block, and for a
+        wide head from the input x_t."""
+        condition = conditions[self.config.final_layer_time]
+        if self.config.wide_head.depth:
+            tokens, condition = self.wide_head(x_t, tokens, condition)
+        return to_images(self.config, self.final(tokens, condition))
 
     def _conditions(self, t: Times, r: Times, y: Any) -> dict[str, Vectors]:
         """The condition vectors [b, d] by time letter; a MeanFlow network has one, under "t"."""

@@ -33,6 +33,7 @@ from dmf.objectives.time_samplers import (
     OrderedPair,
     ToData,
     UniformTime,
+    dimension_shift,
 )
 from dmf.registry import define_kind
 
@@ -64,6 +65,7 @@ __all__ = [
     "ToData",
     "UniformTime",
     "UniformWeighting",
+    "dimension_shift",
 ]
 
 define_kind(

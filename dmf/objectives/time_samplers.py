@@ -1,6 +1,7 @@
 """The random times of training: t, or a pair (t, r)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -14,6 +15,38 @@ from dmf.types import PRNGKey, Times
 # From a key, a number of samples and the path to times [count], or to times (t, r).
 TimeSampler = Callable[[PRNGKey, int, Interpolant], Times]
 TimePair = Callable[[PRNGKey, int, Interpolant], tuple[Times, Times]]
+
+
+def shift_times(t: jax.Array, shift: float) -> jax.Array:
+    """s t / (1 + (s - 1) t): times at which the noise of the linear path is s times as large beside
+    the data (arXiv:2403.03206, resolution-dependent shifting).
+
+    >>> shift_times(jnp.array([1.0, 0.5, 0.0]), 3.0).tolist()
+    [1.0, 0.75, 0.0]
+
+    Args:
+      t: times in [0, 1], of any shape.
+      shift: s > 0; 1 leaves the times as they are, more gives noisier times.
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def dimension_shift(values: int, base: int = 4096) -> float:
+    """The shift sqrt(m / n) of times for samples of m values, where n values need none (RAE,
+    arXiv:2510.11690, dimension-dependent noise schedule shift).
+
+    It is `UniformTime.shift` and `sampling.shift`. The logit-normal times of a mean have it where
+    its logarithm is added to the mean.
+
+    >>> round(dimension_shift(768 * 16 * 16), 3)
+    6.928
+
+    Args:
+      values: number of values m of a sample, >= 1.
+      base: number of values n whose times are not shifted, >= 1; 4,096 are those of latents of
+        32 x 32 x 4.
+    """
+    return math.sqrt(values / base)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,11 +78,22 @@ class LogitNormal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniformTime:
-    """Uniform t in [0, 1), whatever the path."""
+    """Uniform t in [0, 1), whatever the path, then shifted.
+
+    Attributes:
+      shift: s in t <- s t / (1 + (s - 1) t), from 0.001 to 1000; 1 leaves t uniform, more gives
+        noisier samples; published for RAE: sqrt(m / 4096) for samples of m values
+        (arXiv:2510.11690).
+    """
+
+    shift: float = 1.0
+
+    def __post_init__(self):
+        check_between(self, 1e-3, 1e3, "shift")
 
     def __call__(self, key: PRNGKey, count: int, interpolant: Interpolant) -> Times:
         del interpolant
-        return jax.random.uniform(key, (count,))
+        return shift_times(jax.random.uniform(key, (count,)), self.shift)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from dmf.errors import InputError
 from dmf.objectives.interpolants import LINEAR, Interpolant
+from dmf.objectives.time_samplers import shift_times
 from dmf.registry import define_kind, runtime_field
 from dmf.runtime.memoize import memoized
 from dmf.types import Condition, FlowMap, Images, PRNGKeys
@@ -28,19 +29,6 @@ MOST_STEPS = 10_000
 
 Time = Float[Array, ""]
 Carry = Any
-
-
-def shift_times(t: jax.Array, shift: float) -> jax.Array:
-    """s t / (1 + (s - 1) t): the resolution shift of a schedule (arXiv:2403.03206).
-
-    >>> shift_times(jnp.array([1.0, 0.5, 0.0]), 3.0).tolist()
-    [1.0, 0.75, 0.0]
-
-    Args:
-      t: times in [0, 1], of any shape.
-      shift: s > 0; 1 leaves the times as they are, more gives more steps to noise.
-    """
-    return shift * t / (1 + (shift - 1) * t)
 
 
 def uniform_schedule(steps: int, shift: float = 1.0) -> Float[Array, "n"]:

@@ -15,7 +15,9 @@ from dmf.objectives import (
     MixedPair,
     OrderedPair,
     UniformTime,
+    dimension_shift,
 )
+from dmf.objectives.time_samplers import shift_times
 
 COUNT = 20_000
 KEY = jax.random.key(3)
@@ -46,6 +48,19 @@ def test_logit_normal(path, mean, std):
 @over_paths
 def test_uniform(path):
     assert_distributed(UniformTime()(KEY, COUNT, path), stats.uniform.cdf)
+
+
+def test_the_shift_of_high_dimensions_has_its_closed_form():
+    """P(t <= x) of shifted uniform times is x / (s - (s - 1) x); a logit-normal time is shifted by
+    the logarithm of s in its mean."""
+    s = dimension_shift(768 * 16 * 16)
+    assert s == pytest.approx(48**0.5)
+    assert (dimension_shift(4096), dimension_shift(16, base=4)) == (1.0, 2.0)
+    t = UniformTime(shift=s)(KEY, COUNT, LINEAR)
+    assert_distributed(t, lambda x: np.asarray(x) / (s - (s - 1) * np.asarray(x)))
+    shifted = shift_times(LogitNormal(mean=-0.4)(KEY, COUNT, LINEAR), s)
+    of_mean = LogitNormal(mean=-0.4 + np.log(s))(KEY, COUNT, LINEAR)
+    np.testing.assert_allclose(of_mean, shifted, rtol=1e-5)
 
 
 @over_paths
@@ -110,6 +125,7 @@ def test_extreme_equal_probabilities(probability, expected):
     [
         (lambda: MixedPair(uniform_probability=-0.1), r"^uniform_probability=-0\.1: "),
         (lambda: LogitNormal(std=0.0), r"^std=0\.0: "),
+        (lambda: UniformTime(shift=0.0), r"^shift=0\.0: give a number from 0\.001 to 1000"),
         (lambda: LogitNormal(std=float("nan")), "^std=nan: "),
         (
             lambda: OrderedPair(first=UniformTime(), second=UniformTime(), equal_probability=1.5),

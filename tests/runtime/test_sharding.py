@@ -95,12 +95,16 @@ def partition_of(name: str, shape: tuple, axes: tuple[str, ...], **sizes: int) -
          (None, "fsdp", None, "tensor", None)),
         ("v_head/blocks/attention_gate", (8, 768), (None, "fsdp")),
         ("v_head/linear/kernel", (768, 16), ("fsdp", None)),
+        ("wide_head/blocks/modulation/linear/kernel", (2, 2048, 6, 2048),
+         (None, "tensor", None, "fsdp")),
+        ("wide_head/blocks/mlp/in/kernel", (2, 2048, 8192), (None, "fsdp", "tensor")),
+        ("wide_head/condition/kernel", (1152, 2048), (None, "fsdp")),
         ("patch_reduction/kernel", (768, 128), ("fsdp", None)),
         ("prefix/label", (8, 768), (None, "fsdp")),
         ("position_embedding", (276, 768), (None, "fsdp")),
     ],
 )  # fmt: skip
-def test_rules_of_an_in_context_network(path, shape, expected):
+def test_rules_of_heads_and_of_an_in_context_network(path, shape, expected):
     assert partition_of(path, shape, ("fsdp",), fsdp=4, tensor=4) == PartitionSpec(*expected)
 
 

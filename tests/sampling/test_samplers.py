@@ -20,7 +20,7 @@ from dmf.sampling import (
     Restart,
     Sampler,
 )
-from dmf.sampling.samplers import noise_like, sample, shift_times, uniform_schedule
+from dmf.sampling.samplers import noise_like, sample, uniform_schedule
 from dmf.types import ClassLabels
 
 PATHS = {"linear": LINEAR, "cosine": COSINE}
