@@ -70,6 +70,9 @@ def reduced(config: ConfigDict) -> ConfigDict:
     if model.name == "in_context_dit":
         model.update(head_depth=1, patch_bottleneck=min(model.patch_bottleneck, 8))
     else:
+        if model.wide_head.depth:
+            model.wide_head.update(depth=1, width=64, heads=2)
+        model.update(channels=min(model.channels, 32))
         model.update(alignment_depth=min(model.alignment_depth, 1))
         model.update(alignment_width=16, alignment_hidden=16)
     config.data.batch_size = 8
@@ -90,7 +93,7 @@ def kinds(keys: Iterable[str]) -> list[str]:
 STEPPED = kinds(key for key in BUILT if not ROWS[key][2].commands)
 # The last row of each objective and conditioning.
 TRACED = {(_made(key).objective.name, _made(key).model.get("conditioning")): key
-          for key in kinds(BUILT)}.values()
+          for key in reversed(kinds(BUILT))}.values()
 
 
 @pytest.mark.parametrize("file", sorted(MODULES))
@@ -258,6 +261,12 @@ def test_the_published_sizes_have_the_published_number_of_parameters():
 @pytest.mark.parametrize(("row", "blocks"), [("b2", 4), ("l2", 8), ("xl2", 8)])
 def test_representations_are_aligned_after_the_published_block(row, blocks):
     assert config_of(f"sit:{row}_repa").model.alignment_depth == blocks
+
+
+def test_the_learning_rate_of_rae_falls_to_a_tenth_from_epoch_40_to_epoch_800():
+    recipe = build.recipe(config_of("rae_256:flow"), make_mesh(devices=jax.devices()[:1]))
+    rates = [float(recipe.optimizer.rate(jnp.int32(1251 * epoch))) for epoch in (0, 40, 420, 800)]
+    np.testing.assert_allclose(rates, [2e-4, 2e-4, 1.1e-4, 2e-5], rtol=1e-3)
 
 
 def test_sit_is_sampled_with_guidance_of_three_channels():

@@ -35,13 +35,14 @@ def modulation(p: Any, c: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def attention(p: Any, x: np.ndarray, heads: int) -> np.ndarray:
-    b, l, d = x.shape
-    q, k, v = linear(p["qkv"], x).reshape(b, l, 3, heads, d // heads).transpose(2, 0, 3, 1, 4)
+    b, length, d = x.shape
+    qkv = linear(p["qkv"], x).reshape(b, length, 3, heads, d // heads)
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
     logits = q @ k.swapaxes(-1, -2) / math.sqrt(d // heads)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     mixed = weights / weights.sum(-1, keepdims=True) @ v
     out = p["out"] | {"kernel": np.asarray(p["out"]["kernel"]).reshape(d, d)}
-    return linear(out, mixed.swapaxes(1, 2).reshape(b, l, d))
+    return linear(out, mixed.swapaxes(1, 2).reshape(b, length, d))
 
 
 def at(tree: Any, index: int) -> Any:
