@@ -14,11 +14,12 @@ from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.inception import Inception
 from dmf.models.encoders.taesd import TAESD
 from dmf.models.in_context_dit import InContextDiT
+from dmf.models.wide_head import WideHead
 from dmf.registry import define_kind
 
 __all__ = [
     "TAESD", "Autoencoder", "AutoencoderDC", "AutoencoderKL", "DiT", "DinoV2", "InContextDiT",
-    "Inception",
+    "Inception", "WideHead",
 ]  # fmt: skip
 
 # The kinds of network that `dmf convert` reads and nothing here trains.

@@ -92,6 +92,14 @@ def test_an_export_gives_no_paths(own_run):
     assert config.latents.autoencoder == ""
 
 
+def test_a_flow_map_has_the_wide_head_of_its_flow_model():
+    config, _ = configured(tiny.flow_map(), [f"--config.init.checkpoint={tiny.flow_run()}"])
+    check_same(config)
+    config.model.wide_head.depth = 2
+    with pytest.raises(InputError, match=r"^model\.wide_head=.*'depth': 2.* has .*'depth': 0"):
+        check_same(config)
+
+
 def test_a_checkpoint_without_a_velocity_head_trains_none(tmp_path):
     """As published files for sampling are; a network for sampling may start from either."""
     with_head, without = (
