@@ -41,8 +41,8 @@ _TRAINING = (
     Mutant(
         "muon_blocks", "every device iterates with parts of all matrices",
         "dmf/training/muon.py",
-        "if axes_of_matrix(name, \"blocks\") else leaf",
-        "if not name else leaf",
+        "_split(update(gradient, state, params), of_blocks=True)",
+        "_split(update(gradient, state, params), of_blocks=False)",
         ("tests/training/test_muon.py",),
     ),
     Mutant(

@@ -169,22 +169,6 @@ def constrain_batch(x: jax.Array, axis: int = 0) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, axes))
 
 
-def constrain_blocks(x: jax.Array) -> jax.Array:
-    """Constrains the sharding of an array that is stacked by depth, inside jit: a device has some
-    blocks, whole, and none where there are more devices than blocks.
-
-    Args:
-      x: [depth, ...].
-
-    Returns:
-      The array; unchanged if no mesh with the four axes is in context.
-    """
-    axes = (*BATCH_AXES, "tensor")
-    if set(axes) != set(jax.sharding.get_abstract_mesh().axis_names):
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
-
-
 def targets_one_cpu() -> bool:
     """Whether the program that is traced is for one CPU device, by the mesh in context; without a
     mesh, whether JAX's default device is a CPU."""
@@ -255,7 +239,29 @@ def _shardings(mesh: Mesh, tree: Any, axes: tuple[str, ...], copies: bool) -> An
     return jax.tree_util.tree_map_with_path(leaf_sharding, tree)
 
 
-def _mesh_of_parts(mesh: Mesh, parts: dict[str, int]) -> Mesh:
+def constrain_parts(name: str, x: jax.Array, *, of_blocks: bool) -> jax.Array:
+    """Constrains the sharding of a stacked array, inside jit, to that of the train state.
+
+    Args:
+      name: path of the array.
+      x: [depth, ...] of the shape of a parameter.
+      of_blocks: whether the parts are some whole blocks, and not some rows of all blocks; the depth
+        need not be a multiple of their number.
+
+    Returns:
+      The array; unchanged if no mesh with the four axes is in context.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if set(mesh.axis_names) != {*BATCH_AXES, "tensor"}:
+        return x
+    spec, parts = partition(name, x.shape, dict(mesh.shape), STATE_AXES, copies=True)
+    if of_blocks:
+        spec = PartitionSpec(tuple(jax.tree.leaves(tuple(spec))) or None)
+    sharding = NamedSharding(_mesh_of_parts(mesh, parts), spec)
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+def _mesh_of_parts(mesh: Mesh | AbstractMesh, parts: dict[str, int]) -> Mesh | AbstractMesh:
     """The mesh in which an axis of more devices than parts is two: the parts and their copies."""
     shape = {}
     for axis, size in mesh.shape.items():
@@ -264,8 +270,10 @@ def _mesh_of_parts(mesh: Mesh, parts: dict[str, int]) -> Mesh:
             shape[f"{axis}_copies"] = size // shape[axis]
     if len(shape) == len(mesh.shape):
         return mesh
-    devices = mesh.devices.reshape(tuple(shape.values()))
-    return Mesh(devices, tuple(shape), axis_types=(AxisType.Auto,) * len(shape))
+    sizes, types = tuple(shape.values()), (AxisType.Auto,) * len(shape)
+    if isinstance(mesh, AbstractMesh):
+        return AbstractMesh(sizes, tuple(shape), axis_types=types)
+    return Mesh(mesh.devices.reshape(sizes), tuple(shape), axis_types=types)
 
 
 def partition(

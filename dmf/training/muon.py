@@ -9,7 +9,7 @@ import optax
 from optax import contrib
 
 from dmf.errors import InputError, check_choice, check_valid
-from dmf.runtime.sharding import constrain_blocks
+from dmf.runtime.sharding import constrain_parts
 from dmf.training.optimizer import DECAY_RATE, Optimizer, check_adam
 from dmf.types import Params
 
@@ -74,7 +74,8 @@ class Muon(Optimizer):
         def update_blocks(
             gradient: Params, state: Any, params: Params | None = None
         ) -> tuple[Params, Any]:
-            return _whole_blocks(update(_whole_blocks(gradient), _whole_blocks(state), params))
+            by_blocks = _split(update(gradient, state, params), of_blocks=True)
+            return _split(by_blocks, of_blocks=False)
 
         return optax.GradientTransformation(init, update_blocks)
 
@@ -106,13 +107,14 @@ class Muon(Optimizer):
         return found
 
 
-def _whole_blocks(tree: Any) -> Any:
-    """Distributes the stacked matrices of a tree over the devices by blocks. The products of the
-    iterations would else gather every matrix again, three times in each."""
+def _split(tree: Any, *, of_blocks: bool) -> Any:
+    """Splits the stacked matrices of a tree by blocks, or by rows as the train state. The products
+    of the iterations need whole matrices: of parts by rows, each gathers them again."""
 
     def constrained(path: Any, leaf: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return constrain_blocks(leaf) if axes_of_matrix(name, "blocks") else leaf
+        is_matrix = axes_of_matrix(name, "blocks")
+        return constrain_parts(name, leaf, of_blocks=of_blocks) if is_matrix else leaf
 
     return jax.tree_util.tree_map_with_path(constrained, tree)
 

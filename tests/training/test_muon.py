@@ -192,11 +192,12 @@ def test_what_muon_cannot_use_is_refused():
         MUON.transform().init({"in": jnp.ones((3, 4))})
 
 
-@pytest.mark.parametrize("depth", [8, 3])
-def test_no_iteration_gathers_a_matrix(depth):
-    """A step gathers what it updated, once; the fifteen products of each matrix gather nothing."""
+@pytest.mark.parametrize(("depth", "width"), [(8, 64), (3, 64), (4, 36)])
+def test_no_iteration_gathers_a_matrix(depth, width):
+    """A step gathers what it updated, once; the fifteen products of each matrix gather nothing.
+    Eight devices split a width of 36 into 4 parts."""
     mesh, transform = make_mesh(data=8), MUON.transform()
-    params = {"blocks": {"kernel": jax.ShapeDtypeStruct((depth, 64, 64), jnp.float32)}}
+    params = {"blocks": {"kernel": jax.ShapeDtypeStruct((depth, width, width), jnp.float32)}}
     state = jax.eval_shape(transform.init, params)
     gradient, state = with_shardings((params, state), state_shardings(mesh, (params, state)))
     params = with_shardings(params, parameter_shardings(mesh, params))
@@ -209,6 +210,6 @@ def test_no_iteration_gathers_a_matrix(depth):
         jitted = jax.jit(train, out_shardings=(replicated(mesh), shardings_of(state)))
         program = jitted.lower(gradient, state, params).compile()
     found = collectives(program.as_text(), 8)
-    size = depth * 64 * 64 * 4
+    size = depth * width * width * 4
     assert sum(each.size for each in found if each.kind == "all-gather") <= size
     assert sum(each.sent for each in found) < 3 * size
