@@ -14,6 +14,7 @@ from dmf.data.build import data
 from dmf.data.latent_origin import stated_origins
 from dmf.errors import InputError
 from dmf.models.build import latents
+from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
@@ -84,17 +85,29 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
 
 def _report_scaling(config: ConfigDict) -> None:
     """Says where `config.latents` scales latents otherwise than their autoencoder or the statistics
-    beside them state; a scaling by channel is meant to."""
+    beside them state; a scaling by channel is meant to, unless these are far from it."""
     ours = latents(config.latents).scaling
-    for place, directory in data(config.data).directories.items():
-        if not ours.mean and dataset_statistics(directory):
+    directories = data(config.data).directories
+    for place, directory in directories.items():
+        statistics = dataset_statistics(directory)
+        if statistics and not ours.mean:
             processes.log(f"latents.scale={ours.scale}, latents.shift={ours.shift}: "
                           f"{STATISTICS_FILE} in {place}.directory states a mean and a standard "
                           "deviation of each channel")
-    for place, origin in stated_origins(data(config.data).directories).items():
+        elif statistics and _are_far(statistics, ours):
+            processes.log(f"{STATISTICS_FILE} in {place}.directory={directory} states a mean that "
+                          "is more than a standard deviation from latents.mean: its latents may be "
+                          "of another autoencoder")
+    for place, origin in stated_origins(directories).items():
         if origin.scaling != ours and not ours.mean:
             processes.log(f"latents.scale={ours.scale}, latents.shift={ours.shift}: the "
                           f"autoencoder of {place}.directory states {origin.scaling}")
+
+
+def _are_far(theirs: LatentScaling, ours: LatentScaling) -> bool:
+    """Whether the mean of a channel is more than a standard deviation from another one."""
+    pairs = zip(theirs.mean, ours.mean, ours.std, strict=False)
+    return any(abs(mean - our_mean) > our_std for mean, our_mean, our_std in pairs)
 
 
 def _check_autoencoder(config: ConfigDict) -> None:

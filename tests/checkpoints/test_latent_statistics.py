@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from safetensors.numpy import save_file
 from test_pytorch_files import code, tensor, write_zip
 
@@ -71,6 +72,19 @@ def test_they_scale_the_latents_of_the_autoencoder_beside_them(tmp_path):
     assert source_files.find(str(tmp_path / "vae.pt")).config == {"scaling_factor": 2.0}
 
 
+def test_they_are_downloaded_with_an_autoencoder_of_the_hub(tmp_path, monkeypatch):
+    def download(source: str, repository: str, file: str, *, needed: bool = True):
+        path = epath.Path(tmp_path / repository / file)
+        return path if needed or path.exists() else None
+
+    monkeypatch.setattr(source_files, "download", download)
+    (tmp_path / "someone/vae").mkdir(parents=True)
+    (tmp_path / "someone/vae/vae.pt").write_bytes(b"")
+    assert source_files.find("hf:someone/vae/vae.pt").config == {}
+    shutil.copy(STATISTICS, tmp_path / "someone/vae")
+    assert source_files.find("hf:someone/vae/vae.pt").config["latents_std"] == [2.0, 0.5, 4.0]
+
+
 def configured_latents(cache, *overrides: str, **fields):
     flags = [f"--config.{field}" for field in (f"data.directory={cache}", *overrides)]
     return latents(configured(tiny.config(fields), flags)[0].latents)
@@ -94,3 +108,9 @@ def test_another_scaling_than_theirs_is_said(cache, capfd):
     assert capfd.readouterr().err.strip() == (
         "latents.scale=1.0, latents.shift=0.0: latents_stats.pt in data.directory states a mean "
         "and a standard deviation of each channel")
+    config.latents.update(scale=1.0, mean=(1.0,) * 3, std=(3.0,) * 3)
+    prepared_run._report_scaling(config)
+    assert not capfd.readouterr().err, "other images of the same autoencoder"
+    config.latents.std = (1.0,) * 3
+    prepared_run._report_scaling(config)
+    assert "states a mean that is more than a standard deviation" in capfd.readouterr().err
