@@ -2,18 +2,21 @@
 
 A new autoencoder is a frozen dataclass with these methods, registered under the kind "autoencoder"
 in `dmf.models` or by a file that `--plugins` names; nothing else refers to its class. Everything
-that stores, scales, samples or decodes latents is written against the protocol.
+that stores, scales, samples or decodes latents is written against the protocol. `EncoderDecoder`
+has the methods of those that are two Flax networks.
 """
 
 import dataclasses
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_at_least, check_choice, check_valid
 from dmf.models.encoders.latent_scaling import LatentScaling
-from dmf.types import Images, Params, PRNGKey
+from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
 
 Latents = Float[Array, "b y x k"]
 Network = TypeVar("Network")
@@ -80,6 +83,72 @@ class Autoencoder(Protocol):
           latents: [b, h, w, latent_channels], unscaled, as `encode` returns them.
         """
         ...
+
+
+class EncoderDecoder:
+    """The methods of an autoencoder that is two Flax networks, an encoder and a decoder.
+
+    A class that is derived from it is a dataclass with the fields of `Autoencoder` and `dtype`. It
+    has `factor`, and `networks`, which makes the two networks.
+    """
+
+    # Height and width of the latents, where the networks take no other ones.
+    side: int | None = None
+
+    def __post_init__(self):
+        check_at_least(self, 1, "channels", "latent_channels")
+        check_valid(self, len(self.default_scaling.mean) in (0, self.latent_channels),
+                    "default_scaling",
+                    f"give a mean and a std for each of latent_channels={self.latent_channels}")
+        check_choice(self, "dtype", COMPUTE_DTYPES)
+
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """The encoder, from images to latents or `Moments`, and the decoder, from latents to
+        images."""
+        raise NotImplementedError
+
+    def init(self, key: PRNGKey) -> Params:
+        """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
+        encoder, decoder = self.networks()
+        encoder_key, decoder_key = jax.random.split(key)
+        side = self.side or 1
+        pixels = side * self.factor
+        images = jnp.zeros((1, pixels, pixels, self.channels))
+        latents = jnp.zeros((1, side, side, self.latent_channels))
+        return {
+            "encoder": encoder.init(encoder_key, images)["params"],
+            "decoder": decoder.init(decoder_key, latents)["params"],
+        }
+
+    def encode(self, params: Params, images: Images) -> Moments | Latents:
+        """The latents of images, or their distribution: [b, h / factor, w / factor,
+        latent_channels] float32.
+
+        Args:
+          params: parameters, as `init` returns them; only `encoder` is read.
+          images: [b, h, w, channels] in [-1, 1]; h and w are multiples of `factor`.
+
+        Raises:
+          InputError: the images do not have such a shape.
+        """
+        check_images(self, images)
+        encoder, _ = self.networks()
+        encoded = encoder.apply({"params": params["encoder"]}, images)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), encoded)
+
+    def decode(self, params: Params, latents: Latents) -> Images:
+        """The images of latents: [b, h factor, w factor, channels] float32, not clipped.
+
+        Args:
+          params: parameters, as `init` returns them.
+          latents: [b, h, w, latent_channels], unscaled, as `encode` returns them.
+
+        Raises:
+          InputError: the latents do not have such a shape.
+        """
+        check_latents(self, latents)
+        _, decoder = self.networks()
+        return decoder.apply({"params": params["decoder"]}, latents).astype(jnp.float32)
 
 
 def as_moments(encoded: Moments | Latents) -> Moments:

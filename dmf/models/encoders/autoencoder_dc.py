@@ -15,9 +15,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dmf.errors import check_at_least, check_choice, check_valid
-from dmf.models.encoders.autoencoder import Latents, check_images, check_latents
+from dmf.models.encoders.autoencoder import EncoderDecoder, Latents
 from dmf.models.encoders.latent_scaling import LatentScaling
-from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
+from dmf.types import Images
 
 # Published scale of the latents of SANA, after which they have about unit variance.
 SANA_SCALE = 0.41407
@@ -26,7 +26,7 @@ Maps = Float[Array, "b _ _ _"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderDC:
+class AutoencoderDC(EncoderDecoder):
     """A convolutional autoencoder with linear attention; images have one latent each.
 
     Attributes:
@@ -68,7 +68,8 @@ class AutoencoderDC:
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_at_least(self, 1, "channels", "latent_channels", "head_dim")
+        super().__post_init__()
+        check_at_least(self, 1, "head_dim")
         check_at_least(self, 0, "attention_from")
         widths, levels = self.widths, len(self.widths)
         check_valid(self, levels >= 2 and min(widths) >= 1, "widths",
@@ -90,53 +91,15 @@ class AutoencoderDC:
         check_valid(self, self.downsample == "conv" or all(w % 4 == 0 for w in widths[1:]),
                     "downsample", f"4 must divide each of widths={widths}")
         check_choice(self, "upsample", ("interpolate", "shuffle"))
-        check_valid(self, len(self.default_scaling.mean) in (0, self.latent_channels),
-                    "default_scaling",
-                    f"give a mean and a std for each of latent_channels={self.latent_channels}")
-        check_choice(self, "dtype", COMPUTE_DTYPES)
 
     @property
     def factor(self) -> int:
         """The ratio of an image's height and width to those of its latents."""
         return 2 ** (len(self.widths) - 1)
 
-    def init(self, key: PRNGKey) -> Params:
-        """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
-        encoder_key, decoder_key = jax.random.split(key)
-        images = jnp.zeros((1, self.factor, self.factor, self.channels))
-        latents = jnp.zeros((1, 1, 1, self.latent_channels))
-        return {
-            "encoder": Encoder(self).init(encoder_key, images)["params"],
-            "decoder": Decoder(self).init(decoder_key, latents)["params"],
-        }
-
-    def encode(self, params: Params, images: Images) -> Latents:
-        """The latents of images: [b, h / factor, w / factor, latent_channels] float32.
-
-        Args:
-          params: parameters, as `init` returns them; only `encoder` is read.
-          images: [b, h, w, channels] in [-1, 1]; h and w are multiples of `factor`.
-
-        Raises:
-          InputError: the images do not have such a shape.
-        """
-        check_images(self, images)
-        latents = Encoder(self).apply({"params": params["encoder"]}, images)
-        return latents.astype(jnp.float32)
-
-    def decode(self, params: Params, latents: Latents) -> Images:
-        """The images of latents: [b, h factor, w factor, channels] float32, not clipped.
-
-        Args:
-          params: parameters, as `init` returns them; only `decoder` is read.
-          latents: [b, h, w, latent_channels], unscaled, as `encode` returns them.
-
-        Raises:
-          InputError: the latents have another number of channels.
-        """
-        check_latents(self, latents)
-        images = Decoder(self).apply({"params": params["decoder"]}, latents)
-        return images.astype(jnp.float32)
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """The encoder and the decoder."""
+        return Encoder(self), Decoder(self)
 
 
 def pixels_to_channels(x: Maps) -> Maps:

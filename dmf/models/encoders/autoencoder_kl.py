@@ -16,10 +16,10 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError, check_at_least, check_choice
-from dmf.models.encoders.autoencoder import Latents, Moments, check_images, check_latents
+from dmf.errors import check_at_least, check_valid
+from dmf.models.encoders.autoencoder import EncoderDecoder, Latents, Moments
 from dmf.models.encoders.latent_scaling import LatentScaling
-from dmf.types import COMPUTE_DTYPES, Images, Params, PRNGKey
+from dmf.types import Images
 
 # Published scale of the four-channel latents, after which they have about unit variance.
 STABLE_DIFFUSION_SCALE = 0.18215
@@ -33,7 +33,7 @@ GroupNorm = functools.partial(nn.GroupNorm, epsilon=1e-6, use_fast_variance=Fals
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderKL:
+class AutoencoderKL(EncoderDecoder):
     """A convolutional autoencoder whose encoder returns the distribution of the latents.
 
     Attributes:
@@ -67,65 +67,24 @@ class AutoencoderKL:
     dtype: str = "float32"
 
     def __post_init__(self):
-        check_at_least(self, 1, "channels", "latent_channels", "layers_per_block", "groups")
-        self._check(len(self.widths) >= 1, "widths", "give the channels of at least one level")
-        self._check(min(self.widths) >= 1, "widths", "give whole numbers >= 1")
-        self._check(all(width % self.groups == 0 for width in self.widths), "groups",
+        super().__post_init__()
+        check_at_least(self, 1, "layers_per_block", "groups")
+        check_valid(self, self.widths and min(self.widths) >= 1, "widths",
+                    "give a whole number >= 1 for each of at least one level")
+        check_valid(self, all(width % self.groups == 0 for width in self.widths), "groups",
                     f"it must divide each of widths={self.widths}")
         for field in ("encoder_attention", "decoder_attention"):
-            self._check(set(getattr(self, field)) <= set(range(len(self.widths))), field,
+            check_valid(self, set(getattr(self, field)) <= set(range(len(self.widths))), field,
                         f"give indices of levels, from 0 to {len(self.widths) - 1}")
-        self._check(len(self.default_scaling.mean) in (0, self.latent_channels), "default_scaling",
-                    f"give a mean and a std for each of latent_channels={self.latent_channels}")
-        check_choice(self, "dtype", COMPUTE_DTYPES)
-
-    def _check(self, valid: bool, field: str, remedy: str) -> None:
-        if not valid:
-            raise InputError(field, getattr(self, field), remedy)
 
     @property
     def factor(self) -> int:
         """The ratio of an image's height and width to those of its latents."""
         return 2 ** (len(self.widths) - 1)
 
-    def init(self, key: PRNGKey) -> Params:
-        """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
-        encoder_key, decoder_key = jax.random.split(key)
-        images = jnp.zeros((1, self.factor, self.factor, self.channels))
-        latents = jnp.zeros((1, 1, 1, self.latent_channels))
-        return {
-            "encoder": Encoder(self).init(encoder_key, images)["params"],
-            "decoder": Decoder(self).init(decoder_key, latents)["params"],
-        }
-
-    def encode(self, params: Params, images: Images) -> Moments:
-        """The distribution of the latents of images.
-
-        Args:
-          params: parameters, as `init` returns them; only `encoder` is read.
-          images: [b, h, w, channels] in [-1, 1]; h and w are multiples of `factor`.
-
-        Raises:
-          InputError: the images do not have such a shape.
-        """
-        check_images(self, images)
-        moments = Encoder(self).apply({"params": params["encoder"]}, images)
-        mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-        return Moments(mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2))
-
-    def decode(self, params: Params, latents: Latents) -> Images:
-        """The images of latents: [b, h factor, w factor, channels] float32, not clipped.
-
-        Args:
-          params: parameters, as `init` returns them; only `decoder` is read.
-          latents: [b, h, w, latent_channels], unscaled, as `encode` returns them.
-
-        Raises:
-          InputError: the latents have another number of channels.
-        """
-        check_latents(self, latents)
-        images = Decoder(self).apply({"params": params["decoder"]}, latents)
-        return images.astype(jnp.float32)
+    def networks(self) -> tuple[nn.Module, nn.Module]:
+        """The encoder and the decoder."""
+        return Encoder(self), Decoder(self)
 
 
 class Resnet(nn.Module):
@@ -185,12 +144,12 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images to the mean and the log-variance of their latents, concatenated along channels."""
+    """Images to the distribution of their latents; the last layer gives means and log-variances."""
 
     config: AutoencoderKL
 
     @nn.compact
-    def __call__(self, images: Images) -> Latents:
+    def __call__(self, images: Images) -> Moments:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         last, outputs = len(config.widths) - 1, 2 * config.latent_channels
         x = Convolution(config.widths[0], dtype=dtype, name="in")(images)
@@ -206,7 +165,9 @@ class Encoder(nn.Module):
         x = Middle(config.groups, dtype, name="middle")(x)
         x = nn.silu(GroupNorm(config.groups, dtype=dtype, name="norm")(x))
         x = Convolution(outputs, dtype=dtype, name="out")(x)
-        return nn.Conv(outputs, (1, 1), dtype=dtype, name="moments")(x) if config.quant_conv else x
+        x = nn.Conv(outputs, (1, 1), dtype=dtype, name="moments")(x) if config.quant_conv else x
+        mean, log_variance = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+        return Moments(mean, jnp.exp(jnp.clip(log_variance, -30, 20) / 2))
 
 
 class Decoder(nn.Module):
