@@ -2,8 +2,9 @@
 
 Its levels of residual blocks and of linear attention reduce images 32 or 64 times in height and
 width. From arXiv:2410.10733; the default fields are those of the released `f32c32` of SANA
-(arXiv:2410.10629). The releases for ImageNet have `batch_norm`, `downsample="unshuffle"` and
-`upsample="shuffle"`; those of f64c128 have a level more.
+(arXiv:2410.10629). The releases for ImageNet have `batch_norm`, `downsample="unshuffle"`,
+`upsample="shuffle"`, no `attention_scales` and no layers at the first level; those of f64c128 have
+a level more.
 """
 
 import dataclasses

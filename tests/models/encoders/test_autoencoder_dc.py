@@ -27,7 +27,7 @@ IMAGENET = dataclasses.replace(
 F64C128 = AutoencoderDC(
     latent_channels=128, widths=(128, 256, 512, 512, 1024, 1024, 2048),
     encoder_layers=(0, 4, 8, 2, 2, 2, 2), decoder_layers=(0, 5, 10, 2, 2, 2, 2),
-    batch_norm=True, downsample="unshuffle", upsample="shuffle",
+    attention_scales=(), batch_norm=True, downsample="unshuffle", upsample="shuffle",
 )  # fmt: skip
 
 
@@ -74,6 +74,16 @@ def test_the_network_is_inferred(network):
 def test_the_published_networks():
     assert (AutoencoderDC().factor, F64C128.factor) == (32, 64)
     assert AutoencoderDC().default_scaling == LatentScaling(scale=0.41407)
+
+
+@pytest.mark.parametrize(("network", "scale"), [(SMALL, 0.41407), (IMAGENET, 1.0)])
+def test_a_scaling_that_is_not_stated(network, scale):
+    """Without a config.json it is that of SANA for its networks; the default of diffusers is 1."""
+    shapes = {name: getattr(entry, "shape", None) or () for name, entry in
+              NAMING.table(network).items()}
+    assert infer_network(shapes, {"head_dim": 8}).default_scaling == LatentScaling(scale=scale)
+    assert read_config({"attention_head_dim": 8}).scaling == LatentScaling()
+    assert read_config({}).scaling is None
 
 
 @pytest.mark.parametrize(("fields", "message"), [

@@ -21,6 +21,7 @@ from dmf.checkpoints.convert.name_tables import (
 )
 from dmf.errors import InputError
 from dmf.models.encoders.autoencoder_dc import AutoencoderDC
+from dmf.models.encoders.latent_scaling import LatentScaling
 
 _RESIDUAL, _ATTENTION = "ResBlock", "EfficientViTBlock"
 _RENAMED = {
@@ -41,15 +42,17 @@ _RESIZING = {"Conv": "conv", "pixel_unshuffle": "unshuffle", "interpolate": "int
 def read_config(config: Mapping[str, Any]) -> StatedNetwork:
     """The fields and the scaling of an AutoencoderDC that diffusers wrote.
 
-    >>> read_config({"upsample_block_type": "pixel_shuffle", "attention_head_dim": 8}).fields
-    {'upsample': 'shuffle', 'head_dim': 8}
+    >>> read_config({"scaling_factor": 0.41407}).fields
+    {'default_scaling': LatentScaling(scale=0.41407, shift=0.0, mean=(), std=())}
 
     Args:
-      config: its `config.json`; empty where there is none.
+      config: its `config.json`; empty where there is none. The latents of one without a
+        `scaling_factor` are not scaled.
 
     Raises:
       InputError: it is of another class, or has a field or value that no AutoencoderDC here has.
     """
+    config = {"scaling_factor": 1.0, **config} if config else {}
     levels = config.get("encoder_block_out_channels")
     count = len(levels) if isinstance(levels, list) else 1
     attention = _attention_from(config.get("encoder_block_types", _RESIDUAL), count)
@@ -96,7 +99,7 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
 
     The shapes do not tell the channels of a head where attention has one scale, nor the width of a
     level without layers, nor the scaling of the latents; these are stated in `config.json`, or else
-    32, the width of the next level, and that of SANA.
+    32, the width of the next level, and that of SANA, whose networks have no BatchNorm.
     """
     encoder, decoder = (_layers(shapes, part) for part in ("encoder.down", "decoder.up"))
     widths = [_width(shapes, i) for i in range(1, len(encoder))]
@@ -116,7 +119,8 @@ def infer_network(shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> Aut
     if scales:
         last = f"encoder.down_blocks.{len(encoder) - 1}.0.attn.to_qkv_multiscale.0.proj_out.weight"
         told["head_dim"] = shapes[last][1]
-    return AutoencoderDC(**with_given(told, fields))
+    unscaled = {"default_scaling": LatentScaling()} if told["batch_norm"] else {}
+    return AutoencoderDC(**with_given(told, fields, unscaled))
 
 
 def _first(shapes: Mapping[str, Shape], layer: str) -> str:
