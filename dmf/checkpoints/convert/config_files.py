@@ -29,7 +29,7 @@ class StatedNetwork(NamedTuple):
 # transformers' DINOv2, which has many fields of other purposes.
 _OF_DINOV2 = {
     "hidden_size": "width", "num_hidden_layers": "depth", "num_attention_heads": "heads",
-    "patch_size": "patch_size", "mlp_ratio": "mlp_ratio",
+    "patch_size": "patch_size", "mlp_ratio": "mlp_ratio", "num_register_tokens": "registers",
 }  # fmt: skip
 _FIXED_IN_DINOV2 = {"hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
                     "use_swiglu_ffn": False, "num_channels": 3}  # fmt: skip

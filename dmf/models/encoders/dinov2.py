@@ -1,7 +1,7 @@
-"""The vision transformer of DINOv2 (arXiv:2304.07193) without registers, and its image resizing.
+"""The vision transformer of DINOv2 (arXiv:2304.07193), and its image resizing.
 
 Representation alignment (REPA) aligns with its patch tokens, FD-DINOv2 measures with its class
-token.
+token. Representation autoencoders (RAE) encode with one that has registers (arXiv:2309.16588).
 """
 
 import dataclasses
@@ -43,6 +43,8 @@ class DinoV2:
       patch_size: height and width of a patch, which becomes one token; >= 1.
       mlp_ratio: hidden width of the MLPs over `width`.
       table_side: rows and columns of the position table, which is resized for other grids; >= 1.
+      registers: number of register tokens, which no features are read from, >= 0; published: 0 or
+        4.
       dtype: dtype of the computation, "float32" or "bfloat16"; parameters are always float32.
     """
 
@@ -52,10 +54,12 @@ class DinoV2:
     patch_size: int = 14
     mlp_ratio: float = 4.0
     table_side: int = 37
+    registers: int = 0
     dtype: str = "float32"
 
     def __post_init__(self):
         check_at_least(self, 1, "width", "depth", "heads", "patch_size", "table_side")
+        check_at_least(self, 0, "registers")
         if self.width % self.heads:
             raise InputError("heads", self.heads, f"it must divide width={self.width}")
         check_choice(self, "dtype", COMPUTE_DTYPES)
@@ -63,7 +67,7 @@ class DinoV2:
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: a nested dictionary, block parameters stacked by depth."""
         image = jnp.zeros((1, self.patch_size, self.patch_size, 3))
-        return _Transformer(self).init(key, image)["params"]
+        return Transformer(self).init(key, image)["params"]
 
     def apply(self, params: Params, images: Images) -> Features:
         """The tokens of images after the last norm.
@@ -88,7 +92,7 @@ class DinoV2:
             )
         # Published features are of float32 matmuls, which accelerators do not use by default.
         with jax.default_matmul_precision("highest"):
-            return _Transformer(self).apply({"params": params}, images)
+            return Transformer(self).apply({"params": params}, images)
 
 
 def resize_bicubic(
@@ -130,7 +134,7 @@ def _cubic_kernel(distance: np.ndarray, a: float) -> np.ndarray:
     return np.where(distance <= 1, near, far)
 
 
-class _Attention(nn.Module):
+class Attention(nn.Module):
     """Multi-head self-attention; the first axis of the kernel is query, key, value."""
 
     heads: int
@@ -150,7 +154,7 @@ class _Attention(nn.Module):
         )(jnp.einsum("bnqk,bknh->bqnh", weights, v))
 
 
-class _MLP(nn.Module):
+class MLP(nn.Module):
     """Linear, exact GELU, Linear."""
 
     hidden: int
@@ -172,18 +176,24 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: Features) -> Features:
         config, dtype = self.config, jnp.dtype(self.config.dtype)
-        attention = _Attention(config.heads, dtype, name="attention")
-        mlp = _MLP(round(config.width * config.mlp_ratio), dtype, name="mlp")
+        attention = Attention(config.heads, dtype, name="attention")
+        mlp = MLP(round(config.width * config.mlp_ratio), dtype, name="mlp")
         for i, layer in enumerate((attention, mlp), 1):
             scale = parameter(self, f"scale_{i}", _ones, (config.width,)).astype(dtype)
             x += scale[None, None] * layer(_norm(dtype, f"norm_{i}")(x))
         return x
 
 
-class _Transformer(nn.Module):
-    """Patch and position embedding, transformer blocks, final norm."""
+class Transformer(nn.Module):
+    """Patch and position embedding, transformer blocks, final norm.
+
+    Attributes:
+      config: its sizes.
+      affine: whether the final norm has a scale and a bias.
+    """
 
     config: DinoV2
+    affine: bool = True
 
     @nn.compact
     def __call__(self, images: Images) -> Features:
@@ -199,12 +209,19 @@ class _Transformer(nn.Module):
         )
         table = parameter(self, "positions", _small_normal, (1 + config.table_side**2, width))
         tokens += _resize_positions(table, rows, columns).astype(dtype)[None]
+        if config.registers:
+            registers = parameter(self, "registers", _small_normal, (config.registers, width))
+            registers = jnp.broadcast_to(registers.astype(dtype)[None], (b, *registers.shape))
+            tokens = jnp.concatenate([tokens[:, :1], registers, tokens[:, 1:]], axis=1)
         blocks = stacked_parameters(self, "blocks", self._init_blocks, config.depth)
         block = _Block(config, parent=None)
         tokens, _ = jax.lax.scan(
             lambda x, params: (block.apply({"params": params}, x), None), tokens, blocks
         )
-        return _norm(dtype, "norm")(tokens).astype(jnp.float32)
+        if config.registers:
+            patches = tokens[:, 1 + config.registers :]
+            tokens = jnp.concatenate([tokens[:, :1], patches], axis=1)
+        return _norm(dtype, "norm", affine=self.affine)(tokens).astype(jnp.float32)
 
     def _init_blocks(self, key: PRNGKey) -> Params:
         """Parameters of all blocks, each leaf stacked on a leading depth axis."""
@@ -214,8 +231,9 @@ class _Transformer(nn.Module):
         )
 
 
-def _norm(dtype: jnp.dtype, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False)
+def _norm(dtype: jnp.dtype, name: str, *, affine: bool = True) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-6, dtype=dtype, name=name, use_fast_variance=False,
+                        use_scale=affine, use_bias=affine)
 
 
 def _resize_positions(

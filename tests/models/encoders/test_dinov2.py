@@ -159,7 +159,7 @@ def test_shapes_of_no_network_are_named(name, shape, message):
     ("name", "tensor", "message"),
     [
         ("blocks.2.attn.qkv.bias", None, "is missing"),
-        ("register_tokens", np.zeros((1, 4, 48), "f"), "is not a tensor of this network"),
+        ("blocks.3.norm1.bias", np.zeros(48, "f"), "is not a tensor of this network"),
         ("blocks.1.attn.qkv.weight", np.zeros((48, 144), "f"), "has shape .*48, 144"),
     ],
 )

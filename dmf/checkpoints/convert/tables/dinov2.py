@@ -32,11 +32,11 @@ FUSED = Layout(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Names:
+class Names:
     """The tensor names in which the namings differ.
 
     Attributes:
-      class_token, mask_token, positions: names of whole tensors.
+      class_token, mask_token, registers, positions: names of whole tensors.
       patches, out, norm: names of layers.
       block: what precedes the number of a block.
       qkv: the one name of queries, keys and values, or a name for each.
@@ -45,6 +45,7 @@ class _Names:
 
     class_token: str
     mask_token: str
+    registers: str
     positions: str
     patches: str
     block: str
@@ -60,9 +61,10 @@ class _Names:
         return (self.class_token, *first)
 
 
-_HUB = _Names(
+_HUB = Names(
     class_token="cls_token",
     mask_token="mask_token",
+    registers="register_tokens",
     positions="pos_embed",
     patches="patch_embed.proj",
     block="blocks.",
@@ -71,9 +73,10 @@ _HUB = _Names(
     scales=("ls1.gamma", "ls2.gamma"),
     norm="norm",
 )
-_TRANSFORMERS = _Names(
+TRANSFORMERS = Names(
     class_token="embeddings.cls_token",
     mask_token="embeddings.mask_token",
+    registers="embeddings.register_tokens",
     positions="embeddings.position_embeddings",
     patches="embeddings.patch_embeddings.projection",
     block="encoder.layer.",
@@ -82,16 +85,17 @@ _TRANSFORMERS = _Names(
     scales=("layer_scale1.lambda1", "layer_scale2.lambda1"),
     norm="layernorm",
 )
-_TRANSFORMERS_RELEASED = dataclasses.replace(
-    _TRANSFORMERS,
+TRANSFORMERS_RELEASED = dataclasses.replace(
+    TRANSFORMERS,
     qkv=tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
     out="attention.output.dense",
 )
 
 
-def _table(names: _Names, network: DinoV2) -> Table:
+def table(names: Names, network: DinoV2) -> Table:
+    """The name table of a network."""
     width, patch = network.width, network.patch_size
-    table: dict[str, Entry] = {
+    entries: dict[str, Entry] = {
         names.class_token: ParamSlice("class_token", PLAIN, (1, 1, width)),
         # Masked patches of its training have this token.
         names.mask_token: Unused(),
@@ -103,13 +107,15 @@ def _table(names: _Names, network: DinoV2) -> Table:
         f"{names.norm}.weight": ParamSlice("norm/scale", PLAIN, (width,)),
         f"{names.norm}.bias": ParamSlice("norm/bias", PLAIN, (width,)),
     }
+    if network.registers:
+        entries[names.registers] = ParamSlice("registers", PLAIN, (1, network.registers, width))
     for i in range(network.depth):
         for name, entry in _block_table(names, network, i).items():
-            table[f"{names.block}{i}.{name}"] = entry
-    return table
+            entries[f"{names.block}{i}.{name}"] = entry
+    return entries
 
 
-def _block_table(names: _Names, network: DinoV2, i: int) -> dict[str, ParamSlice]:
+def _block_table(names: Names, network: DinoV2, i: int) -> dict[str, ParamSlice]:
     """The entries of block i, by what follows the number of the block in the name."""
     width, hidden = network.width, round(network.width * network.mlp_ratio)
     table = _qkv_table(names, width, i)
@@ -129,7 +135,7 @@ def _block_table(names: _Names, network: DinoV2, i: int) -> dict[str, ParamSlice
     return table
 
 
-def _qkv_table(names: _Names, width: int, i: int) -> dict[str, ParamSlice]:
+def _qkv_table(names: Names, width: int, i: int) -> dict[str, ParamSlice]:
     kernel, bias = "blocks/attention/qkv_kernel", "blocks/attention/qkv_bias"
     if len(names.qkv) == 1:
         (name,) = names.qkv
@@ -144,8 +150,8 @@ def _qkv_table(names: _Names, width: int, i: int) -> dict[str, ParamSlice]:
     return table
 
 
-def _infer_network(
-    names: _Names, shapes: Mapping[str, Shape], fields: Mapping[str, Any]
+def infer_network(
+    names: Names, shapes: Mapping[str, Shape], fields: Mapping[str, Any]
 ) -> DinoV2:
     """The network of a checkpoint; see `Naming.infer_network`.
 
@@ -175,6 +181,7 @@ def _infer_network(
         "depth": max(blocks) + 1,
         "patch_size": patch,
         "table_side": side,
+        "registers": shapes.get(names.registers, (1, 0, width))[1],
         "mlp_ratio": ratio if round(width * ratio) == hidden else hidden / width,
     }
     known = with_given(told, fields)
@@ -209,13 +216,13 @@ NAMINGS = tuple(
         name=name,
         network=DinoV2,
         identifying_tensors=names.identifying_tensors,
-        infer_network=functools.partial(_infer_network, names),
-        table=functools.partial(_table, names),
+        infer_network=functools.partial(infer_network, names),
+        table=functools.partial(table, names),
         read_config=config_files.dinov2,
     )
     for name, names in (
         ("dinov2-hub", _HUB),
-        ("dinov2-transformers", _TRANSFORMERS),
-        ("dinov2-transformers-released", _TRANSFORMERS_RELEASED),
+        ("dinov2-transformers", TRANSFORMERS),
+        ("dinov2-transformers-released", TRANSFORMERS_RELEASED),
     )
 )
