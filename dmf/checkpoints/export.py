@@ -63,6 +63,7 @@ def convert(
     output: epath.PathLike,
     *,
     fields: Mapping[str, Any],
+    others: Sequence[str] = (),
     key: str = "",
     naming: str = "",
     autoencoder: str = "",
@@ -75,6 +76,7 @@ def convert(
         a run or an export of dmf.
       output: the directory to make.
       fields: fields of the network that its tensors do not tell.
+      others: more sources, which have the other tensors of the network.
       key: part of a training file; empty for the EMA parameters if there are any.
       naming: parameter naming scheme of the tensors; empty to detect it.
       autoencoder: source of the autoencoder of the latents; empty for none.
@@ -87,7 +89,8 @@ def convert(
     """
     with owned_output("output", output), files.new_directory(output) as folder:
         decoder = _read_autoencoder(autoencoder) if autoencoder else None
-        parts = _read(source, fields, key, naming, config_class, decoder and decoder.network)
+        parts = _read(source, fields, key, naming, config_class, decoder and decoder.network,
+                      others)
         if decoder:
             _check_channels(autoencoder, decoder.network, parts.network)
             parts = parts._replace(autoencoder=decoder)
@@ -113,14 +116,15 @@ def _check_channels(source: str, autoencoder: Autoencoder, network: Any) -> None
 def _read(
     source: str, fields: Mapping[str, Any], key: str, naming: str,
     config_class: type | None = None, autoencoder: Autoencoder | None = None,
+    others: Sequence[str] = (),
 ) -> Parts:
     """The parts of a run, an export, or a checkpoint of another project.
 
     A network without a config has the latents of `autoencoder`, or those of Stable Diffusion.
     """
-    if stored_params.is_dmf_checkpoint(source):
+    if stored_params.is_dmf_checkpoint(source) and not others:
         return _read_dmf(source, fields, key)
-    opened = open_checkpoint.open_checkpoint(source, key)
+    opened = open_checkpoint.open_together([source, *others], key)
     defaults = config_class and load.config_to_json(ConfigDict(registry.to_config(config_class())))
     try:
         with _stated_errors(opened.config):

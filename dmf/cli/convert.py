@@ -1,10 +1,11 @@
-"""dmf convert SOURCE --output=DIR [--split-depth=20] [--autoencoder=SOURCE]
+"""dmf convert SOURCE... --output=DIR [--split-depth=20] [--autoencoder=SOURCE]
 
 Converts a checkpoint of another project to an export: a .pt or .pth file of PyTorch (read without
 PyTorch, and without running what it holds), a .safetensors file, a directory of such a file, a
 pipeline of diffusers, a directory that Orbax or Flax wrote, also in a .zip, or hf:OWNER/REPO/FILE.
 The network is detected from the tensors; flags give what they do not tell. With --split-depth a
 flow model becomes a flow map at once; with --autoencoder the export samples images by itself.
+Several sources are the files of one network, as those of a representation autoencoder.
 """
 
 from collections.abc import Sequence
@@ -39,9 +40,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     flags.define_plugins(values)
     sources = flags.parse(verb, arguments, values, __doc__)
     flags.require(values, "output")
-    if len(sources) != 1:
-        raise InputError("SOURCE", " ".join(sources) or None, "give one file, directory or "
-                         "hf:OWNER/REPO/FILE")
+    if not sources:
+        raise InputError("SOURCE", None, "give a file, directory or hf:OWNER/REPO/FILE")
 
     from dmf.checkpoints import export
     from dmf.default_config import Config
@@ -52,6 +52,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         sources[0],
         values.output,
         fields=fields,
+        others=sources[1:],
         key=values.key,
         naming=values.naming,
         autoencoder=values.autoencoder,

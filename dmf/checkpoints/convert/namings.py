@@ -72,8 +72,13 @@ def detect_naming(tensors: Tensors, name: str = "") -> Naming:
     if name:
         return _check_naming(tensors, name)
     shapes = shapes_of(tensors)
-    for naming in NAMINGS:
-        if shapes.keys() >= set(naming.identifying_tensors) and naming.matches_shapes(shapes):
+    matching = [naming for naming in NAMINGS
+                if shapes.keys() >= set(naming.identifying_tensors)
+                and naming.matches_shapes(shapes)]
+    for naming in matching:
+        # Another network may have it as a part: an autoencoder, whose encoder is one by itself.
+        told = set(naming.identifying_tensors)
+        if not any(told < set(other.identifying_tensors) for other in matching):
             return naming
     for tensor, part in itertools.chain.from_iterable(n.incomplete.items() for n in NAMINGS):
         if tensor in shapes:

@@ -8,7 +8,7 @@ size is made.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -103,6 +103,34 @@ def open_checkpoint(source: str, key: str = "") -> OpenedCheckpoint:
     if files.weights[0].suffix == zip_archives.SUFFIX:
         return _open_archive(files.weights[0], source, key)
     return _open(files, source, key)
+
+
+def open_together(sources: Sequence[str], key: str = "") -> OpenedCheckpoint:
+    """Opens a checkpoint of several sources, for example an encoder, a decoder and statistics.
+
+    Where the `config.json` beside two of them differ, that of the first counts.
+
+    Args:
+      sources: at least one source, see `open_checkpoint`.
+      key: name of the part of each training file.
+
+    Raises:
+      InputError: one of them cannot be opened, states a whole network, or has a tensor of another.
+    """
+    opened = open_checkpoint(sources[0], key)
+    for source in sources[1:]:
+        other = open_checkpoint(source, key)
+        if opened.config or other.config:
+            raise InputError(source, remedy="only files of other projects are read together")
+        if twice := opened.tensors.keys() & other.tensors.keys():
+            raise InputError(source, remedy=f"tensor {min(twice)!r} is also in another source")
+        opened = OpenedCheckpoint(
+            {**opened.tensors, **other.tensors},
+            note="; ".join(filter(None, [opened.note, other.note])),
+            settings={**other.settings, **opened.settings},
+            neighbour={**other.neighbour, **opened.neighbour},
+        )
+    return opened
 
 
 def _open_archive(archive: epath.Path, source: str, key: str) -> OpenedCheckpoint:

@@ -93,12 +93,14 @@ def _network_parts(tensors: Tensors, networks: Collection[tuple[str, ...]]) -> l
 
     It ends with a separator, or is empty.
     """
-    parts: set[str] = set()
+    parts: set[tuple[str, frozenset[str]]] = set()
     for names in networks:
         prefixes = [{name.removesuffix(last) for name in tensors if name.endswith(last)}
                     for last in names]
-        parts |= {prefix for prefix in set.intersection(*prefixes) if prefix[-1:] in ("", *"./")}
-    return sorted(parts)
+        parts |= {(prefix, frozenset(prefix + name for name in names))
+                  for prefix in set.intersection(*prefixes) if prefix[-1:] in ("", *"./")}
+    # A network whose telling tensors are among those of another one is a part of that one.
+    return sorted({part for part, told in parts if not any(told < other for _, other in parts)})
 
 
 def _is_beside(name: str) -> bool:
