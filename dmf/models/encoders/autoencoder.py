@@ -132,6 +132,7 @@ class EncoderDecoder:
           InputError: the images do not have such a shape.
         """
         check_images(self, images)
+        self._check_side("images", images.shape, self.factor)
         encoder, _ = self.networks()
         encoded = encoder.apply({"params": params["encoder"]}, images)
         return jax.tree.map(lambda x: x.astype(jnp.float32), encoded)
@@ -146,9 +147,21 @@ class EncoderDecoder:
         Raises:
           InputError: the latents do not have such a shape.
         """
-        check_latents(self, latents)
+        self.check_latents(latents)
         _, decoder = self.networks()
         return decoder.apply({"params": params["decoder"]}, latents).astype(jnp.float32)
+
+    def check_latents(self, latents: Latents) -> None:
+        """Raises InputError where this autoencoder cannot decode latents of this shape."""
+        check_latents(self, latents)
+        self._check_side("latents", latents.shape, 1)
+
+    def _check_side(self, name: str, shape: tuple[int, ...], factor: int) -> None:
+        """Raises InputError where arrays [b, h, w, c] have another size than the networks take."""
+        if self.side and shape[1:3] != (self.side * factor,) * 2:
+            raise InputError(f"{name} have shape {shape}",
+                             remedy=f"this {type(self).__name__} takes {self.side * factor} x "
+                             f"{self.side * factor} alone")
 
 
 def as_moments(encoded: Moments | Latents) -> Moments:
