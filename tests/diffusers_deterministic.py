@@ -1,11 +1,13 @@
-"""diffusers' AutoencoderTiny and AutoencoderDC with drawn weights: golden values, slow tests.
+"""diffusers' AutoencoderTiny, AutoencoderDC and AutoencoderRAE with drawn weights: golden values,
+slow tests.
 
     python tests/diffusers_deterministic.py
 
-writes the files of `GOLDEN`. It needs torch and diffusers.
+writes the files of `GOLDEN`. It needs torch, diffusers and transformers.
 """
 
 import json
+import math
 import pathlib
 
 import golden_values as gv
@@ -14,7 +16,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from dmf.checkpoints.convert import namings
-from dmf.checkpoints.convert.open_checkpoint import open_checkpoint
+from dmf.checkpoints.convert.open_checkpoint import open_together
+from dmf.models.encoders.dinov2 import IMAGENET_MEAN, IMAGENET_STD
 
 _TINY = {
     "encoder_block_out_channels": [8] * 3, "decoder_block_out_channels": [8] * 3,
@@ -38,6 +41,13 @@ _IMAGENET = _SANA | {
     "encoder_layers_per_block": [0, 1, 1], "decoder_layers_per_block": [0, 2, 1],
     "encoder_qkv_multiscales": [[]] * 3, "decoder_qkv_multiscales": [[]] * 3,
 }  # fmt: skip
+# Latents of 3 x 3 with 64 channels, the width of one head; a latent is 4 x 4 pixels.
+_RAE = {
+    "encoder_hidden_size": 64, "encoder_num_hidden_layers": 2, "encoder_input_size": 42,
+    "decoder_hidden_size": 16, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2,
+    "decoder_intermediate_size": 24, "patch_size": 4, "noise_tau": 0.8,
+    "latents_std": [[[1.0] * 3] * 3] * 64,
+}  # fmt: skip
 # The class of diffusers, and the fields of a network of it.
 CONFIGS = {
     "taesd": ("AutoencoderTiny", _TINY),
@@ -45,10 +55,24 @@ CONFIGS = {
                                            "shift_factor": 0.25}),
     "dc_sana": ("AutoencoderDC", _SANA),
     "dc_imagenet": ("AutoencoderDC", _IMAGENET),
+    "rae": ("AutoencoderRAE", _RAE),
+    # As many latents as published; another number has other positions in diffusers.
+    "rae_16": ("AutoencoderRAE", _RAE | {"encoder_input_size": 224,
+                                         "latents_std": [[[1.0] * 16] * 16] * 64}),
+    "rae_mean": ("AutoencoderRAE", _RAE | {"latents_mean": [[[0.0] * 3] * 3] * 64}),
 }  # fmt: skip
 # The file of golden values by the network.
-GOLDEN = {"taesd": "taesd_0", "dc_sana": "autoencoder_dc_0"}
+GOLDEN = {"taesd": "taesd_0", "dc_sana": "autoencoder_dc_0", "rae": "rae_0"}
 SEED = 11
+_FIXED = {"encoder_mean": IMAGENET_MEAN, "encoder_std": IMAGENET_STD, "_latents_mean": (0,)}
+
+
+def drawn(key: str, shape) -> np.ndarray:
+    """A tensor that is a function of its name; deviations are positive."""
+    if math.prod(shape) == len(_FIXED.get(key, ())):
+        return np.float32(_FIXED[key]).reshape(shape)
+    w = gv.drawn_weights(key, tuple(shape), seed=SEED)
+    return 0.5 + np.abs(w) if key.endswith("_std") else w
 
 
 def autoencoder(name: str):
@@ -58,28 +82,46 @@ def autoencoder(name: str):
 
     class_name, config = CONFIGS[name]
     network = getattr(diffusers, class_name)(**config).eval()
-    drawn = {key: torch.from_numpy(gv.drawn_weights(key, tuple(tensor.shape), seed=SEED))
-             for key, tensor in network.state_dict().items() if not key.endswith("tracked")}
-    network.load_state_dict(drawn, strict=False)
+    weights = {key: torch.from_numpy(drawn(key, tensor.shape))
+               for key, tensor in network.state_dict().items() if not key.endswith("tracked")}
+    network.load_state_dict(weights, strict=False)
+    if "encoder_type" in network.config and name != "rae_16":
+        # The positions of the release and of masked autoencoders are whole numbers.
+        from diffusers.models.embeddings import get_2d_sincos_pos_embed
+
+        table = network.decoder.decoder_pos_embed
+        side = math.isqrt(table.shape[1] - 1)
+        table.copy_(get_2d_sincos_pos_embed(
+            table.shape[-1], side, base_size=side, cls_token=True, extra_tokens=1,
+            output_type="pt")[None])
     return network
 
 
 def outputs(network, side: int = 8, factor: int = 4) -> dict[str, np.ndarray]:
-    """Drawn images and latents, and what the network makes of them, channels first."""
+    """Drawn images and latents, and what the network makes of them, channels first.
+
+    RAE takes images of one size, and its images lie in [0, 1].
+    """
     import torch
 
-    draw, channels = np.random.default_rng(SEED).standard_normal, network.config.latent_channels
-    images = draw((2, 3, side, 2 * side)).astype("f")
-    z = 2 * draw((2, channels, side // factor, 2 * side // factor)).astype("f")
+    config, draw = network.config, np.random.default_rng(SEED).standard_normal
+    channels, width, is_rae = config.get("latent_channels"), 2 * side, "encoder_type" in config
+    if is_rae:
+        channels = config.encoder_hidden_size
+        side = width = 4 * config.encoder_input_size // 14
+    images = draw((2, 3, side, width)).astype("f")
+    z = 2 * draw((2, channels, side // factor, width // factor)).astype("f")
+    theirs = torch.from_numpy((images + 1) / 2 if is_rae else images)
     with torch.no_grad():
-        latents = network.encode(torch.from_numpy(images), return_dict=False)[0]
-        decoded = network.decode(torch.from_numpy(z), return_dict=False)[0]
-    return {"images_nchw": images, "z": z, "latents": latents.numpy(), "decoded": decoded.numpy()}
+        latents = network.encode(theirs, return_dict=False)[0].numpy()
+        decoded = network.decode(torch.from_numpy(z), return_dict=False)[0].numpy()
+    decoded = 2 * decoded - 1 if is_rae else decoded
+    return {"images_nchw": images, "z": z, "latents": latents, "decoded": decoded}
 
 
-def read(folder, **fields) -> namings.Converted:
-    """The network and the parameters of a directory or a file."""
-    opened = open_checkpoint(str(folder))
+def read(*sources, **fields) -> namings.Converted:
+    """The network and the parameters of a directory or a file, or of several."""
+    opened = open_together([str(source) for source in sources])
     return namings.from_named_tensors(opened.tensors, fields, neighbour=opened.neighbour)
 
 
@@ -98,8 +140,7 @@ def assert_same_outputs(found: namings.Converted, theirs, tolerance=1e-5) -> Non
 def golden_directory(name: str, folder: pathlib.Path, **changes) -> pathlib.Path:
     """The directory of a network of golden values, as diffusers writes it, without diffusers."""
     golden = gv.load(GOLDEN[name]).config
-    tensors = {key: gv.drawn_weights(key, shape, seed=golden["seed"])
-               for key, shape in golden["names"].items()}
+    tensors = {key: drawn(key, shape) for key, shape in golden["names"].items()}
     save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps({**golden["config"], **changes}))
     return folder

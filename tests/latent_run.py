@@ -8,19 +8,20 @@ import tiny
 
 from dmf.training.loop import train
 
-_SIDE = 8  # of the latents
 
-
-def check(source: pathlib.Path, folder: pathlib.Path, *, channels: int, factor: int) -> None:
-    """Two training steps in the latents of an autoencoder, and images of the samples.
+def check(
+    source: pathlib.Path, folder: pathlib.Path, *, channels: int, factor: int, side: int = 8
+) -> None:
+    """Ten training steps in the latents of an autoencoder, and images of the samples.
 
     Args:
       source: the directory of the autoencoder, as diffusers writes it.
       folder: where everything is written.
       channels: channels of the latents.
       factor: the ratio of an image's height and width to those of its latents.
+      side: height and width of the latents.
     """
-    pixels = _SIDE * factor
+    pixels = side * factor
     image_set.make(folder / "images", count=20, side=pixels)
     assert tiny.dmf("convert", source, f"--output={folder / 'autoencoder'}") == 0
     assert tiny.dmf(
@@ -29,12 +30,13 @@ def check(source: pathlib.Path, folder: pathlib.Path, *, channels: int, factor: 
     ) == 0  # fmt: skip
     config = tiny.config({
         "data.directory": str(folder / "latents"), "data.name": "latents", "data.mirror": True,
-        "model.channels": channels, "model.input_size": _SIDE, "model.num_classes": 0,
+        "model.channels": channels, "model.input_size": side, "model.num_classes": 0,
+        "model.patch_size": 1 if side % 2 else 2,
         "latents.autoencoder": str(folder / "autoencoder"),
-        "run.steps": 2, "run.sample_every": 2, "sampling.steps": (1,),
+        "run.steps": 10, "run.sample_every": 10, "sampling.steps": (1,),
     })  # fmt: skip
-    assert int(train(config, folder / "run").step) == 2
-    assert (folder / "run/samples/00000002.png").exists()
+    assert int(train(config, folder / "run").step) == 10
+    assert (folder / "run/samples/00000010.png").exists()
     assert tiny.dmf("sample", f"--checkpoint={folder / 'run'}", "--count=3", "--steps=1",
                     "--seed=0", f"--output={folder / 'samples.npz'}") == 0
     with np.load(folder / "samples.npz") as file:

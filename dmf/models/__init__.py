@@ -12,14 +12,15 @@ from dmf.models.encoders.autoencoder_dc import AutoencoderDC
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.inception import Inception
+from dmf.models.encoders.rae import RAE
 from dmf.models.encoders.taesd import TAESD
 from dmf.models.in_context_dit import InContextDiT
 from dmf.models.wide_head import WideHead
 from dmf.registry import define_kind
 
 __all__ = [
-    "TAESD", "Autoencoder", "AutoencoderDC", "AutoencoderKL", "DiT", "DinoV2", "InContextDiT",
-    "Inception", "WideHead",
+    "RAE", "TAESD", "Autoencoder", "AutoencoderDC", "AutoencoderKL", "DiT", "DinoV2",
+    "InContextDiT", "Inception", "WideHead",
 ]  # fmt: skip
 
 # The kinds of network that `dmf convert` reads and nothing here trains.
@@ -28,7 +29,7 @@ FROZEN_KINDS = ("autoencoder", "encoder")
 define_kind("model", "The network that is trained.", dit=DiT, in_context_dit=InContextDiT)
 define_kind(
     "autoencoder", "The frozen network between images and latents.", autoencoder_kl=AutoencoderKL,
-    taesd=TAESD, autoencoder_dc=AutoencoderDC,
+    taesd=TAESD, autoencoder_dc=AutoencoderDC, rae=RAE,
 )
 define_kind(
     "encoder", "A frozen network that features are measured with.", inception=Inception,
