@@ -19,7 +19,7 @@ from dmf.errors import InputError
 from dmf.models import FROZEN_KINDS
 from dmf.models.abstract_params import abstract_params
 from dmf.models.build import Latents, latents, network
-from dmf.models.encoders.autoencoder import Autoencoder
+from dmf.models.encoders.autoencoder import Autoencoder, latent_side
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.models.encoders.latent_space import LatentSpace
@@ -301,9 +301,14 @@ def build_latent_space(config: ConfigDict, autoencoder: Autoencoder) -> LatentSp
     """The latent space of `config.latents` with a given autoencoder.
 
     Raises:
-      InputError: the latents have another number of channels than `config.model`.
+      InputError: the latents have another number of channels than `config.model`, or another size
+        than the autoencoder takes.
     """
-    settings, channels = latents(config.latents), network(config.model).sample_shape[-1]
+    settings, (side, _, channels) = latents(config.latents), network(config.model).sample_shape
+    if latent_side(autoencoder) not in (None, side):
+        raise InputError("latents.autoencoder", settings.autoencoder,
+                         f"it takes latents of side {latent_side(autoencoder)} alone, and "
+                         f"config.model has {side}")
     if autoencoder.latent_channels != channels:
         raise InputError(
             "latents.autoencoder", settings.autoencoder,

@@ -23,7 +23,7 @@ from dmf.data.image_transforms import center_crop
 from dmf.data.pixels import from_uint8, png
 from dmf.data.raw_images import RawImages, decoded
 from dmf.errors import InputError, RunError, check_at_least
-from dmf.models.encoders.autoencoder import Autoencoder, as_moments
+from dmf.models.encoders.autoencoder import Autoencoder, as_moments, latent_side
 from dmf.models.encoders.patch_features import PatchFeatures, stored_features
 from dmf.runtime.files import sync
 from dmf.runtime.sharding import batch_sharding, local_mesh, replicated
@@ -100,6 +100,10 @@ class PrepareSettings:
                 "resolution", self.resolution,
                 f"the autoencoder takes multiples of {self.autoencoder.factor}",
             )
+        side = self.autoencoder and latent_side(self.autoencoder)
+        if side and self.resolution != side * self.autoencoder.factor:
+            raise InputError("resolution", self.resolution, "the autoencoder takes images of "
+                             f"{side * self.autoencoder.factor} alone")
 
     @property
     def stored_shape(self) -> tuple[int, ...]:

@@ -171,6 +171,11 @@ def as_moments(encoded: Moments | Latents) -> Moments:
     return Moments(encoded, jnp.zeros_like(encoded))
 
 
+def latent_side(autoencoder: Autoencoder) -> int | None:
+    """Height and width of the latents, where an autoencoder takes no others; None for any."""
+    return getattr(autoencoder, "side", None)
+
+
 def check_images(autoencoder: Autoencoder, images: Images) -> None:
     """Raises InputError where an autoencoder cannot encode images of this shape."""
     *_, height, width, channels = images.shape

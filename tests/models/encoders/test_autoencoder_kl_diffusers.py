@@ -4,6 +4,7 @@ convolutions."""
 import diffusers_autoencoders as da
 import golden_values as gv
 import jax.numpy as jnp
+import latent_run
 import numpy as np
 import pytest
 
@@ -57,3 +58,8 @@ def test_diffusers_computes_the_same(name, tmp_path):
     for key, tensor in network.state_dict().items():
         np.testing.assert_array_equal(back[key], tensor.numpy(), err_msg=key)
     network.load_state_dict({key: torch.from_numpy(w) for key, w in back.items()}, strict=True)
+
+
+@pytest.mark.slow
+def test_prepare_train_sample_and_decode(tmp_path):
+    latent_run.check(da.golden_directory(tmp_path), tmp_path, channels=16, factor=2)

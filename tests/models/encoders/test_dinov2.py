@@ -86,6 +86,30 @@ def test_golden_values():
     gv.assert_each_near(tokens, golden["last_hidden_state"], 2e-6)
 
 
+@pytest.mark.slow
+def test_registers_as_in_transformers():
+    """Tokens of images whose patches are fewer than the positions, and the names again."""
+    torch = pytest.importorskip("torch", reason="needs torch and transformers")
+    transformers = pytest.importorskip("transformers", reason="needs torch and transformers")
+    theirs = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, patch_size=14, image_size=56,
+        num_register_tokens=2)).eval()  # fmt: skip
+    tensors = {name: gv.drawn_weights(name, tuple(tensor.shape))
+               for name, tensor in theirs.state_dict().items()}
+    theirs.load_state_dict({name: torch.from_numpy(w) for name, w in tensors.items()}, strict=True)
+    stored_shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    network = TRANSFORMERS.infer_network(stored_shapes, {"heads": 4})
+    assert network == dataclasses.replace(NETWORK, registers=2)
+    ours = to_params(TRANSFORMERS.table(network), tensors, abstract(network))
+    images = np.random.default_rng(0).standard_normal((2, 3, 28, 42)).astype("f")
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(images)).last_hidden_state.numpy()
+    tokens = apply(network, gv.on_device(ours), np.moveaxis(images, 1, -1))
+    gv.assert_near(tokens, np.delete(expected, [1, 2], axis=1), 1e-5)
+    back = to_tensors(TRANSFORMERS.table(network), ours)
+    assert tensors.keys() - back.keys() == {"embeddings.mask_token"}
+
+
 @over_namings
 def test_every_naming_gives_the_same_parameters(naming):
     tensors = CHECKPOINTS[naming.name]()

@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import latent_run
 import numpy as np
 import pytest
+import tiny
 from safetensors.numpy import save_file
 
+from dmf.checkpoints import load
 from dmf.checkpoints.convert import namings
 from dmf.checkpoints.convert.name_tables import Constant, ParamSlice
 from dmf.checkpoints.convert.tables.rae import NAMINGS, read_config
+from dmf.data.shard_writer import PrepareSettings
 from dmf.errors import InputError
 from dmf.models import RAE, Autoencoder
 from dmf.models.abstract_params import abstract_params
@@ -168,3 +171,14 @@ def test_a_config_that_fits_no_rae(changes, message):
 @pytest.mark.slow
 def test_prepare_train_sample_and_decode(tmp_path):
     latent_run.check(dd.golden_directory("rae", tmp_path), tmp_path, channels=64, factor=4, side=3)
+
+
+def test_another_size_than_the_network_takes_is_refused():
+    """Before anything is encoded or decoded."""
+    with pytest.raises(InputError, match="^resolution=16: the autoencoder takes images of 12 alo"):
+        PrepareSettings(resolution=16, autoencoder=SMALL)
+    assert PrepareSettings(resolution=12, autoencoder=SMALL).stored_shape == (2, 3, 3, 128)
+    config = tiny.config({"model.channels": 64, "latents.autoencoder": "runs/rae"})
+    with pytest.raises(InputError, match=r"^latents.autoencoder=runs/rae: it takes latents of side "
+                       r"3 alone, and config.model has \d+$"):
+        load.build_latent_space(config, SMALL)
