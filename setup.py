@@ -11,6 +11,7 @@ version = re.search(r'__version__ = "(.+)"', (root / "dmf/__init__.py").read_tex
 digits = ["scikit-learn>=1.5"]
 report = ["matplotlib>=3.9"]
 sweep = ["submitit>=1.5"]
+trackers = {"wandb": ["wandb>=0.19"], "trackio": ["trackio>=0.5"]}
 hub = ["huggingface-hub>=0.30"]
 parquet = ["pyarrow>=17"]
 tpu = ["jax[tpu]>=0.10"]
@@ -72,6 +73,7 @@ setup(
         "digits": digits,
         "report": report,
         "sweep": sweep,
+        **trackers,
         "test": test,
         "dev": [*test, "pre-commit>=4"],
     },

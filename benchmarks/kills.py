@@ -42,7 +42,7 @@ LAST_STEPS = 20
 HANG_SECONDS = 300
 MANY_STEPS = 10**6
 FIRST_START_SECONDS = 10.0
-SPEED_METRICS = ("steps_per_second", "images_per_second", "mfu", "data_wait_fraction")
+SPEED_METRICS = ("steps_per_second", "images_per_second", "mfu", "data_wait_fraction", "wall_time")
 
 
 def is_equal(a: Any, b: Any) -> bool:

@@ -5,6 +5,7 @@ import os
 import sys
 from contextlib import nullcontext
 
+import dmf
 from dmf.runtime import signals
 
 VERBS = {
@@ -29,7 +30,7 @@ def usage() -> str:
     """The text that `dmf --help` prints."""
     width = max(map(len, VERBS))
     verbs = "\n".join(f"  {verb:<{width}}  {does}" for verb, does in VERBS.items())
-    return f"usage: dmf VERB [--help] [FLAGS]\n\n{verbs}"
+    return f"usage: dmf VERB [--help] [FLAGS]\n       dmf --version\n\n{verbs}"
 
 
 def set_compilation_cache() -> None:
@@ -63,6 +64,9 @@ def main() -> None:
     """The command line; the exit code is that of `dmf.cli.exit_codes.run`."""
     keep_standard_files_open()
     arguments = sys.argv[1:]
+    if arguments == ["--version"]:
+        print(f"dmf {dmf.__version__}")
+        sys.exit(0)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         sys.exit(0 if arguments else 2)

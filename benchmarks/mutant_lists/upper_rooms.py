@@ -168,7 +168,7 @@ _TRAINING = (
     Mutant(
         "later_metrics", "metrics after the checkpoint that a run resumes from are kept",
         "dmf/training/metrics_writer.py",
-        'for row in rows if row["step"] <= start_step)',
+        'for row in rows if row["step"] <= run.start_step)',
         "for row in rows)",
         ("tests/training/test_resume.py",),
     ),

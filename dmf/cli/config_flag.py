@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import sys
 from collections.abc import Collection, Mapping, Sequence
 
 from absl import flags as absl_flags
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from dmf import registry
 from dmf.cli import flags
 from dmf.errors import InputError
+from dmf.runtime import progress
 
 PREFIX = "--config."
 NO_PREFIX = "--noconfig."
@@ -70,8 +70,7 @@ def parse_with_config(
     flags.require(values, "config")
     config, taken = configured(load_config(values.config), overrides)
     if taken:
-        print(f"from init.checkpoint={config.init.checkpoint}: {', '.join(taken)}",
-              file=sys.stderr)
+        progress.log(f"from init.checkpoint={config.init.checkpoint}: {', '.join(taken)}")
     return config
 
 

@@ -26,6 +26,7 @@ def run(main: Callable[[str, Sequence[str]], None], verb: str, arguments: Sequen
       The exit code: 0; 1 for a failed run; 2 for input that cannot be used; 75 for a run that was
       told to stop and has saved; 130 after an interruption.
     """
+    progress.set_verbosity(progress.Verbosity.NORMAL)
     with _quiet_threads():
         try:
             main(verb, arguments)
@@ -107,5 +108,8 @@ def _end_after_main_thread(code: int) -> None:
 
 
 def _fail(verb: str, message: str, code: int) -> int:
-    progress.log(f"dmf {verb}: {' '.join(message.split())}")
+    progress.end_live_line()
+    if progress.verbosity() is progress.Verbosity.VERBOSE:
+        traceback.print_exc()
+    progress.log(f"dmf {verb}: {' '.join(message.split())}", always=True)
     return code

@@ -14,7 +14,9 @@ from typing import Any
 from absl import flags
 
 from dmf.errors import InputError
+from dmf.runtime import progress
 from dmf.runtime.paths import user_path
+from dmf.runtime.progress import Verbosity
 
 
 def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: str) -> list[str]:
@@ -23,7 +25,7 @@ def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: 
     Args:
       verb: name of the verb.
       arguments: of the command line after the verb.
-      values: the defined flags, which are set.
+      values: the defined flags, which are set; --quiet and --verbose are added.
       usage: what `--help` prints above the flags.
 
     Returns:
@@ -32,6 +34,7 @@ def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: 
     Raises:
       InputError: an unknown flag, or a value of the wrong type.
     """
+    define_verbosity(values)
     if any(argument in ("-h", "--help") for argument in arguments):
         print(f"{usage}\n{help_of_flags(values)}")
         sys.exit(0)
@@ -40,9 +43,29 @@ def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: 
         rest = values([f"dmf {verb}", *expand_home(arguments)])[1:]
     except (TypeError, ValueError, flags.Error) as error:
         raise InputError("", remedy=str(error)) from None
+    set_verbosity(values)
     for file in values.plugins if "plugins" in values else ():
         run_plugin(pathlib.Path(file))
     return rest
+
+
+def define_verbosity(values: flags.FlagValues) -> None:
+    """Defines --quiet and --verbose, which every verb has."""
+    flags.DEFINE_boolean("quiet", False, "print errors alone to standard error", flag_values=values)
+    flags.DEFINE_boolean("verbose", False, "print every line of progress, also in a terminal, and "
+                         "where an error was raised", flag_values=values)
+
+
+def set_verbosity(values: flags.FlagValues) -> None:
+    """Sets what --quiet and --verbose say.
+
+    Raises:
+      InputError: both are given.
+    """
+    if values.quiet and values.verbose:
+        raise InputError("--quiet, --verbose", remedy="give one of them")
+    verbosity = Verbosity.QUIET if values.quiet else Verbosity.NORMAL
+    progress.set_verbosity(Verbosity.VERBOSE if values.verbose else verbosity)
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:

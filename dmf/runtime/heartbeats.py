@@ -104,7 +104,7 @@ def _monitor(process: int) -> None:
 
 def _abort(process: int, reason: str) -> None:
     """Prints why this process exits, and exits it at once."""
-    progress.log(f"dmf: {LOST_MESSAGE} ({reason})")
+    progress.log(f"dmf: {LOST_MESSAGE} ({reason})", always=True)
     if process == 0:
         time.sleep(HEARTBEAT_SECONDS + 1)  # The others report before their coordinator is gone.
     os._exit(1)

@@ -233,7 +233,7 @@ class _Lock:
                     file.write(f"{beat:020}".encode())
                 elif not self._ended.is_set():
                     progress.log(f"dmf: {self._path.parent}: {_parsed(content)} has taken it over, "
-                                 "because this process stood still: this one stops")
+                                 "because this process stood still: this one stops", always=True)
                     os._exit(1)
 
     def _remove_directories(self) -> None:

@@ -153,6 +153,18 @@ def log(line: str, *, each: bool = False) -> None:
         progress.log(line)
 
 
+def log_step(line: str) -> None:
+    """Prints a line of a series in the first process, see `progress.log_step`."""
+    if is_first_process():
+        progress.log_step(line)
+
+
+def show(text: str) -> None:
+    """Shows a text in the live line of the first process, see `progress.show`."""
+    if is_first_process():
+        progress.show(text)
+
+
 def all_gather(value: Any) -> list[Any]:
     """Gathers a value from every process; all processes must call it.
 

@@ -68,7 +68,7 @@ def _exit_after_signal(read: int, numbers: set[int], message: str) -> None:
     while (written := os.read(read, 1)) and written[0] not in numbers:
         pass
     if written:
-        progress.log(message)
+        progress.log(message, always=True)
         if "dmf.runtime.ownership" in sys.modules:
             sys.modules["dmf.runtime.ownership"].release_all()
         os._exit(Stopped.exit_code)

@@ -9,8 +9,11 @@ from dmf.registry import define_kind
 from dmf.training.adafactor import Adafactor
 from dmf.training.ema import ConstantEma, HalfLifeEma, PowerEma
 from dmf.training.lion import Lion
+from dmf.training.metrics_writer import JsonLinesWriter
 from dmf.training.muon import Muon
 from dmf.training.optimizer import AdamW
+from dmf.training.tensorboard_writer import TensorBoardWriter
+from dmf.training.trackers import TrackioWriter, WandbWriter
 
 define_kind(
     "optimizer", "The update of the parameters.",
@@ -19,4 +22,8 @@ define_kind(
 define_kind(
     "ema", "An exponential moving average (EMA) of the parameters.",
     constant=ConstantEma, half_life=HalfLifeEma, power=PowerEma,
+)
+define_kind(
+    "writer", "Receives the metrics, sample grids and config of a run.",
+    jsonl=JsonLinesWriter, tensorboard=TensorBoardWriter, wandb=WandbWriter, trackio=TrackioWriter,
 )

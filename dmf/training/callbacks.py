@@ -32,12 +32,11 @@ from dmf.training.ema import power_emas
 from dmf.training.metrics_writer import (
     EVALUATIONS,
     SAMPLES,
-    MetricsWriter,
-    NoMetrics,
     evaluation_file,
     read_evaluation,
 )
 from dmf.training.train_state import EMA_PREFIX, TrainState
+from dmf.training.writers import Writers
 from dmf.types import Params
 
 # The name of an evaluation, without its suffix.
@@ -64,7 +63,13 @@ def chosen_params(state: TrainState, ema: str) -> Params:
 
 
 class Callback(abc.ABC):
-    """Something that the training loop does after some steps."""
+    """Something that the training loop does after some steps.
+
+    Attributes:
+      writers: receive its metrics and images; the loop sets them.
+    """
+
+    writers = Writers()
 
     @abc.abstractmethod
     def due(self, step: int) -> bool:
@@ -76,7 +81,8 @@ class Callback(abc.ABC):
 
 
 class SampleGridCallback(Callback):
-    """Writes a grid of samples, two rows for each number of sampling steps, to samples/STEP.png."""
+    """Writes a grid of samples, two rows for each number of sampling steps, to samples/STEP.png
+    and to the writers."""
 
     def __init__(self, config: ConfigDict, training: Training, workdir: epath.Path):
         """Loads the autoencoder. Latents without an autoencoder have no grids.
@@ -118,6 +124,7 @@ class SampleGridCallback(Callback):
             processes.log(f"step {step}: no grid of samples is written: {error}")
         else:
             pixels.write_png(self._folder / f"{step:08}.png", grid)
+            self.writers.write_image(step, SAMPLES, grid)
 
 
 class EvaluationCallback(Callback):
@@ -125,25 +132,18 @@ class EvaluationCallback(Callback):
     to the metrics as evaluation/METRIC/EMA/STEPS, or .../EMA/STEPS/SCALE/START-END where guidance
     is searched."""
 
-    def __init__(
-        self,
-        config: ConfigDict,
-        training: Training,
-        workdir: epath.Path,
-        writer: MetricsWriter | NoMetrics | None = None,
-    ):
+    def __init__(self, config: ConfigDict, training: Training, workdir: epath.Path):
         """Opens the reference and loads the networks of evaluation, if the run is evaluated.
 
         Args:
           config: the config of the run.
           training: recipe and settings of the run.
           workdir: the workdir of the run.
-          writer: the metrics writer, which may also be set later.
 
         Raises:
           InputError: a field of `config.evaluation` that cannot be used.
         """
-        self.writer, self._told = writer, set()
+        self._told: set[epath.Path] = set()
         self._settings, self._training = evaluation(config.evaluation), training
         self._workdir, self._folder = workdir, workdir / EVALUATIONS
         if not self._settings.every:
@@ -194,11 +194,10 @@ class EvaluationCallback(Callback):
             evaluator, self._generator, settings, rows, step=step
         )
         evaluator.finish(write_json, evaluation_file(self._workdir, step), result)
-        if self.writer is not None:
-            self.writer.write(step, {
-                f"evaluation/{metric}/{_metric_place(row)}": row[metric]
-                for row in rows for metric in evaluator.protocol.metrics
-            })
+        self.writers.write(step, {
+            f"evaluation/{metric}/{_metric_place(row)}": row[metric]
+            for row in rows for metric in evaluator.protocol.metrics
+        })
 
     def best_step(self) -> int | None:
         """The step whose first row has the best score of the first metric; None without scores."""

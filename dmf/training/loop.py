@@ -8,7 +8,6 @@
 """
 
 import dataclasses
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -25,20 +24,21 @@ from dmf.checkpoints.manager import CheckpointManager
 from dmf.checkpoints.params import CONFIG_FILE, FORMAT, check_format, latest_step
 from dmf.errors import InputError, Stopped
 from dmf.runtime import ownership, processes
-from dmf.runtime.device_specs import GIB, mfu
+from dmf.runtime.device_specs import GIB
 from dmf.runtime.files import disk_errors, read_json, write_json, write_text
 from dmf.runtime.paths import user_path
-from dmf.runtime.progress import Clock, duration, waiting
+from dmf.runtime.progress import duration, end_live_line, waiting
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
 from dmf.training.callbacks import Callback, EvaluationCallback, Profiler, SnapshotCallback, is_due
 from dmf.training.data_wait import DataWait
-from dmf.training.metric_accumulator import MetricAccumulator, Report
-from dmf.training.metrics_writer import MetricsWriter, NoMetrics
 from dmf.training.prepared_run import prepare
 from dmf.training.resume import check_position, position_function
+from dmf.training.start_record import record_start
+from dmf.training.step_log import StepLog
 from dmf.training.train_state import TrainState
 from dmf.training.train_step import create_train_state
+from dmf.training.writers import WriterRun, Writers, open_writers
 from dmf.types import Batch, Metrics, Params
 
 # Fields that may change when a run resumes: its length, with the ends of the schedules of its
@@ -49,16 +49,15 @@ CHANGEABLE = (
     "objective.compute_sharing", "objective.time_bins", "model.scan", "model.remat",
     "model.attention",
 )  # fmt: skip
-# Every process logs a line of its own if its devices wait for data for more than this fraction.
-LOGGED_WAIT = 0.1
 
 
 def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
     """Trains the run of a config, from the newest checkpoint in `workdir` if there is one.
 
-    It writes `config.json`, `parameters.txt`, `metrics.jsonl`, `events/`, `samples/`,
-    `evaluations/`, `checkpoints/` and, with power EMAs, `ema_snapshots/` there. A resumed run is
-    bit-for-bit identical to an uninterrupted one.
+    It writes `config.json`, `starts.json`, `parameters.txt`, `samples/`, `evaluations/`,
+    `checkpoints/` and, with power EMAs, `ema_snapshots/` there, and what `run.writers` write:
+    `metrics.jsonl` and `events/` by default. A resumed run is bit-for-bit identical to an
+    uninterrupted one.
 
     Args:
       config: all fields of `dmf.default_config.Config`.
@@ -112,6 +111,8 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             done = "nothing left to do" if state.step >= training.run.steps else "resuming"
             processes.log(f"{workdir} is at step {int(state.step)} of {training.run.steps}: {done}")
         processes.log(_placement(training, state), each=True)
+        if state.step < training.run.steps:
+            record_start(workdir, int(state.step))
         return Loop(
             training=training,
             workdir=workdir,
@@ -121,6 +122,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             ).compile(),
             checkpoints=checkpoints,
             position=position,
+            open_writers=lambda start: _open_writers(config, workdir, start),
             evaluate=evaluate,
             snapshot=snapshot,
             callbacks=(snapshot, prepared.show, evaluate),
@@ -138,6 +140,16 @@ def _restore(checkpoints: CheckpointManager, abstract: TrainState) -> TrainState
     return abstract.with_trees(jax.device_put(jax.numpy.int32(step), abstract.step.sharding), trees)
 
 
+def _open_writers(config: ConfigDict, workdir: epath.Path, start: int) -> Writers:
+    """The writers of this process: those of the config in the first process, none in others."""
+    if not processes.is_first_process():
+        return Writers()
+    settings = build.run(config.run)
+    run = WriterRun(workdir=workdir, start_step=start, config=load.config_to_json(config),
+                    project=settings.project)  # fmt: skip
+    return open_writers(settings.writers, run)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loop:
     """The loop over training steps.
@@ -149,6 +161,7 @@ class Loop:
       compile_step: compiles `train_step` for (state, rows), which it does not touch.
       checkpoints: saves the train state.
       position: what is saved with the state of a step, see `position_function`.
+      open_writers: start step -> the writers of this process.
       evaluate: the evaluation callback; a state that it evaluates is saved first.
       snapshot: saves the power EMAs; no checkpoint is saved before the snapshots of earlier steps.
       callbacks: all callbacks, called in this order after a step is logged and saved.
@@ -162,6 +175,7 @@ class Loop:
     compile_step: Callable[[TrainState, Batch], Any]
     checkpoints: CheckpointManager
     position: Callable[[int], Mapping[str, Any]]
+    open_writers: Callable[[int], Writers]
     evaluate: EvaluationCallback
     snapshot: SnapshotCallback
     callbacks: tuple[Callback, ...]
@@ -182,12 +196,13 @@ class Loop:
           Stopped: the run received a signal to stop; the state is saved.
         """
         start, total = int(state.step), self.training.run.steps
-        writer = MetricsWriter(self.workdir, start) if processes.is_first_process() else NoMetrics()
-        self.evaluate.writer = writer
+        writers = self.open_writers(start)
+        for callback in self.callbacks:
+            callback.writers = writers
         loader, sharding = self.training.data_loader, batch_sharding(self.training.recipe.mesh)
         batches = loader.batches(start, sharding)
         data_wait = DataWait(batches)
-        log = StepLog(self.training, self.checkpoints, writer, data_wait, start)
+        log = StepLog(self.training, self.checkpoints, writers, data_wait, start)
         try:
             if start and self.snapshot.due(start):
                 self.snapshot(start, state)
@@ -212,7 +227,7 @@ class Loop:
                 up_to_date = saving or step == total or self.snapshot.due(step)
                 log.add(step, metrics, up_to_date=up_to_date)
                 if saving:
-                    writer.flush()
+                    writers.flush()
                     self.snapshot.finish()
                     self.checkpoints.save(step, state.trees, self.position(step))
                 if stopping:
@@ -224,7 +239,8 @@ class Loop:
                         callback(step, state)
         finally:
             batches.close()
-            writer.close()
+            end_live_line()
+            writers.close()
             self.profiler.close()
         return state
 
@@ -241,92 +257,6 @@ class Loop:
         run = self.training.run
         return (self.evaluate.due(step) or is_due(step, run.checkpoint_every, run.steps)
                 or step == run.steps)
-
-
-class StepLog:
-    """Logs the metrics of training steps, averaged, with the speed of training."""
-
-    def __init__(
-        self,
-        training: build.Training,
-        checkpoints: CheckpointManager,
-        writer: MetricsWriter | NoMetrics,
-        data_wait: DataWait,
-        start: int,
-    ):
-        """Starts at a step.
-
-        Args:
-          training: recipe, data loader and settings of the run.
-          checkpoints: the checkpoint manager, whose newest step error messages name.
-          writer: the metrics writer.
-          data_wait: measures how long the devices wait for data.
-          start: the step that the run starts or resumes at.
-        """
-        self._training, self._writer, self._data_wait = training, writer, data_wait
-        self._total = training.run.steps
-        self._clock = Clock(start, self._total)
-        self._accumulator = MetricAccumulator(
-            self._due, lambda: checkpoints.latest_step, training.recipe.optimizer.skip_nonfinite
-        )
-
-    def start_clock(self, start: int) -> None:
-        """Measures the speed from now on, without the compilation."""
-        self._clock = Clock(start, self._total)
-        self._data_wait.restart()
-
-    def _due(self, step: int) -> bool:
-        return is_due(step, self._training.run.log_every, self._total)
-
-    def add(self, step: int, metrics: Metrics, *, up_to_date: bool) -> None:
-        """Adds the metrics of a step, and logs what is due.
-
-        A step is logged after the next one was dispatched, so that the device never waits. With
-        `up_to_date`, before a save, it is logged now, so that no state is saved whose loss is not
-        finite.
-
-        Raises:
-          RunError: the loss of a step is not finite.
-        """
-        self._accumulator.add(step, metrics)
-        ready = step if up_to_date else step - 1
-        if up_to_date or self._due(ready):
-            for report in self._accumulator.read(ready):
-                self._log(report)
-
-    def _log(self, report: Report) -> None:
-        """Writes and prints the mean metrics since the last report, the speed, and the fraction of
-        the time for which the devices waited for data.
-
-        The MFU counts the operations of `Objective.flops`, without recomputation.
-        """
-        step, means, skipped = report
-        recipe, loader = self._training.recipe, self._training.data_loader
-        means["epoch"] = step * loader.batch_size / len(loader.dataset)
-        steps_per_second = self._clock.rate(step)
-        images_per_second = steps_per_second * recipe.batch_size
-        waited = self._data_wait.fraction()
-        speed = {"steps_per_second": steps_per_second, "images_per_second": images_per_second,
-                 "data_wait_fraction": waited}
-        flops, devices = recipe.objective.flops(recipe.network), recipe.mesh.devices
-        utilisation = mfu(images_per_second * flops, devices.flat[0].device_kind, devices.size)
-        if utilisation is not None:
-            speed["mfu"] = utilisation
-        self._writer.write(step, means | speed)
-        parts = [
-            f"step {step}/{self._total}",
-            f"loss {means.get('loss', math.nan):.4f}",
-            f"gradient norm {means.get('gradient_norm', math.nan):.3g}",
-            *([f"skipped {len(skipped)} (last: step {skipped[-1]})"] if skipped else []),
-            f"{steps_per_second:.2f} steps/s",
-            f"{images_per_second:.0f} images/s",
-            *([] if utilisation is None else [f"MFU {utilisation:.1%}"]),
-            f"time left {self._clock.time_left(step)}",
-        ]
-        processes.log("  ".join(parts))
-        if waited > LOGGED_WAIT:
-            processes.log(f"host {platform.node()}: its devices waited for data {waited:.0%} of "
-                          "the time; docs/data.md says what a host can read", each=True)
 
 
 def check_workdir(workdir: epath.PathLike, config: ConfigDict) -> None:

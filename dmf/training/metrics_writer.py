@@ -1,4 +1,4 @@
-"""The metrics of a run, as JSON lines and TensorBoard events, and where a run keeps its results."""
+"""The metrics of a run as JSON lines, and where a run keeps its results."""
 
 import json
 import os
@@ -10,8 +10,11 @@ from etils import epath
 
 from dmf.runtime.files import is_regular_file, write_text
 from dmf.runtime.progress import log
+from dmf.training.writers import Writer, WriterRun
 
 METRICS_FILE = "metrics.jsonl"
+# The name of the wall time among the values of a row.
+WALL_TIME = "wall_time"
 # Folders of a run: evaluations as STEP.json, and grids of samples as STEP.png.
 EVALUATIONS = "evaluations"
 SAMPLES = "samples"
@@ -34,62 +37,37 @@ def read_evaluation(path: epath.Path) -> dict[str, Any] | None:
     return evaluation if is_one else None
 
 
-class MetricsWriter:
-    """Writes scalars by step to `metrics.jsonl` and to TensorBoard event files.
+class JsonLinesWriter(Writer):
+    """The file metrics.jsonl in the workdir: a line for each step, with its wall time.
 
     A run that resumes at a step drops the rows of later steps that an earlier process wrote, so
     that every step has one row. In a bucket, whose files cannot be appended to, rows are buffered
-    for at most a minute.
+    for at most a minute. `dmf report` reads this file.
     """
 
-    def __init__(self, workdir: epath.Path, start_step: int):
-        """Opens both files.
-
-        Args:
-          workdir: the workdir of the run.
-          start_step: the step that the run starts or resumes at; later rows are dropped.
-        """
-        from tensorboardX import SummaryWriter
-
-        path = workdir / METRICS_FILE
-        rows, invalid_lines = parse_metrics(workdir)
+    def __init__(self, run: WriterRun):
+        path = run.workdir / METRICS_FILE
+        rows, invalid_lines = parse_metrics(run.workdir)
         for number in invalid_lines:
             log(f"{path}, line {number}: it cannot be read, and is left out")
-        text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= start_step)
+        text = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= run.start_step)
         write_text(path, text)
         self._file = _BufferedFile(path, text) if _is_remote(path) else path.open("a")
-        self._events = SummaryWriter(str(workdir / "events"), purge_step=start_step + 1)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Writes the scalars of a step, rounded to 7 digits, as one row."""
-        row = {"step": step} | {name: float(f"{value:.7g}") for name, value in scalars.items()}
+        """Writes the scalars of a step, rounded to 7 digits, and the wall time (seconds since 1970,
+        UTC) as one row."""
+        row = {"step": step, WALL_TIME: round(time.time(), 3)}
+        row |= {name: float(f"{value:.7g}") for name, value in scalars.items()}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
-        for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
 
     def flush(self) -> None:
-        """Writes buffered rows, so that a checkpoint is saved after its metrics."""
         if isinstance(self._file, _BufferedFile):
             self._file.close()
 
     def close(self) -> None:
-        """Writes buffered rows and closes both files."""
         self._file.close()
-        self._events.close()
-
-
-class NoMetrics:
-    """The metrics writer of all processes but the first: it writes nothing."""
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Does nothing."""
-
-    def flush(self) -> None:
-        """Does nothing."""
-
-    def close(self) -> None:
-        """Does nothing."""
 
 
 def _is_remote(path: epath.Path) -> bool:

@@ -15,6 +15,7 @@ from dmf.data.latent_origin import stated_origins
 from dmf.errors import InputError
 from dmf.models.build import latents
 from dmf.models.encoders.latent_scaling import LatentScaling
+from dmf.registry import at
 from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
@@ -24,6 +25,7 @@ from dmf.training.ema import power_emas
 from dmf.training.memory import check_disk, check_memory
 from dmf.training.train_state import TrainState
 from dmf.training.train_step import abstract_state, compiled_train_step
+from dmf.training.writers import check_writers
 from dmf.types import Params
 
 
@@ -61,6 +63,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
       InputError: a field that cannot be used; the message names it.
     """
     training = build.training(config)
+    with at("run"):
+        check_writers(training.run.writers, training.run.project)
     _report_scaling(config)
     _check_autoencoder(config)
     prepared = PreparedRun(

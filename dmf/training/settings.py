@@ -83,6 +83,9 @@ class Run:
       snapshot_every: steps between two snapshots of the power EMAs, from which other widths are
         synthesised; doubled whenever there would be more than keep_snapshots; 0 for none.
       keep_snapshots: maximum number of snapshots, 2 or more; each holds every power EMA.
+      writers: writers of metrics and sample grids: jsonl, tensorboard, wandb, trackio, or one of
+        your own (docs/extending.md); dmf report reads what jsonl writes.
+      project: project of the run at wandb or trackio; empty for dmf, or WANDB_PROJECT at wandb.
     """
 
     steps: int = 1000
@@ -93,6 +96,8 @@ class Run:
     keep_every: int = 0
     snapshot_every: int = 100
     keep_snapshots: int = 16
+    writers: tuple[str, ...] = ("jsonl", "tensorboard")
+    project: str = ""
 
     def __post_init__(self):
         check_at_least(self, 1, "steps", "log_every", "keep_last")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 
 import jax
@@ -15,10 +16,11 @@ import dmf
 from configs import default
 from dmf import __main__
 from dmf.checkpoints import load
+from dmf.cli import train as train_verb
 from dmf.errors import InputError, RunError, Stopped
 from dmf.objectives import DrawnGuidance
 from dmf.objectives.build import interpolant
-from dmf.runtime import sharding
+from dmf.runtime import progress, sharding
 from dmf.runtime.ownership import owned_output
 from dmf.sampling.build import sampling
 from dmf.sampling.generator import Generator, chunks
@@ -43,6 +45,41 @@ def test_help_lists_the_verbs(monkeypatch, capsys):
     assert start(monkeypatch, "--help") == 0
     text = capsys.readouterr().out
     assert all(verb in text for verb in ("train", "sample", "evaluate", "export", "report"))
+
+
+def test_the_version_is_that_of_the_package(monkeypatch, capsys):
+    assert start(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"dmf {dmf.__version__}\n"
+
+
+def test_quiet_and_verbose_are_flags_of_every_verb(monkeypatch, capsys):
+    """Errors are printed in spite of --quiet, and with --verbose where they were raised."""
+    monkeypatch.setattr(progress, "_SCREEN", progress._Screen())
+    missing = "dmf components: nothing: no such kind; choose one of "
+    for flags, traceback in (([], False), (["--quiet"], False), (["--verbose"], True)):
+        assert start(monkeypatch, "components", "nothing", *flags) == 2
+        told = capsys.readouterr().err
+        assert told.splitlines()[-1].startswith(missing)
+        assert told.startswith("Traceback") == traceback
+    assert start(monkeypatch, "report", "--quiet", "--verbose") == 2
+    assert "dmf report: --quiet, --verbose: give one of them" in capsys.readouterr().err
+
+
+NEXT = ("dmf sample --checkpoint={0} --plugins=own.py --steps=1,2 --output={0}/samples.png",
+        "dmf evaluate --checkpoint={0} --plugins=own.py")
+
+
+@pytest.mark.parametrize(("fields", "plugins", "expected"), [
+    ({}, ["own.py"], NEXT),
+    ({}, [], [command.replace(" --plugins=own.py", "") for command in NEXT]),
+    ({"sampling.ema": ""}, ["own.py"], [NEXT[0].replace(" --steps", " --ema= --steps"), NEXT[1]]),
+    ({"model.channels": 4}, ["own.py"], NEXT[1:]),
+])  # fmt: skip
+def test_training_ends_with_the_commands_that_come_next(fields, plugins, expected):
+    commands = list(train_verb.next_commands(tiny.config(fields), "runs/a", plugins))
+    assert commands == [command.format("runs/a") for command in expected]
+    *_, evaluate = train_verb.next_commands(tiny.config(fields), "my runs/a", plugins)
+    assert shlex.split(evaluate)[2] == "--checkpoint=my runs/a"
 
 
 MAIN_FLAGS = {

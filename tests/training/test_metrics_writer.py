@@ -7,11 +7,13 @@ import pytest
 from etils import epath
 
 from dmf.training import metrics_writer
+from dmf.training.writers import WriterRun
 
 
 def written(folder, *steps, start=0):
     """Metrics of some steps, by a writer that begins after `start`."""
-    writer = metrics_writer.MetricsWriter(epath.Path(folder), start)
+    run = WriterRun(workdir=epath.Path(folder), start_step=start)
+    writer = metrics_writer.JsonLinesWriter(run)
     for step in steps:
         writer.write(step, {"loss": step / 4})
     return writer
@@ -134,3 +136,11 @@ def test_a_flush_leaves_a_local_file_open(tmp_path):
     writer.write(2, {"loss": 1.0})
     writer.close()
     assert steps(tmp_path) == [1, 2]
+
+
+def test_a_row_has_its_wall_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_writer.time, "time", lambda: 1_700_000_000.12345)
+    written(tmp_path, 1).close()
+    assert metrics_writer.read_metrics(tmp_path) == [
+        {"step": 1, "wall_time": 1_700_000_000.123, "loss": 0.25}
+    ]
