@@ -20,6 +20,7 @@ VERBS = {
     "convert": "convert a checkpoint of another project",
     "export": "export parameters: Orbax, safetensors or StableHLO",
     "report": "write a report of runs, or a table of evaluations",
+    "completion": "print a script that completes commands in bash or zsh",
 }
 NOTHING_TO_SAVE = ("dmf train: told to stop before there was anything to save; the same command "
                    "starts or resumes the run")

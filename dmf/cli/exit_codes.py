@@ -92,6 +92,7 @@ def end(code: int) -> None:
       code: the exit code.
     """
     silence_background_threads()
+    progress.end_live_line()
     try:
         sys.stderr.flush()
     except (AttributeError, OSError, ValueError):

@@ -102,7 +102,7 @@ class StepLog:
             *rate,
             f"time left {self._clock.time_left(step)}",
         ]
-        processes.log_step("  ".join(parts))
+        (processes.log if step == self._total else processes.log_step)("  ".join(parts))
         if speed["data_wait_fraction"] > LOGGED_WAIT:
             processes.log(f"host {platform.node()}: its devices waited for data "
                           f"{speed['data_wait_fraction']:.0%} of the time; docs/data.md says what "

@@ -86,6 +86,7 @@ MAIN_FLAGS = {
     **dict.fromkeys(("train", "sweep"), "--workdir"),
     **dict.fromkeys(("report", "convert", "prepare"), "--output"),
     "compile": "--topology", "config": "--config", "components": "--plugins",
+    "completion": "bash",
 }  # fmt: skip
 
 
