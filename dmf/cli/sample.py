@@ -8,7 +8,7 @@ was interrupted. Fields of the checkpoint's config can be overridden, for exampl
 unconditional pass (autoguidance).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from absl import flags as absl_flags
@@ -88,35 +88,40 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     generator = Generator(flow_network, settings, latents, mesh=mesh, guide=guide)
     options = {"seed": values.seed, "rounding": values.rounding}
     steps = flags.whole_numbers("steps", values.steps)
-    generates = [generator(params, steps=n, **options) for n in steps]
+    generates = {n: generator(params, steps=n, **options) for n in steps}
     output = epath.Path(values.output)
     if output.suffix == ".png":
         with owned_output("--output", output):
-            _write_grid(output, generates, labels, values.count, chunk * mesh.size, generator)
+            _write_grid(output, generates, labels, chunk * mesh.size, generator.num_classes)
     else:
         identity = [fingerprint(params), steps, options, labels.tolist(), generator.identity]
         image_writers.write_images(
-            output, generates[0], labels, chunk_size=chunk, devices=mesh.size, identity=identity
-        )
+            output, generates[steps[0]], labels,
+            chunk_size=chunk, devices=mesh.size, identity=identity,
+        )  # fmt: skip
 
 
 def _write_grid(
-    output: epath.Path, generates: Sequence, labels: np.ndarray, count: int, size: int, generator
-) -> None:
+    output: epath.Path, generates: Mapping[int, Callable], labels: np.ndarray, size: int,
+    num_classes: int
+) -> None:  # fmt: skip
     """Writes the images of each number of steps below each other."""
     from dmf.data import pixels
-    from dmf.sampling.generator import chunks, finite_images
+    from dmf.sampling.class_labels import label_captions
+    from dmf.sampling.generator import chunks, finite_images, steps_caption
 
-    sheets = []
-    for generate in generates:
-        for indices in chunks(count, size):
-            sheets.append(
-                finite_images(generate, indices, labels[indices % len(labels)], stop=count)
-            )
-    images = np.concatenate(sheets)
-    columns = min(len(set(labels.tolist())), 10) if generator.num_classes else 10
-    zoom = pixels.zoom_factor(images.shape[1])
-    pixels.write_png(output, pixels.grid(images, columns, zoom=zoom))
+    count = len(labels)
+    groups = {
+        steps_caption(steps): np.concatenate([
+            finite_images(generate, indices, labels[indices % count], stop=count)
+            for indices in chunks(count, size)
+        ])
+        for steps, generate in generates.items()
+    }  # fmt: skip
+    columns = min(len(set(labels.tolist())), 10) if num_classes else 10
+    zoom = pixels.zoom_factor(next(iter(groups.values())).shape[1])
+    captions = label_captions(labels, num_classes)
+    pixels.write_png(output, pixels.captioned_grid(groups, captions, columns, zoom=zoom))
 
 
 def _labels(values: absl_flags.FlagValues, num_classes: int) -> np.ndarray:

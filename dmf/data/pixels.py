@@ -1,12 +1,13 @@
 """Pixels: 8 bits and the range [-1, 1], grids of images, and PNG files."""
 
 import io
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from dmf.errors import InputError
 from dmf.runtime.files import new_file
@@ -68,6 +69,67 @@ def grid(
         left = gap + (i % columns) * (w + gap)
         sheet[top : top + h, left : left + w] = image
     return sheet.repeat(zoom, axis=0).repeat(zoom, axis=1)
+
+
+def captioned_grid(
+    groups: Mapping[str, UInt8[np.ndarray, "n h w c"]],
+    captions: Sequence[str],
+    columns: int,
+    *,
+    zoom: int = 1,
+) -> UInt8[np.ndarray, "H W c"]:
+    """Groups of images below each other, each from a new row on, with captions in black on white.
+
+    The name of a group stands at the left of its first row. The captions of the images of a row
+    stand above it, unless the row before has the same captions.
+
+    >>> images = np.zeros((4, 8, 8, 1), np.uint8)
+    >>> groups = {"1 step": images, "2 steps": images}
+    >>> len(captioned_grid(groups, ["cat", "dog"] * 2, columns=2, zoom=6))
+    242
+
+    Args:
+      groups: groups of images of one size, by the name of the group.
+      captions: [n] captions of the images of every group, cut to the width of an image; empty
+        strings for none.
+      columns: number of images in a row.
+      zoom: height and width of each pixel in the grid.
+    """
+    _, h, w, c = next(iter(groups.values())).shape
+    font = ImageFont.load_default(max(10, h * zoom // 10))
+    margin = int(max(map(font.getlength, groups))) + font.size
+    cell, parts, above = (w + 1) * zoom, [], [""] * columns
+    for name, images in groups.items():
+        for start in range(0, len(images), columns):
+            sheet = grid(images[start : start + columns], columns, zoom=zoom)
+            row = [*captions[start : start + columns]]
+            if row != above[: len(row)]:
+                texts = [_caption(text, cell, 2 * font.size, font) for text in row]
+                left = margin + zoom - font.size // 3
+                strip = _fitted(np.hstack(texts), left, margin + sheet.shape[1])
+                parts.append(strip.repeat(c, axis=2))
+                above = row
+            title = _caption("" if start else name, margin, len(sheet), font)
+            parts.append(np.hstack([title.repeat(c, axis=2), sheet])[:-zoom])
+    return np.vstack([*parts, np.full_like(parts[-1][:zoom], 255)])
+
+
+def _caption(
+    text: str, width: int, height: int, font: ImageFont.FreeTypeFont
+) -> UInt8[np.ndarray, "H W 1"]:
+    """A rectangle with as much of a text as fits."""
+    start = font.size // 3
+    while font.getlength(text) > width - start:
+        text = text[:-1]
+    picture = Image.new("L", (width, height), 255)
+    ImageDraw.Draw(picture).text((start, height // 2), text, 0, font, anchor="lm")
+    return np.asarray(picture)[..., None]
+
+
+def _fitted(strip: UInt8[np.ndarray, "H w c"], left: int, width: int) -> UInt8[np.ndarray, "H W c"]:
+    """A strip with white at its left, and at its right up to a width."""
+    right = width - left - strip.shape[1]
+    return np.pad(strip, ((0, 0), (left, right), (0, 0)), constant_values=255)
 
 
 def zoom_factor(side: int) -> int:

@@ -33,6 +33,16 @@ def class_labels(
     return np.asarray(_draw(jnp.int32(seed), jnp.asarray(indices, jnp.int32), num_classes))
 
 
+def label_captions(labels: Int[np.ndarray, "n"], num_classes: int) -> list[str]:
+    """How a grid of images calls their class labels; empty strings for a network without labels.
+
+    >>> label_captions(np.array([0, 2, 3]), num_classes=3)
+    ['0', '2', 'null']
+    """
+    return [("null" if label == num_classes else str(label)) if num_classes else ""
+            for label in labels.tolist()]
+
+
 @jax.jit(static_argnums=2)
 def _draw(seed: jax.Array, indices: jax.Array, num_classes: int) -> jax.Array:
     """[n] int32 labels, each drawn uniformly from a key of its own."""

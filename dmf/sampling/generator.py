@@ -6,7 +6,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ from dmf.runtime.memoize import memoized
 from dmf.runtime.sharding import map_over_devices, replicate_on_host
 from dmf.sampling import samplers
 from dmf.sampling.build import Sampling, guided_flow_map
-from dmf.sampling.class_labels import class_labels
+from dmf.sampling.class_labels import class_labels, label_captions
 from dmf.sampling.guidance import SamplingGuidance
 from dmf.types import GuidanceInput, Network, Params
 
@@ -326,13 +326,13 @@ def finite_images(
 
 
 def class_grid(
-    generates: Sequence[Generate], num_classes: int, *, rows: int = 2, multiple_of: int = 1
+    generates: Mapping[str, Generate], num_classes: int, *, rows: int = 2, multiple_of: int = 1
 ) -> UInt8[np.ndarray, "H W c"]:
     """A grid of images with one class in each column, the same noise for every function.
 
     Args:
-      generates: functions (indices, labels) -> `GeneratedImages`, whose images stand below each
-        other.
+      generates: functions (indices, labels) -> `GeneratedImages` by their caption, see
+        `steps_caption`, whose images stand below each other.
       num_classes: number of classes of the network; the grid shows 10 at most.
       rows: number of rows for each function.
       multiple_of: the number of images in a call is a multiple of it, for example the number of
@@ -345,7 +345,19 @@ def class_grid(
     count = rows * columns
     (indices,) = chunks(count, -(-count // multiple_of) * multiple_of)
     labels = class_labels(indices % columns, num_classes)
-    images = np.concatenate(
-        [finite_images(generate, indices, labels, stop=count) for generate in generates]
-    )
-    return pixels.grid(images, columns, zoom=pixels.zoom_factor(images.shape[1]))
+    groups = {
+        caption: finite_images(generate, indices, labels, stop=count)
+        for caption, generate in generates.items()
+    }
+    side = next(iter(groups.values())).shape[1]
+    captions = label_captions(labels[:count], num_classes)
+    return pixels.captioned_grid(groups, captions, columns, zoom=pixels.zoom_factor(side))
+
+
+def steps_caption(steps: int) -> str:
+    """The caption of images by their number of sampling steps.
+
+    >>> steps_caption(1), steps_caption(4)
+    ('1 step', '4 steps')
+    """
+    return f"{steps} step{'s' * (steps > 1)}"

@@ -26,7 +26,7 @@ from dmf.evaluation.metrics import lookup_metric
 from dmf.runtime import processes
 from dmf.runtime.files import write_json
 from dmf.runtime.sharding import local_mesh, replicate_on_host
-from dmf.sampling.generator import Generator, class_grid
+from dmf.sampling.generator import Generator, class_grid, steps_caption
 from dmf.training.build import Training
 from dmf.training.ema import power_emas
 from dmf.training.metrics_writer import (
@@ -117,7 +117,7 @@ class SampleGridCallback(Callback):
         if not processes.is_first_process():
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        generates = [self._generator(params, steps=steps) for steps in settings.steps]
+        generates = {steps_caption(n): self._generator(params, steps=n) for n in settings.steps}
         try:
             grid = class_grid(generates, network.num_classes, multiple_of=self._mesh.size)
         except RunError as error:  # The loss is finite, so that training may go on.

@@ -216,7 +216,8 @@ def test_a_flow_model_is_measured_as_a_flow_map(tmp_path):
 def test_a_grid_of_samples_is_a_picture(tmp_path):
     arguments = [made(small_network.run()), f"--output={tmp_path}/grid.png", "--count=20"]
     assert tiny.dmf("sample", *arguments, "--steps=1") == 0
-    assert PIL.Image.open(tmp_path / "grid.png").size == (6 * 91, 6 * 19)
+    width, height = PIL.Image.open(tmp_path / "grid.png").size
+    assert width > 6 * 91 and height == 20 + 6 * 19  # Captions of steps and of classes.
 
 
 def test_samples_are_arrays_with_the_labels_asked_for(tmp_path):

@@ -41,6 +41,31 @@ def test_zoom_repeats_pixels():
     np.testing.assert_array_equal(sheet[..., 0], [[1, 1, 2, 2], [1, 1, 2, 2]])
 
 
+def test_captions_name_groups_and_columns_and_change_no_pixel():
+    images = np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1).repeat(8, 1).repeat(8, 2)
+    names = ["0", "1", "2", "0", "1"]
+    sheet = pixels.captioned_grid({"1 step": images, "2 steps": images}, names, 3, zoom=2)[..., 0]
+    width, strip, row = 2 * (3 * 9 + 1), 20, 2 * 9  # Captions of classes stand above once.
+    alone = pixels.grid(images, 3, zoom=2)[..., 0]
+    assert len(sheet) == strip + 4 * row + 2
+    # Each group begins a row, so that a column keeps its class.
+    for top in (strip, strip + 2 * row):
+        np.testing.assert_array_equal(sheet[top : top + 2 * row + 2, -width:], alone)
+    left, above = sheet[:, :-width], sheet[:strip]
+    assert (above[:, :-width] == 255).all() and (above[:, -width:].min() < 128)
+    dark = [left[strip + i * row : strip + (i + 1) * row].min() < 128 for i in range(4)]
+    assert dark == [True, False, True, False]
+
+
+def test_captions_stand_above_each_row_of_other_classes_and_are_cut():
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    ones = pixels.captioned_grid({"": images}, ["", "", "", ""], 2)
+    rows = pixels.captioned_grid({"": images}, ["0", "1", "2", "3"], 2)
+    long = pixels.captioned_grid({"": images}, ["a long name of a class"] * 4, 2)
+    assert [len(sheet) - len(ones) for sheet in (ones, rows, long)] == [0, 40, 20]
+    assert ones.shape[1:] == rows.shape[1:] == long.shape[1:]
+
+
 @pytest.mark.parametrize(("side", "zoom"), [(8, 6), (32, 1), (256, 1), (16, 3)])
 def test_small_images_are_enlarged(side, zoom):
     assert pixels.zoom_factor(side) == zoom
