@@ -39,6 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["dmf", "dmf.*"]),
+    package_data={"dmf.experiments": ["report_page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2",

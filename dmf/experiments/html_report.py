@@ -1,43 +1,36 @@
 """A report of runs as one self-contained HTML page, and its tables as CSV files.
 
-Everything comes from the directories of the runs. Numbers keep every digit that was written.
+Everything comes from the directories of the runs. The page has the numbers as JSON, and draws them
+with the files in `report_page`: uPlot (MIT, its license beside it) and two scripts of our own.
 """
 
 import base64
-import html
-from collections.abc import Iterable, Mapping, Sequence
+import importlib.resources
+import json
+import math
+import os
+import string
+import urllib.parse
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
-from dmf.experiments import plots, tables
+from dmf.checkpoints.params import CONFIG_FILE
+from dmf.experiments import tables
+from dmf.experiments.local_launcher import LOG_FILE
 from dmf.experiments.runs import Run
-from dmf.runtime.files import write_text
+from dmf.runtime.files import absolute, write_text
 from dmf.runtime.paths import user_path
+from dmf.training.metrics_writer import METRICS_FILE
 
 PAGE = "report.html"
-_DIGITS = 4
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; background: #fff;
-       max-width: 1500px; margin: 2em auto; padding: 0 1.5em; }
-h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-p { max-width: 50em; } img { max-width: 100%; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 0.82em; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: top; padding: 0.3em 0.6em;
-         border-bottom: 1px solid #ddd; }
-th { border-bottom: 2px solid #888; min-width: 3em; } td:last-child { min-width: 12em; }
-th i { display: block; font-weight: normal; font-style: normal; color: #666; }
-td small { color: #aaa; font-size: 0.7em; }
-.complete { color: #17692f; } .unfinished { color: #8a5a00; }
-.failed, .damaged { color: #b00020; font-weight: bold; }
-figure { display: inline-block; margin: 0 1.5em 1em 0; max-width: 24em; vertical-align: top; }
-figure img { image-rendering: pixelated; } figcaption { font-size: 0.82em; margin-top: 0.3em; }
-@media print {
-  @page { size: A4 landscape; margin: 12mm; } body { font-size: 9px; margin: 0; max-width: none; }
-  h2, p { break-after: avoid; } figure, tr, img { break-inside: avoid; }
-  .wide { overflow: visible; } img { max-height: 16cm; }
-}
-"""
+_PARTS = importlib.resources.files("dmf.experiments") / "report_page"
+# Points of a line on the page; values and steps that axes cannot show are left out.
+_MAX_POINTS, _MAX_STEP, _MAX_VALUE = 2000, 2**53, 1e100
+# Columns beside scores by which a run may be the best, and whether a higher number is better.
+_RANKED = {"loss": False, "steps_per_second": True, "images_per_second": True}
 
 
 def write_report(directory: epath.PathLike, runs: Sequence[Run]) -> epath.Path:
@@ -48,7 +41,6 @@ def write_report(directory: epath.PathLike, runs: Sequence[Run]) -> epath.Path:
       runs: at least one run.
 
     Raises:
-      InputError: matplotlib is not installed; nothing is written.
       RunError: the disk is full or cannot be written.
     """
     directory = user_path(directory)
@@ -58,134 +50,140 @@ def write_report(directory: epath.PathLike, runs: Sequence[Run]) -> epath.Path:
         "distances.csv": tables.scores_table(runs),
     }
     texts = {name: table.to_csv() for name, table in files.items()}
-    texts[PAGE] = page(runs)
+    texts[PAGE] = page(runs, directory)
     for name, text in texts.items():
         # JSON may hold halves of characters, which no file can.
         write_text(directory / name, text.encode(errors="backslashreplace").decode())
     return directory / PAGE
 
 
-def page(runs: Sequence[Run]) -> str:
-    """The page as HTML."""
+def page(runs: Sequence[Run], directory: epath.PathLike) -> str:
+    """The page as HTML, with links to the files of the runs from the directory of the page."""
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
-    parts = [
-        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        f"<title>{count}</title>", f"<style>{_STYLE}</style>", "</head>", "<body>",
-        f"<h1>{count}: {_count_statuses(run.status for run in runs)}</h1>",
-        *_section("Runs", _html_table(tables.runs_table(runs)), "Config fields in which the runs "
-                  "differ, their progress, and their last numbers with every digit that was "
-                  "written. All "
-                  "evaluations in a column have the same protocol, number of samples and "
-                  "reference."),
-        *_section("Training curves", _training_curves(runs), "Only evaluations with the same "
-                  "protocol share a plot."),
-        *_section("Distance against sampling steps", _distances(runs), "From the last evaluation "
-                  "of each run."),
-        *_section("Latest samples", _grids(runs), "The newest grid of each run: two rows of images "
-                  "for each number of sampling steps."),
-        "</body>", "</html>", "",
-    ]  # fmt: skip
-    return "\n".join(parts)
+    statuses = Counter(run.status for run in runs)
+    data = json.dumps(page_data(runs, directory), allow_nan=False, separators=(",", ":"))
+    parts = {
+        "title": f"{count}: {', '.join(f'{n} {status}' for status, n in statuses.items())}",
+        "library_style": _part("uPlot.min.css"), "style": _part("report.css"),
+        "library": _part("uPlot.iife.min.js"), "license": _part("uPlot.LICENSE"),
+        "script": _part("plots.js") + _part("report.js"),
+        "data": data.replace("<", "\\u003c"),
+    }  # fmt: skip
+    return string.Template(_part("page.html")).substitute(parts)
 
 
-def _count_statuses(statuses: Iterable[str]) -> str:
-    """The number of runs with each status, in order of appearance.
+def _part(name: str) -> str:
+    return (_PARTS / name).read_text()
 
-    >>> _count_statuses(["complete", "failed", "complete"])
-    '2 complete, 1 failed'
+
+def page_data(runs: Sequence[Run], directory: epath.PathLike) -> dict[str, Any]:
+    """What the page draws, as JSON. Lines name their run by its place in `runs`.
+
+    Args:
+      runs: at least one run.
+      directory: directory of the page.
+
+    Returns:
+      `runs` with name, links and newest grid; `table`, whose `fields` first columns after the name
+      are config fields, with `higher` for each column of a measure: whether a higher number is
+      better; `protocols` of all evaluations; `curves` and `scores`, the panels of the plots; and
+      `thinned`: whether points of a curve are left out.
     """
-    counts: dict[str, int] = {}
-    for status in statuses:
-        counts[status] = counts.get(status, 0) + 1
-    return ", ".join(f"{count} {status}" for status, count in counts.items())
+    places = {run.name: i for i, run in enumerate(runs)}
+    table, final = tables.runs_table(runs), tables.final_scores(runs)
+    curves = [(title, {places[name]: _finite(points) for name, points in lines.items()})
+              for title, lines in tables.curves(runs)]
+    return {
+        "runs": [_run(run, directory) for run in runs],
+        "table": {
+            "columns": table.columns,
+            "rows": [[_cell(value) for value in row] for row in table.rows],
+            "fields": len(tables.differing_fields(runs)),
+            "higher": {score.column: score.higher_is_better for score in final} | _RANKED,
+        },
+        "protocols": sorted({score.protocol for score in final}),
+        "curves": [_titled(title) | {"lines": {i: _columns(_thinned(points))
+                                               for i, points in lines.items() if points}}
+                   for title, lines in curves],
+        "scores": _score_panels(final, places),
+        "thinned": any(len(points) > _MAX_POINTS
+                       for _, lines in curves for points in lines.values()),
+    }  # fmt: skip
 
 
-def _section(title: str, body: str, note: str) -> list[str]:
-    """A section of the page; an empty body becomes a sentence that says so."""
-    if not body:
-        return [f"<h2>{title}</h2>", "<p>Nothing yet.</p>"]
-    return [f"<h2>{title}</h2>", f"<p>{note}</p>", body]
+def _run(run: Run, directory: epath.PathLike) -> dict[str, Any]:
+    grid = run.grid and base64.b64encode(run.grid.read_bytes()).decode()
+    return {
+        "name": run.name,
+        "links": _links(run, directory),
+        "hours": run.hours,
+        "grid": grid and f"data:image/png;base64,{grid}",
+        "grid_step": run.grid and int(run.grid.stem),
+    }
 
 
-def _html_table(table: tables.Table) -> str:
-    head = "".join(f"<th>{_column_title(name)}</th>" for name in table.columns)
-    status = table.columns.index("status")
-    rows = [
-        "<tr>" + "".join(_cell(v, i == status) for i, v in enumerate(row)) + "</tr>"
-        for row in table.rows
-    ]
-    return "\n".join(['<div class="wide"><table>', f"<thead><tr>{head}</tr></thead>", "<tbody>",
-                      *rows, "</tbody>", "</table></div>"])  # fmt: skip
+def _links(run: Run, directory: epath.PathLike) -> dict[str, str]:
+    """Relative addresses of the files of a run that exist; none where a bucket is involved."""
+    paths = {"config": run.directory / CONFIG_FILE, "log": run.directory / LOG_FILE,
+             "metrics": run.directory / METRICS_FILE, "grid": run.grid}
+    there, here = os.fspath(run.directory), os.fspath(absolute(directory))
+    if "://" in there + here:
+        return {}
+    return {title: urllib.parse.quote(os.fsencode(os.path.relpath(path, here)))
+            for title, path in paths.items() if path and path.exists()}
 
 
-def _column_title(name: str) -> str:
-    """The name of a column, with the protocol of its evaluations on a line of its own."""
-    first, bracket, rest = name.partition(" [")
-    breaking = html.escape(first).replace("_", "_<wbr>").replace(".", ".<wbr>")
-    return breaking + (f"<i>{html.escape(bracket + rest)}</i>" if bracket else "")
+def _cell(value: Any) -> Any:
+    """A value as JSON and JavaScript can hold it: other numbers become text."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, int) and abs(value) > _MAX_STEP else value
 
 
-def _cell(value: Any, is_status: bool) -> str:
-    """A value with all its digits; the last digits of a long number are small."""
-    if value is None:
-        return "<td></td>"
-    if is_status:
-        return f'<td class="{value}">{value}</td>'
-    if isinstance(value, float):
-        head, tail = _split_digits(repr(value))
-        return f"<td>{head}{f'<small>{tail}</small>' if tail else ''}</td>"
-    return f"<td>{html.escape(str(value))}</td>"
+def _titled(title: str) -> dict[str, str]:
+    name, _, protocol = title.partition("\n")
+    return {"title": name, "protocol": protocol}
 
 
-def _split_digits(number: str) -> tuple[str, str]:
-    """A decimal number split after its first significant digits; numbers with an exponent are not
-    split."""
-    whole, _, fraction = number.partition(".")
-    if not fraction.isdigit():
-        return number, ""
-    zeros = len(fraction) - len(fraction.lstrip("0")) if not whole.lstrip("-0") else 0
-    shown = len(whole) + 1 + zeros + max(_DIGITS - len(whole.lstrip("-0")), 1)
-    return number[:shown], number[shown:]
+def _finite(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The points that axes can show, in the order of steps; the tables have the others too."""
+    return sorted((x, y) for x, y in points if abs(x) < _MAX_STEP and abs(y) < _MAX_VALUE)
 
 
-def _training_curves(runs: Sequence[Run]) -> str:
-    panels = dict(tables.curves(runs))
-    names = [run.name for run in runs]
-    return _image(plots.plot_panels(panels, names, "training step"), "curves") if panels else ""
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The smallest and the largest value of each stretch of a line of too many points, so that no
+    spike is lost."""
+    size = -(-2 * len(points) // _MAX_POINTS)
+    if size <= 2:
+        return list(points)
+    stretches = (points[i : i + size] for i in range(0, len(points), size))
+    return [point for stretch in stretches
+            for point in sorted({min(stretch, key=_value), max(stretch, key=_value)})]  # fmt: skip
 
 
-def _distances(runs: Sequence[Run]) -> str:
-    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    final = tables.final_scores(runs)
+def _value(point: tuple[int, float]) -> float:
+    return point[1]
+
+
+def _columns(points: Sequence[tuple[int, float]]) -> list[list[float]]:
+    return [[x for x, _ in points], [y for _, y in points]]
+
+
+def _score_panels(final: Sequence[tables.Score], places: Mapping[str, int]) -> list[dict[str, Any]]:
+    """A panel of scores against sampling steps for each metric and protocol, with a line for each
+    run, EMA and guidance."""
     several_emas = len({score.ema for score in final}) > 1
+    panels: dict[str, dict[tuple[str, str], list[tuple[int, float]]]] = {}
     for score in final:
-        if score.is_distance:
-            lines = panels.setdefault(f"{score.metric}\n[{score.protocol}]", {})
-            ema = (score.ema or "parameters") * several_emas
-            name = ", ".join(filter(None, (score.run, ema, score.guidance)))
-            lines.setdefault(name, []).append((score.steps, score.value))
-    if not panels:
-        return ""
-    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    panels = {title: _sorted(lines) for title, lines in panels.items()}
-    image = plots.plot_panels(panels, names, "sampling steps", x_is_steps=True)
-    return _image(image, "distances")
-
-
-def _sorted(lines: Mapping[str, list[tuple[int, float]]]) -> dict[str, list[tuple[int, float]]]:
-    return {name: sorted(points) for name, points in lines.items()}
-
-
-def _grids(runs: Sequence[Run]) -> str:
-    figures = [
-        f"<figure>{_image(run.grid.read_bytes(), run.name)}<figcaption>{html.escape(run.name)}, "
-        f"after step {int(run.grid.stem)}</figcaption></figure>"
-        for run in runs if run.grid
-    ]
-    return "\n".join(["<div>", *figures, "</div>"]) if figures else ""
-
-
-def _image(data: bytes, alternative: str) -> str:
-    """A PNG file as part of the page."""
-    inline = base64.b64encode(data).decode()
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{inline}">'
+        ema = (score.ema or "parameters") * several_emas
+        suffix = "".join(f", {part}" for part in (ema, score.guidance) if part)
+        lines = panels.setdefault(f"{score.metric}\n[{score.protocol}]", {})
+        lines.setdefault((score.run, suffix), []).append((score.steps, score.value))
+    return [
+        _titled(title) | {"lines": [
+            {"run": places[run], "name": run + suffix, "suffix": suffix}
+            | dict(zip("xy", _columns(_finite(points)), strict=True))
+            for (run, suffix), points in lines.items()
+        ]}
+        for title, lines in panels.items()
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Plots of several runs: metrics against training steps, distances against sampling steps."""
+"""Plots of evaluations as PNG files."""
 
 import io
 import math
@@ -11,7 +11,6 @@ from dmf.errors import InputError
 Lines = Mapping[str, Sequence[tuple[int | float, float]]]
 _COLUMNS, _WIDTH, _HEIGHT, _LEGEND_ROW = 3, 4.2, 3.2, 0.22
 _STYLES = ("-", "--", ":", "-.")
-_MAX_X, _MAX_Y = 2**53, 1e100
 
 
 def new_figure(width: float | int, height: float | int) -> Any:
@@ -50,23 +49,17 @@ def to_png(figure: Any) -> bytes:
     return file.getvalue()
 
 
-def plot_panels(
-    panels: Mapping[str, Lines], names: Sequence[str], x_label: str, *, x_is_steps: bool = False
-) -> bytes:
+def plot_panels(panels: Mapping[str, Lines], names: Sequence[str], x_label: str) -> bytes:
     """Plots several panels, three in a row, with one legend for all.
 
     Args:
       panels: lines by the title of their panel.
       names: names of all lines; their order chooses colours, which are the same in every panel.
       x_label: label of the x axis of every panel.
-      x_is_steps: whether x is a number of sampling steps, which has a logarithmic axis with a tick
-        for each number.
 
     Returns:
       The bytes of a PNG file.
     """
-    panels = {title: {name: _shown(points) for name, points in lines.items()}
-              for title, lines in panels.items()}
     rows, across = math.ceil(len(panels) / _COLUMNS), min(len(panels), _COLUMNS)
     width = max(across, 2) * _WIDTH
     columns = max(1, int(width / (0.6 + 0.08 * max(map(len, names)))))
@@ -78,17 +71,12 @@ def plot_panels(
         for name, points in lines.items():
             handles[name] = _plot_line(axes, points, names.index(name), name)
         _label_axes(axes, title, x_label)
-        _scale_axes(axes, lines, x_is_steps=x_is_steps)
+        _scale_axis(axes, lines)
     shown = [name for name in names if name in handles]
     figure.legend(list(map(handles.get, shown)), list(map(plain, shown)),
                   loc="outside lower center", ncols=min(columns, len(shown)), fontsize=8,
                   frameon=False)  # fmt: skip
     return to_png(figure)
-
-
-def _shown(points: Sequence[tuple[int | float, float]]) -> list[tuple[int | float, float]]:
-    """The points that axes can hold; the tables have the others too."""
-    return [(x, y) for x, y in points if abs(x) < _MAX_X and not abs(y) > _MAX_Y]
 
 
 def _plot_line(
@@ -108,13 +96,8 @@ def _label_axes(axes: Any, title: str, x_label: str) -> None:
     axes.grid(alpha=0.3)
 
 
-def _scale_axes(axes: Any, lines: Lines, *, x_is_steps: bool) -> None:
-    """Chooses logarithmic axes: for values over more than a decade, and for sampling steps."""
+def _scale_axis(axes: Any, lines: Lines) -> None:
+    """Chooses a logarithmic axis for values over more than a decade."""
     values = [y for points in lines.values() for _, y in points]
     if values and all(y > 0 for y in values) and max(values) > 10 * min(values):
         axes.set_yscale("log")
-    if x_is_steps:
-        steps = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xscale("log")
-        axes.set_xticks(steps, [str(n) for n in steps])
-        axes.minorticks_off()

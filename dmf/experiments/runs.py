@@ -6,6 +6,7 @@ and the other files are used.
 
 import dataclasses
 import json
+import math
 import os
 import posixpath
 import re
@@ -31,8 +32,11 @@ from dmf.training.metrics_writer import (
 # The file that `dmf evaluate` writes into a run by default. It is read if training evaluated
 # nothing.
 EVALUATION_FILE = "evaluation.json"
+# The field of a row of metrics that has the wall-clock time, in seconds since 1970.
+TIME = "time"
 # The name of a grid of samples without its suffix, its first bytes, and far more than it has.
 _STEP, _PNG, _MAX_GRID_BYTES = re.compile(r"[0-9]{1,18}"), b"\x89PNG\r\n\x1a\n", 2**26
+_DECIMAL = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,14 @@ class Run:
         return "damaged" if self.damages else self.completion
 
     @property
+    def hours(self) -> dict[int, float]:
+        """Wall-clock hours since the first row of metrics, by step; empty if rows have no time."""
+        times = {row["step"]: row[TIME] for row in self.metrics
+                 if math.isfinite(row.get(TIME, math.nan))}  # fmt: skip
+        first = min(times.values(), default=0.0)
+        return {step: (time - first) / 3600 for step, time in times.items()}
+
+    @property
     def total_steps(self) -> int | None:
         """Number of training steps in its config; None without a config."""
         return self.config.get("run.steps")
@@ -96,7 +108,8 @@ def _is_complete(directory: epath.Path, step: int, steps: int, *, evaluates: boo
 
 
 def find_runs(directories: Iterable[epath.PathLike]) -> list[Run]:
-    """Reads the runs that are among some directories, or right below one of them, as in a sweep.
+    """Reads the runs that are among some directories, or right below one of them, as in a sweep;
+    in the order of their names, in which 0.002 precedes 0.01.
 
     Raises:
       InputError: one of the directories holds no run.
@@ -109,7 +122,8 @@ def find_runs(directories: Iterable[epath.PathLike]) -> list[Run]:
                              "workdir of dmf train or dmf sweep")
         paths |= {os.fspath(path): path for path in inside}
     top = posixpath.commonpath(paths) if len(paths) > 1 else posixpath.dirname(next(iter(paths)))
-    return [read_run(path, posixpath.relpath(name, top)) for name, path in paths.items()]
+    by_name = {posixpath.relpath(path, top): paths[path] for path in paths}
+    return [read_run(by_name[name], name) for name in sorted(by_name, key=_natural_order)]
 
 
 def _is_run(path: epath.Path) -> bool:
@@ -121,12 +135,17 @@ def _is_run(path: epath.Path) -> bool:
 
 def _runs_below(directory: epath.Path) -> list[epath.Path]:
     children = directory.iterdir() if directory.is_dir() else ()
-    return sorted(filter(_is_run, children), key=lambda path: _natural_order(path.name))
+    return list(filter(_is_run, children))
 
 
-def _natural_order(name: str) -> list[tuple[int, str]]:
-    """A sort key that puts split_depth=10 after split_depth=9."""
-    return [(int(p), "") if p.isdigit() else (0, p) for p in re.split(r"(\d+)", name)]
+def _natural_order(name: str) -> list[tuple[float, str]]:
+    """A sort key that puts split_depth=10 after split_depth=9, and lr=0.002 between 0.001 and 0.01.
+
+    >>> sorted(["lr=0.01", "lr=0.002", "lr=1e-05", "lr=10"], key=_natural_order)
+    ['lr=1e-05', 'lr=0.002', 'lr=0.01', 'lr=10']
+    """
+    parts = enumerate(_DECIMAL.split(name))
+    return [(float(part), part) if i % 2 else (0.0, part) for i, part in parts]
 
 
 def read_run(directory: epath.Path, name: str) -> Run:

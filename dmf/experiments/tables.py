@@ -14,7 +14,7 @@ from typing import Any
 
 from dmf.evaluation.metrics import find_metric
 from dmf.evaluation.result_rows import guidance_name
-from dmf.experiments.runs import Run
+from dmf.experiments.runs import TIME, Run
 
 EVALUATION_PREFIX = "evaluation/"
 UNKNOWN_PROTOCOL = "protocol unknown"
@@ -76,10 +76,10 @@ class Score:
         return f"{', '.join(filter(None, parts))} [{self.protocol}]"
 
     @property
-    def is_distance(self) -> bool:
-        """Whether the metric is known and a smaller number is better."""
+    def higher_is_better(self) -> bool:
+        """Whether the metric is known and a larger number is better."""
         metric = find_metric(self.metric)
-        return metric is not None and not metric.higher_is_better
+        return metric is not None and metric.higher_is_better
 
 
 def _identity(evaluation: Mapping[str, Any]) -> str:
@@ -138,23 +138,24 @@ def differing_fields(runs: Sequence[Run]) -> list[str]:
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
-    """A row for each run: the fields in which it differs, its progress, its last numbers."""
+    """A row for each run: the fields in which it differs, its last scores, its progress."""
     fields, final = differing_fields(runs), final_scores(runs)
     columns = sorted({(s.protocol, s.metric, s.ema, s.steps, s.column) for s in final})
     values = {(score.run, score.column): score.value for score in final}
     names = [name for *_, name in columns]
     return Table(
-        columns=("run", *fields, "steps", "of", "status", "loss", "steps_per_second",
-                 "images_per_second", "evaluated_at", *names, "note"),
+        columns=("run", *fields, *names, "loss", "steps", "of", "status", "steps_per_second",
+                 "images_per_second", "evaluated_at", "note"),
         rows=tuple((
             run.name,
             *(_cell(run.config.get(field, "unset") if run.config else None) for field in fields),
+            *(values.get((run.name, name)) for name in names),
+            run.last_value("loss"),
             run.step,
             run.total_steps,
             run.status,
-            *map(run.last_value, ("loss", "steps_per_second", "images_per_second")),
+            *map(run.last_value, ("steps_per_second", "images_per_second")),
             max(run.evaluations, default=None),
-            *(values.get((run.name, name)) for name in names),
             _note(run),
         ) for run in runs),
     )  # fmt: skip
@@ -192,19 +193,20 @@ def scores_table(runs: Sequence[Run]) -> Table:
 
 
 def curves(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, list[tuple[int, float]]]]]:
-    """Yields (title, lines) of the panels of metrics by training step: the loss, the gradient norm
-    and the evaluations. Only evaluations with the same protocol share a panel."""
+    """Yields (title, lines) of the panels of metrics by training step: the loss, the gradient norm,
+    and all others. Only evaluations with the same protocol share a panel; its label follows the
+    name of the metric after a line break."""
     labels = protocol_labels(runs)
     panels: dict[str, dict[str, list]] = {"loss": {}, "gradient_norm": {}}
     for run in runs:
         for row in run.metrics:
             for metric, value in row.items():
+                if metric in ("step", TIME):
+                    continue
                 title = metric
                 if metric.startswith(EVALUATION_PREFIX):
                     label = labels.get((run.name, row["step"]), UNKNOWN_PROTOCOL)
                     title = f"{metric.removeprefix(EVALUATION_PREFIX)}\n[{label}]"
-                elif metric not in panels:
-                    continue
                 lines = panels.setdefault(title, {})
                 lines.setdefault(run.name, []).append((row["step"], value))
     return ((title, lines) for title, lines in panels.items() if lines)

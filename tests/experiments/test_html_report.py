@@ -5,9 +5,8 @@ import csv
 import html.parser
 import io
 import json
-import re
+import urllib.parse
 
-import PIL.Image
 import pytest
 import tiny
 from run_directories import evaluation, row, write
@@ -17,30 +16,23 @@ from dmf.experiments import html_report, plots, runs, tables
 VALUES = {1: 0.1 + 0.2, 2: 2 / 3, 4: 1e-7 / 3}
 
 
-class Cells(html.parser.HTMLParser):
-    """The text of every cell of a page's table, row by row, and what the page refers to."""
+class Tags(html.parser.HTMLParser):
+    """The tags of a page, what they refer to, and the JSON in it."""
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.open, self.references, self.tags = [], False, [], set()
+        self.references, self.tags, self.open, self.data = [], set(), False, ""
         self.feed(text)
+        self.data = json.loads(self.data)
 
     def handle_starttag(self, tag, attributes):
         self.tags.add(tag)
         self.references += [v for k, v in attributes if k in ("src", "href")]
-        if tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.open = True
-            self.rows[-1].append("")
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self.open = False
+        self.open = ("id", "data") in attributes
 
     def handle_data(self, data):
         if self.open:
-            self.rows[-1][-1] += data
+            self.data += data
 
 
 def two_runs(folder, **second):
@@ -66,8 +58,12 @@ def test_every_number_is_that_of_the_files(tmp_path):
     text, tables = report(two_runs(tmp_path / "sweep"), tmp_path / "out")
     names, *lines = tables["runs"]
     first, second = (dict(zip(names, line, strict=True)) for line in lines)
-    assert Cells(text).rows == tables["runs"]
-    assert names[:4] == ["run", "sampling.steps", "seed", "steps"]
+    table = Tags(text).data["table"]
+    assert table["columns"] == names and table["fields"] == 2
+    shown = [["" if cell is None else str(cell) for cell in row] for row in table["rows"]]
+    assert shown == lines
+    assert names[:3] == ["run", "sampling.steps", "seed"]
+    assert names[3].startswith("fd_pixels, 1 step")  # Scores follow the fields.
     assert (first["run"], first["seed"], first["status"]) == ("seed=1", "1", "complete")
     assert (second["sampling.steps"], second["steps"], second["of"]) == ("[1, 3]", "8", "8")
     assert float(first["loss"]) == 0.12345678901
@@ -96,16 +92,60 @@ def test_every_number_is_that_of_the_files(tmp_path):
 
 
 def test_the_page_needs_nothing_beside_it(tmp_path):
-    text, _ = report(two_runs(tmp_path / "sweep"), tmp_path / "out")
-    cells = Cells(text)
-    assert not cells.tags & {"script", "link", "iframe"}
-    assert "url(" not in text and "@import" not in text and "http" not in text
-    pictures = [base64.b64decode(src.removeprefix("data:image/png;base64,"))
-                for src in cells.references]  # fmt: skip
-    assert pictures[-1] == (tmp_path / "sweep/seed=1/samples/00000008.png").read_bytes()
-    sizes = [PIL.Image.open(io.BytesIO(picture)).size for picture in pictures]
-    assert len(sizes) == 3 and all(width > 600 for width, _ in sizes[:2])
-    assert "seed=1, after step 8" in text
+    run = two_runs(tmp_path / "sweep # 1") / "seed=1"
+    (run / "train.log").write_text("")
+    text, _ = report(run.parent, tmp_path / "out")
+    page = Tags(text)
+    assert not page.tags & {"link", "iframe", "img"} and not page.references
+    assert "default-src 'none'" in text and "url(" not in text and "@import" not in text
+    assert "Permission is hereby granted" in text and "uPlot (v" in text
+    first, second = page.data["runs"]
+    picture = base64.b64decode(first["grid"].removeprefix("data:image/png;base64,"))
+    assert picture == (run / "samples/00000008.png").read_bytes() and first["grid_step"] == 8
+    assert second["grid"] is None and list(second["links"]) == ["config", "metrics"]
+    files = ("config.json", "train.log", "metrics.jsonl", "samples/00000008.png")
+    linked = [tmp_path / "out" / urllib.parse.unquote(link) for link in first["links"].values()]
+    assert [path.resolve() for path in linked] == [run / name for name in files]
+
+
+def test_all_that_was_logged_can_be_drawn_over_steps_and_wall_clock_time(tmp_path):
+    rows = [row(step, error=step / 8, time=1e9 + 900.0 * step) for step in (2, 4)]
+    rows.append(row(6, loss=float("nan"), error=1e300))
+    folder = tmp_path / "sweep"
+    write(folder / "a", {"seed": 1}, metrics=[*rows, row(8, error=0.5)])
+    write(folder / "b", {"seed": 2}, metrics=[row(step) for step in range(1, 5001)])
+    data = html_report.page_data(runs.find_runs([folder]), tmp_path)
+    curves = {curve["title"]: curve["lines"] for curve in data["curves"]}
+    assert list(curves) == [
+        "loss", "gradient_norm", "steps_per_second", "images_per_second", "error"
+    ]
+    assert curves["error"] == {0: [[2, 4, 8], [0.25, 0.5, 0.5]]}
+    assert curves["loss"][0] == [[2, 4, 8], [0.5, 0.25, 0.125]]
+    assert data["runs"][0]["hours"] == {2: 0.0, 4: 0.5} and data["runs"][1]["hours"] == {}
+    steps, losses = curves["loss"][1]
+    assert data["thinned"] and len(steps) <= 2000 and (steps[0], steps[-1]) == (1, 5000)
+    assert (losses[0], losses[-1]) == (1.0, 1 / 5000) and steps == sorted(steps)
+
+
+def test_a_spike_survives_thinning():
+    line = [(step, 100.0 if step == 7777 else 1.0) for step in range(100_000)]
+    thin = html_report._thinned(line)
+    assert (7777, 100.0) in thin and len(thin) <= 2000
+
+
+def test_scores_have_a_line_for_each_run_and_ema(tmp_path):
+    found = runs.find_runs([two_runs(tmp_path / "sweep")])
+    data = html_report.page_data(found, tmp_path)
+    distance, _ = data["scores"]
+    assert (distance["title"], distance["protocol"]) == (
+        "fd_pixels", "[pixels, 72 samples, against digits]"
+    )
+    lines = [(line["run"], line["x"], line["y"]) for line in distance["lines"]]
+    assert lines == [(0, [1, 2, 4], list(VALUES.values())), (1, [1], [0.5])]
+    higher = data["table"]["higher"]
+    column = "label_agreement, 1 step, main [pixels, 72 samples, against digits]"
+    assert higher[column] and not higher[column.replace("label_agreement", "fd_pixels")]
+    assert not higher["loss"] and higher["steps_per_second"]
 
 
 @pytest.mark.parametrize(
@@ -149,31 +189,8 @@ def test_runs_with_nothing_yet_and_damaged_ones_are_told(tmp_path):
     assert (told["<bad>"]["status"], told["<bad>"]["seed"]) == ("damaged", "3")
     assert told["none"]["note"] == "no metrics yet; it ended before it wrote its config"
     assert (told["none"]["seed"], told["none"]["of"]) == ("", "")
-    assert Cells(text).rows == tables["runs"]
     assert "<bad>" not in text and "3 runs: 1 damaged, 2 unfinished" in text
-    assert text.count("<p>Nothing yet.</p>") == 2
-
-
-@pytest.mark.parametrize(
-    ("number", "parts"),
-    [
-        (0.123456, ("0.1234", "56")), (123.456, ("123.4", "56")), (0.00123456, ("0.001234", "56")),
-        (70.123456, ("70.12", "3456")), (12345.678, ("12345.6", "78")), (0.5, ("0.5", "")),
-        (1.5e-7, ("1.5e-07", "")),
-        (float("inf"), ("inf", "")), (-0.123456, ("-0.1234", "56")), (-12.34567, ("-12.34", "567")),
-    ],
-)  # fmt: skip
-def test_a_long_number_is_cut_after_four_digits_and_stays_whole(number, parts):
-    assert html_report._split_digits(repr(number)) == parts
-    assert re.sub("<.*?>", "", html_report._cell(number, False)) == repr(number)
-
-
-def test_nothing_is_written_without_matplotlib(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    folder = two_runs(tmp_path / "sweep")
-    assert tiny.dmf("report", f"--output={tmp_path}/out", folder) == 2
-    assert "pip install 'dmf-jax[report]'" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert [run["name"] for run in Tags(text).data["runs"]] == ["<bad>", "new", "none"]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +215,7 @@ def test_a_line_keeps_its_colour_in_every_panel(monkeypatch):
     drawn = []
     monkeypatch.setattr(plots, "to_png", lambda figure: drawn.append(figure) or b"")
     found = {"loss": {"a": [(1, 2.0)], "b": [(1, 200.0)]}, "fid": {"b": [(1, 3.0)]}}
-    plots.plot_panels(found, ["a", "b"], "training step")
+    plots.plot_panels(found, ["a", "b"], "guidance scale")
     loss, fid = drawn[0].axes
     assert [line.get_color() for line in loss.lines] == ["C0", "C1"]
     assert [line.get_color() for line in fid.lines] == ["C1"]

@@ -94,7 +94,7 @@ def test_odd_runs_do_not_end_the_report_of_the_others(tmp_path, capsys):
             put(run)
     assert tiny.dmf("report", f"--output={tmp_path}/report", folder) == 0
     page = (tmp_path / "report/report.html").read_text()
-    assert "0.125" in page and "caf\\xe9" in page and "a|b&lt;c&gt;&amp;" in page
+    assert "0.125" in page and "caf\\\\xe9" in page and "a|b\\u003cc>&\\nd" in page
     found = {run.name: run for run in runs.find_runs([folder])}
     assert len(found) == len(ODD) + 1
     assert found["good"].status == "complete"
@@ -118,7 +118,7 @@ def test_a_link_puts_no_other_file_into_a_report(tmp_path, what):
         (run / "samples").rename(tmp_path / "samples")
         (run / "samples").symlink_to(private)
     found = runs.find_runs([run])
-    assert base64.b64encode(picture).decode() not in html_report.page(found)
+    assert base64.b64encode(picture).decode() not in html_report.page(found, tmp_path)
     assert found[0].damages == (
         "samples/00000009.png: it is no grid of this run, and is left out",
     )

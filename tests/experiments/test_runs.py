@@ -37,8 +37,12 @@ def test_runs_are_directories_or_lie_in_them_in_natural_order(tmp_path):
     assert names == ["depth=9", "depth=9,b", "depth=10"]
     both = [tmp_path / "two", tmp_path / "one", tmp_path / "one/depth=10"]
     assert [run.name for run in runs.find_runs(both)] == [
-        "two/depth=9", "one/depth=9", "one/depth=9,b", "one/depth=10"
+        "one/depth=9", "one/depth=9,b", "one/depth=10", "two/depth=9"
     ]
+    for rate in ("0.001", "0.01", "0.002", "1e-05"):
+        write(tmp_path / "rates" / rate)
+    rates = [run.name for run in runs.find_runs(sorted((tmp_path / "rates").iterdir()))]
+    assert rates == ["1e-05", "0.001", "0.002", "0.01"]
     assert only(tmp_path / "two").name == only(tmp_path / "two/depth=9").name == "depth=9"
 
 
