@@ -23,6 +23,7 @@ from dmf.models.encoders.autoencoder import Autoencoder, latent_side
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.models.encoders.latent_space import LatentSpace
+from dmf.models.encoders.tiled_decoding import describe_tiles
 from dmf.objectives.build import interpolant
 from dmf.registry import at
 from dmf.runtime.paths import user_path
@@ -285,8 +286,11 @@ def load_latent_space(config: ConfigDict) -> tuple[LatentSpace, Params] | None:
       InputError: a field that cannot be used, or the autoencoder has another number of channels
         than `config.model`, or is not that of the latents of `config.data`.
     """
-    directory = latents(config.latents).autoencoder
+    directory, tiles = latents(config.latents).autoencoder, config.sampling.get("decode_tiles")
     if not directory:
+        if tiles:
+            raise InputError("sampling.decode_tiles", tiles, "latents.autoencoder is empty, so that "
+                             "nothing is decoded; leave it empty too")
         return None
     autoencoder, params = load_autoencoder(directory)
     space = build_latent_space(config, autoencoder)
@@ -301,26 +305,26 @@ def build_latent_space(config: ConfigDict, autoencoder: Autoencoder) -> LatentSp
     """The latent space of `config.latents` with a given autoencoder.
 
     Raises:
-      InputError: the latents have another number of channels than `config.model`, or another size
-        than the autoencoder takes.
+      InputError: the latents have another number of channels than `config.model`, another size
+        than the autoencoder takes, or are no larger than a tile of `config.sampling.decode_tiles`.
     """
-    settings, (side, _, channels) = latents(config.latents), network(config.model).sample_shape
-    if latent_side(autoencoder) not in (None, side):
+    settings, shape = latents(config.latents), network(config.model).sample_shape
+    if latent_side(autoencoder) not in (None, shape[0]):
         raise InputError("latents.autoencoder", settings.autoencoder,
                          f"it takes latents of side {latent_side(autoencoder)} alone, and "
-                         f"config.model has {side}")
-    if autoencoder.latent_channels != channels:
+                         f"config.model has {shape[0]}")
+    if autoencoder.latent_channels != shape[-1]:
         raise InputError(
-            "latents.autoencoder", settings.autoencoder,
-            f"its latents have {autoencoder.latent_channels} channels, config.model has {channels}",
+            "latents.autoencoder", settings.autoencoder, "its latents have "
+            f"{autoencoder.latent_channels} channels, config.model has {shape[-1]}",
         )
+    decoding = {name: config.sampling[name] for name in ("decode_batch", "decode_dtype")}
+    decoding["decode_tiles"] = tuple(config.sampling.decode_tiles)
     with at("sampling"):
-        return LatentSpace(
-            autoencoder=autoencoder,
-            scaling=settings.scaling,
-            decode_batch=config.sampling.decode_batch,
-            decode_dtype=config.sampling.decode_dtype,
-        )
+        space = LatentSpace(autoencoder=autoencoder, scaling=settings.scaling, **decoding)
+        if note := describe_tiles(space.decode_tiles, shape, autoencoder):
+            log(note)
+    return space
 
 
 def load_network(

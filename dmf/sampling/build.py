@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from dmf.errors import InputError, check_between, check_choice
+from dmf.models.encoders.tiled_decoding import check_tiles
 from dmf.objectives.interpolants import Interpolant
 from dmf.registry import at, build, component_field
 from dmf.sampling.guidance import (
@@ -27,6 +28,9 @@ class Sampling:
       guidance: guidance at sampling.
       decode_batch: number of latents that are decoded at once.
       decode_dtype: dtype of decoding, float32 or bfloat16 (its error: see `LatentSpace`).
+      decode_tiles: side and overlap of the tiles in which latents are decoded, both in latents, for
+        example (64, 16): memory is that of a tile, and images may differ slightly, which a log line
+        says; () to decode images whole.
       ema: name of the EMA parameters that are sampled from; empty for the raw parameters.
     """
 
@@ -36,11 +40,13 @@ class Sampling:
     guidance: SamplingGuidance = SamplingGuidance()
     decode_batch: int = 8
     decode_dtype: str = "float32"
+    decode_tiles: tuple[int, ...] = ()
     ema: str = "main"
 
     def __post_init__(self):
         check_between(self, 1, 2**16, "decode_batch")
         check_choice(self, "decode_dtype", COMPUTE_DTYPES)
+        check_tiles(self)
         if not 1e-3 <= self.shift <= 1e3:
             raise InputError("shift", self.shift, "the time shift is positive, from 0.001 to 1000; "
                              "1 leaves the times equal")

@@ -66,6 +66,15 @@ class TAESD(EncoderDecoder):
         """The ratio of an image's height and width to those of its latents."""
         return 2 ** (len(self.encoder_blocks) - 1)
 
+    @property
+    def decoder_reach(self) -> int:
+        """How many latents to each side of a pixel the decoder depends on."""
+        reach = 1  # of the last convolution, in pixels of the level
+        for i, blocks in reversed(list(enumerate(self.decoder_blocks))):
+            reach += 3 * blocks + 1
+            reach = -(-reach // 2) if i else reach
+        return reach
+
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """The encoder and the decoder."""
         return Encoder(self), Decoder(self)
