@@ -32,7 +32,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CONFIG_READERS = (
     "default_config.py", "*/build.py", "checkpoints/load.py", "training/loop.py",
     "training/callbacks.py", "training/prepared_run.py", "training/initial_checkpoint.py",
-    "training/compile.py",
+    "training/compile.py", "training/preview.py",
     "evaluation/evaluator.py", "checkpoints/export.py", "checkpoints/guide.py", "cli/*.py",
 )  # fmt: skip
 NETWORK_ROOM = "models"

@@ -289,8 +289,8 @@ def load_latent_space(config: ConfigDict) -> tuple[LatentSpace, Params] | None:
     directory, tiles = latents(config.latents).autoencoder, config.sampling.get("decode_tiles")
     if not directory:
         if tiles:
-            raise InputError("sampling.decode_tiles", tiles, "latents.autoencoder is empty, so that "
-                             "nothing is decoded; leave it empty too")
+            raise InputError("sampling.decode_tiles", tiles, "without latents.autoencoder nothing "
+                             "is decoded; leave it empty")
         return None
     autoencoder, params = load_autoencoder(directory)
     space = build_latent_space(config, autoencoder)

@@ -18,7 +18,7 @@ from dmf.runtime.files import read_json
 _LOCAL_PATHS = (
     ("init", "checkpoint"), ("teacher", "checkpoint"), ("alignment", "encoder"),
     ("data", "directory"), ("latents", "autoencoder"), ("evaluation", "reference"),
-    ("evaluation", "inception"), ("evaluation", "dinov2"),
+    ("evaluation", "inception"), ("evaluation", "dinov2"), ("run", "preview_autoencoder"),
 )  # fmt: skip
 # Far more than any config has: nested sections, and bytes.
 _MAX_DEPTH, _MAX_BYTES = 16, 2**20

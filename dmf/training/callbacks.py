@@ -35,6 +35,7 @@ from dmf.training.metrics_writer import (
     evaluation_file,
     read_evaluation,
 )
+from dmf.training.preview import load_preview_space
 from dmf.training.train_state import EMA_PREFIX, TrainState
 from dmf.training.writers import Writers
 from dmf.types import Params
@@ -85,7 +86,7 @@ class SampleGridCallback(Callback):
     and to the writers."""
 
     def __init__(self, config: ConfigDict, training: Training, workdir: epath.Path):
-        """Loads the autoencoder. Latents without an autoencoder have no grids.
+        """Loads the autoencoder of the grids. Latents without an autoencoder have none.
 
         Args:
           config: the config of the run.
@@ -93,20 +94,20 @@ class SampleGridCallback(Callback):
           workdir: the workdir of the run.
 
         Raises:
-          InputError: a field of `config.sampling` that cannot be used.
+          InputError: a field of `config.sampling` or an autoencoder that cannot be used.
         """
         self._training, self._folder = training, workdir / SAMPLES
         network = training.recipe.network
-        shown = network.sample_shape[-1] in pixels.IMAGE_CHANNELS or config.latents.autoencoder
+        shown = (network.sample_shape[-1] in pixels.IMAGE_CHANNELS or config.latents.autoencoder
+                 or training.run.preview_autoencoder)
         self._every = training.run.sample_every if shown else 0
         if training.run.sample_every and not shown:
             processes.log("latents.autoencoder is empty: no grids of samples are written")
         self._mesh, self._generator = local_mesh(), None
         if self._every:
             training.sampling.check_steps("sampling.steps", training.sampling.steps)
-            self._generator = Generator(
-                network, training.sampling, load_latent_space(config), mesh=self._mesh
-            )
+            space = load_preview_space(config, training.run.preview_autoencoder)
+            self._generator = Generator(network, training.sampling, space, mesh=self._mesh)
 
     def due(self, step: int) -> bool:
         return is_due(step, self._every, self._training.run.steps)

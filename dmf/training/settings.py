@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dmf.errors import check_at_least, check_choice
+from dmf.errors import check_at_least, check_choice, check_valid
 from dmf.types import COMPUTE_DTYPES
 
 
@@ -77,6 +77,8 @@ class Run:
       steps: number of training steps, 1 or more; raise it to extend a finished run.
       log_every: steps between two log lines, 1 or more.
       sample_every: steps between two grids of samples; 0 for none.
+      preview_autoencoder: directory of the autoencoder that decodes these grids, an export of `dmf
+        convert`, for example a TAESD; empty for that of `latents.autoencoder`.
       checkpoint_every: steps between two checkpoints; 0 for the last step only.
       keep_last: number of newest checkpoints that are kept, 1 or more.
       keep_every: checkpoints at multiples of this number of steps are kept too; 0 for none.
@@ -91,6 +93,7 @@ class Run:
     steps: int = 1000
     log_every: int = 100
     sample_every: int = 500
+    preview_autoencoder: str = ""
     checkpoint_every: int = 500
     keep_last: int = 2
     keep_every: int = 0
@@ -103,3 +106,5 @@ class Run:
         check_at_least(self, 1, "steps", "log_every", "keep_last")
         check_at_least(self, 0, "sample_every", "checkpoint_every", "keep_every", "snapshot_every")
         check_at_least(self, 2, "keep_snapshots")
+        check_valid(self, self.sample_every or not self.preview_autoencoder, "preview_autoencoder",
+                    "run.sample_every=0 makes no grids of samples; leave it empty")

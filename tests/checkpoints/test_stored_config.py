@@ -83,7 +83,7 @@ def test_a_frozen_network_without_a_name(stranger, value):
 
 PATHS = {
     "init": "checkpoint", "teacher": "checkpoint", "alignment": "encoder", "data": "directory",
-    "latents": "autoencoder",
+    "latents": "autoencoder", "run": "preview_autoencoder",
 }  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def test_paths_in_an_export_are_not_followed(stranger, tmp_path, capsys):
     assert list(stored_config.named_paths(load.config_to_json(config))) == []
     said = capsys.readouterr().err
     assert len(said.splitlines()) == 1
-    assert said.count(str(tmp_path / "elsewhere")) == 8
+    assert said.count(str(tmp_path / "elsewhere")) == 9
     assert f"data.mixture.more.directory='{folder / 'data'}'" in said
 
 

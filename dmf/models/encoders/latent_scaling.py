@@ -75,8 +75,48 @@ class LatentScaling:
     def _offset_and_factor(
         self, channels: int
     ) -> tuple[Float[Array, "1 1 1 c"], Float[Array, "1 1 1 c"]]:
+        terms = self.offset_and_factor(channels)
+        return tuple(jnp.asarray(term, jnp.float32)[None, None, None] for term in terms)
+
+    def offset_and_factor(
+        self, channels: int
+    ) -> tuple[Float[np.ndarray, "c"], Float[np.ndarray, "c"]]:
+        """The float64 terms of x = (latent - offset) * factor, by channel.
+
+        Raises:
+          InputError: `mean` and `std` are of another number of channels.
+        """
         if self.mean and len(self.mean) != channels:
             raise InputError("mean", self.mean, f"the latents have {channels} channels")
-        offset = np.broadcast_to(self.mean or self.shift, channels)
-        factor = 1 / np.asarray(self.std) if self.std else np.full(channels, self.scale)
-        return tuple(jnp.asarray(term, jnp.float32)[None, None, None] for term in (offset, factor))
+        offset = np.broadcast_to(np.float64(self.mean or self.shift), channels)
+        return offset, 1 / np.asarray(self.std) if self.std else np.full(channels, self.scale)
+
+
+def scaling_of_other(
+    samples: LatentScaling, published: LatentScaling, other: LatentScaling, *, channels: int
+) -> LatentScaling:
+    """The scaling between samples x and the latents of another autoencoder, where the latents of
+    two autoencoders are equal after the published scaling of each.
+
+    >>> stable_diffusion, taesd = LatentScaling(scale=0.18215), LatentScaling()
+    >>> normalised = LatentScaling(mean=(1.0,), std=(2.0,))
+    >>> scaling = scaling_of_other(normalised, stable_diffusion, taesd, channels=1)
+    >>> round(float(scaling.invert(jnp.full((1, 1, 1, 1), 3.0))[0, 0, 0, 0]) / 0.18215, 5)
+    7.0
+
+    Args:
+      samples: between the samples and the latents of the first autoencoder.
+      published: of the first autoencoder.
+      other: of the other autoencoder.
+      channels: of the latents.
+
+    Raises:
+      InputError: a scaling is of another number of channels.
+    """
+    (mean, factor), (shift, scale), (other_shift, other_scale) = (
+        scaling.offset_and_factor(channels) for scaling in (samples, published, other)
+    )
+    return LatentScaling(
+        mean=tuple(((mean - shift) * scale / other_scale + other_shift).tolist()),
+        std=tuple((scale / factor / other_scale).tolist()),
+    )

@@ -77,7 +77,9 @@ def test_the_reach_is_how_far_a_pixel_sees():
     assert (seen.min(), seen.max()) == (10 - SMALL.decoder_reach, 10 + SMALL.decoder_reach)
 
 
-@pytest.mark.parametrize(("side", "tile", "overlap"), [(13, 6, 2), (13, 5, 4), (8, 4, 0), (7, 6, 3)])
+@pytest.mark.parametrize(("side", "tile", "overlap"), [
+    (13, 6, 2), (13, 5, 4), (8, 4, 0), (7, 6, 3),
+])
 def test_weights_are_a_partition(side, tile, overlap):
     """Of all pixels; and images of blocks come out as they are, for any place of the last tile."""
     starts = tile_starts(side, tile, overlap)
@@ -146,7 +148,7 @@ def test_tiles_without_effect_are_refused():
     with pytest.raises(InputError, match=r"decode_tiles=\(16, 8\): the latents of an image are "
                        "16 x 16, no larger than a tile; give a smaller side, or"):
         build(SMALL, (16, 8))
-    with pytest.raises(InputError, match=r"decode_tiles=\(8, 4\): latents.autoencoder is empty"):
+    with pytest.raises(InputError, match=r"decode_tiles=\(8, 4\): without latents.autoencoder nothing"):
         load.load_latent_space(tiny.config({"sampling.decode_tiles": (8, 4)}))
 
 
