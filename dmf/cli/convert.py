@@ -5,7 +5,7 @@ PyTorch, and without running what it holds), a .safetensors file, a directory of
 pipeline of diffusers, a directory that Orbax or Flax wrote, also in a .zip, or hf:OWNER/REPO/FILE.
 The network is detected from the tensors; flags give what they do not tell. With --split-depth a
 flow model becomes a flow map at once; with --autoencoder the export samples images by itself.
-Several sources are the files of one network, as those of a representation autoencoder.
+Several sources are the files of one network, as those of a representation autoencoder or of LPIPS.
 """
 
 from collections.abc import Sequence

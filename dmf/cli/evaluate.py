@@ -2,6 +2,8 @@
 --inception=DIR] [--guidance=1,2,4 --interval=0.4:0.65,0.3:0.7] [--guide=DIR]
        dmf evaluate --images=IMAGES --reference=FILE --protocol=adm --inception=DIR --output=FILE
        dmf evaluate --images=IMAGES --make-reference=FILE --protocol=adm --inception=DIR
+       dmf evaluate --images=IMAGES --reconstruction --autoencoder=DIR [--inception=DIR]
+[--lpips=DIR] --output=FILE
 
 Measures how far images are from a reference, by a protocol: adm, edm2, meanflow, or pixels, which
 needs no network and is the default. The images are those of a flow map, for each number of sampling
@@ -14,6 +16,9 @@ interrupted.
 With --guidance and --interval it searches guidance at sampling: each scale in each interval, for
 each of --ema and --steps. Equal images are generated once. A table (.md) and a plot (.png) of the
 first metric are written beside the JSON. --guide=DIR guides by another checkpoint (autoguidance).
+
+With --reconstruction it measures how well an autoencoder reconstructs images: PSNR, SSIM, with
+--inception rFID, and with --lpips LPIPS.
 
 Fields of the checkpoint's config can be overridden: with --config.model.conditioning=decoupled
 --config.model.split_depth=4 a flow model is measured as a flow map before any training.
@@ -40,6 +45,10 @@ _FIELDS = {
 }
 # Flags of a search of guidance, and their fields.
 _SEARCH = {"guidance": "guidance_scales", "interval": "guidance_intervals"}
+# Flags of a reconstruction: those that it needs or takes, and those that are for nothing else.
+_OF_RECONSTRUCTION = ("images", "resolution", "autoencoder", "lpips", "inception", "rounding",
+                      "output", "reconstruction")
+_ONLY_OF_RECONSTRUCTION = ("autoencoder", "lpips")
 # Flags of generated samples, which a set of images has none of.
 _OF_FLOW_MAPS = ("steps", "ema", *_SEARCH, "guide", "guide-ema")
 
@@ -72,13 +81,20 @@ def _define(values: absl_flags.FlagValues) -> None:
     text("output", "", "a .json file; evaluation.json in the run by default", flag_values=values)
     absl_flags.DEFINE_boolean("keep-features", False, "also write the features",
                               flag_values=values)
+    absl_flags.DEFINE_boolean("reconstruction", False, "measure an autoencoder on --images",
+                              flag_values=values)
+    text("autoencoder", "", "autoencoder of --reconstruction, an export of dmf convert",
+         flag_values=values)
+    text("lpips", "", "LPIPS of --reconstruction, an export of dmf convert", flag_values=values)
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
     """Evaluates a run, an export or a set of images into one JSON file, or makes a reference."""
     values = absl_flags.FlagValues()
     _define(values)
+    of_evaluations = tuple(values)
     overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
+    _check_reconstruction(values, of_evaluations)
     makes_reference = values["make-reference"].value
     if bool(values.checkpoint) == bool(values.images) and not (
         values.checkpoint and makes_reference
@@ -92,6 +108,9 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = _config(values, overrides)
     if makes_reference:
         output, evaluate = epath.Path(makes_reference), _make_reference
+    elif values.reconstruction:
+        flags.require(values, "images", "autoencoder", "output")
+        output, evaluate = epath.Path(values.output), _evaluate_reconstruction
     elif values.images:
         flags.require(values, "output")
         output, evaluate = epath.Path(values.output), _evaluate_images
@@ -102,6 +121,22 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     with owned_output("--output", output):
         evaluate(config, values, output)
     print(output)
+
+
+def _check_reconstruction(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
+    """Raises InputError for a flag of another purpose than that of the command.
+
+    Args:
+      values: the flags.
+      names: of the flags that `_define` defines.
+    """
+    if values.reconstruction:
+        unfit, remedy = set(names) - set(_OF_RECONSTRUCTION), "it has no effect on --reconstruction"
+    else:
+        unfit, remedy = set(_ONLY_OF_RECONSTRUCTION), "it is for --reconstruction"
+    for flag in names:
+        if flag in unfit and values[flag].present:
+            raise InputError(f"--{flag}", values[flag].value, f"{remedy}; leave it out")
 
 
 def _config(values: absl_flags.FlagValues, overrides: Sequence[str]) -> Any:
@@ -290,3 +325,39 @@ def _make_reference(config: Any, values: absl_flags.FlagValues, output: epath.Pa
     evaluator.finish(
         write_reference, output, evaluator.collect_reference(evaluated_image_set(images))
     )
+
+
+def _evaluate_reconstruction(
+    config: Any, values: absl_flags.FlagValues, output: epath.Path
+) -> None:
+    from dmf.checkpoints import load
+    from dmf.evaluation import reconstruction
+    from dmf.evaluation.build import evaluation
+    from dmf.evaluation.evaluated_images import evaluated_image_set
+    from dmf.models.encoders.latent_scaling import LatentScaling
+    from dmf.models.encoders.latent_space import LatentSpace
+    from dmf.registry import at
+    from dmf.runtime.files import write_json
+    from dmf.runtime.resumable_work import finish_work
+
+    settings = evaluation(config.evaluation)
+    autoencoder, params = load.load_autoencoder(values.autoencoder)
+    networks = {name: load.load_encoder(values[name].value, name)
+                for name in ("inception", "lpips") if values[name].value}
+    decoding = {name: config.sampling[name] for name in ("decode_batch", "decode_dtype")}
+    with at("sampling"):
+        space = LatentSpace(autoencoder=autoencoder, scaling=LatentScaling(), **decoding,
+                            decode_tiles=tuple(config.sampling.decode_tiles))
+    measured = reconstruction.Reconstruction(
+        space=space, params=params, rounding=settings.rounding or "nearest", **networks
+    )
+    folder = output.parent / f".{output.name}.parts"
+    result = reconstruction.measure(
+        measured, evaluated_image_set(_image_set(values)), folder,
+        chunk_size=settings.chunk_size, part_size=settings.part_size,
+    )  # fmt: skip
+    result |= {"images": values.images, "autoencoder": values.autoencoder}
+    finish_work(folder, write_json, output, result)
+    (row,) = result["results"]
+    print("  ".join(f"{name} {row[name]:.5g}" for name in ("rfid", "psnr", "ssim", "lpips")
+                    if name in row))

@@ -90,14 +90,17 @@ class ArrayImages:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class DatasetImages:
-    """The samples of a dataset of images.
+    """The images of a dataset.
 
     Attributes:
-      dataset: the dataset, whose "x" are images.
+      dataset: the dataset.
+      field: the field of its rows that holds the images: "x" for its samples, or "images" for those
+        that its latents were encoded from.
       notes: see `ImageSet`.
     """
 
     dataset: Dataset
+    field: str = "x"
     notes: str = ""
 
     @property
@@ -108,14 +111,14 @@ class DatasetImages:
     @property
     def shape(self) -> tuple[int, ...]:
         """(h, w, c) of an image."""
-        return self.dataset.shape
+        return self.dataset.shape if self.field == "x" else self.read(np.zeros(1, int)).shape[1:]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, indices: Int[np.ndarray, "m"]) -> UInt8[np.ndarray, "m h w c"]:
         """Several images."""
-        return self.dataset.read(indices.tolist())["x"]
+        return self.dataset.read(indices.tolist())[self.field]
 
     def labels(self) -> Int64[np.ndarray, "n"] | None:
         """The label of each image; None without labels."""
@@ -203,7 +206,7 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
       InputError: there is no such set, or it has no images.
     """
     path = user_path(source)
-    if path.suffix == ".npz" and side:
+    if side and (path.suffix == ".npz" or is_dataset(source)):
         raise InputError(
             "resolution", side, f"the images of {source} are taken as they are; leave it out"
         )
@@ -221,9 +224,14 @@ def open_image_set(source: str, *, side: int = 0, field: str = "images") -> Imag
 
 def _open_dataset(path: epath.Path) -> DatasetImages:
     dataset = open_dataset(path.name, directory=str(path))
-    if len(dataset.shape) != 3:
-        raise InputError("", remedy="its samples are latents; give images")
-    return DatasetImages(dataset=dataset)
+    if len(dataset.shape) == 3:
+        return DatasetImages(dataset=dataset)
+    try:
+        with_images = open_dataset(path.name, directory=str(path), extra="images")
+    except InputError:
+        raise InputError("", remedy="its samples are latents; give images, or latents that dmf "
+                         "prepare --keep-images made") from None
+    return DatasetImages(dataset=with_images, field="images")
 
 
 def _open_files(source: str, side: int, field: str) -> FileImages:

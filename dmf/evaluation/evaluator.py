@@ -35,7 +35,7 @@ from dmf.runtime import processes
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.files import read_json, refuse_link, write_json
 from dmf.runtime.progress import waiting
-from dmf.runtime.resumable_work import claim_folder
+from dmf.runtime.resumable_work import claim_folder, finish_work
 from dmf.runtime.sharding import local_mesh
 
 _NETWORKS = ("inception", "dinov2")
@@ -263,13 +263,8 @@ class Evaluator:
         }
 
     def finish(self, write: Callable[..., None], path: epath.Path, *contents: Any) -> None:
-        """Writes the output with write(path, *contents), and removes the folder of unfinished work;
-        the first process does it, and the others wait."""
-        if jax.process_index() == 0:
-            write(path, *contents)
-            if self._folder.exists():
-                self._folder.rmtree()
-        processes.barrier(f"{path} written")
+        """Writes the output and removes the folder of unfinished work, see `finish_work`."""
+        finish_work(self._folder, write, path, *contents)
 
     @functools.cached_property
     def _baseline(self) -> dict[str, float]:

@@ -12,6 +12,7 @@ from dmf.models.encoders.autoencoder_dc import AutoencoderDC
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.dinov2 import DinoV2
 from dmf.models.encoders.inception import Inception
+from dmf.models.encoders.lpips import LPIPS
 from dmf.models.encoders.rae import RAE
 from dmf.models.encoders.taesd import TAESD
 from dmf.models.in_context_dit import InContextDiT
@@ -19,7 +20,7 @@ from dmf.models.wide_head import WideHead
 from dmf.registry import define_kind
 
 __all__ = [
-    "RAE", "TAESD", "Autoencoder", "AutoencoderDC", "AutoencoderKL", "DiT", "DinoV2",
+    "LPIPS", "RAE", "TAESD", "Autoencoder", "AutoencoderDC", "AutoencoderKL", "DiT", "DinoV2",
     "InContextDiT", "Inception", "WideHead",
 ]  # fmt: skip
 
@@ -33,5 +34,5 @@ define_kind(
 )
 define_kind(
     "encoder", "A frozen network that features are measured with.", inception=Inception,
-    dinov2=DinoV2,
+    dinov2=DinoV2, lpips=LPIPS,
 )

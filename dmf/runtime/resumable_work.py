@@ -1,6 +1,7 @@
 """Work that can be interrupted: it resumes in the folder that it started in."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +44,18 @@ def claim_folder(folder: epath.Path, identity: Any) -> epath.Path:
         write_json(path, identity)
     barrier(f"{folder} claimed")
     return folder
+
+
+def finish_work(
+    folder: epath.Path, write: Callable[..., None], path: epath.Path, *contents: Any
+) -> None:
+    """Writes the output with write(path, *contents), and removes the folder of unfinished work; the
+    first process does it, and the others wait."""
+    if jax.process_index() == 0:
+        write(path, *contents)
+        if folder.exists():
+            folder.rmtree()
+    barrier(f"{path} written")
 
 
 def _read(path: epath.Path) -> Any:

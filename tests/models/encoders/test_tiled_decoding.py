@@ -148,7 +148,7 @@ def test_tiles_without_effect_are_refused():
     with pytest.raises(InputError, match=r"decode_tiles=\(16, 8\): the latents of an image are "
                        "16 x 16, no larger than a tile; give a smaller side, or"):
         build(SMALL, (16, 8))
-    with pytest.raises(InputError, match=r"decode_tiles=\(8, 4\): without latents.autoencoder nothing"):
+    with pytest.raises(InputError, match=r"tiles=\(8, 4\): without latents.autoencoder nothing"):
         load.load_latent_space(tiny.config({"sampling.decode_tiles": (8, 4)}))
 
 
