@@ -24,6 +24,7 @@ from dmf.checkpoints.convert import namings
 from dmf.data import prepare
 from dmf.data.datasets import open_dataset
 from dmf.data.image_files import UnreadableImage, open_images
+from dmf.data.image_sets import open_image_set
 from dmf.data.image_transforms import center_crop
 from dmf.data.latent_origin import latent_origin, origin_of
 from dmf.data.pixels import png
@@ -226,6 +227,15 @@ def test_images_are_stored_along_with_the_moments(tmp_path):
     crop = center_crop(files.image(files.names.index(row["name"].decode())), SIDE)
     np.testing.assert_array_equal(row["image"], crop)
     assert row["moments"].shape == (1, 8, 8, 8)
+    stored = open_image_set(str(tmp_path / "out"))
+    assert stored.shape == crop.shape and len(stored) == len(files) - 1
+    np.testing.assert_array_equal(stored.read(np.array([0, 1]))[0], crop)
+    for source, side, message in (
+        (prepared(), 0, "its samples are latents; give images, or latents that dmf prepare --keep"),
+        (tmp_path / "out", 8, "resolution=8: the images of .* are taken as they are"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_image_set(str(source), side=side)
     with pytest.raises(InputError, match="data.mirror=True: the dataset has no moments of mirror"):
         train(tiny.config({
             "data.directory": str(tmp_path / "out"), "data.mirror": True, "model.channels": 4,

@@ -98,8 +98,9 @@ class LatentSpace:
     def _in_groups(
         self, function: Callable[[jax.Array], jax.Array], inputs: Float[Array, "b *d"]
     ) -> Float[Array, "b *e"]:
-        """A function of `decode_batch` rows at a time, and of the remaining ones together."""
-        # The count may be a symbol, of an export: no branch here depends on its value.
+        """A function of `decode_batch` rows at a time, and of the remaining ones together; it is
+        never called with no rows."""
+        # The count may be a symbol, of an export: then no branch depends on its value.
         size, count = self.decode_batch, inputs.shape[0]
         groups = count // size
 
@@ -107,7 +108,9 @@ class LatentSpace:
             rows = i * size + jnp.arange(size)
             return outputs.at[rows].set(function(inputs[rows]))
 
-        rest = function(inputs[groups * size :])
+        no_rest = isinstance(count, int) and count % size == 0
+        group = jax.ShapeDtypeStruct((size, *inputs.shape[1:]), inputs.dtype)
+        rest = jax.eval_shape(function, group) if no_rest else function(inputs[groups * size :])
         outputs = jnp.zeros((count, *rest.shape[1:]), rest.dtype)
         outputs = jax.lax.fori_loop(0, jnp.asarray(groups), add_group, outputs)
-        return outputs.at[groups * size :].set(rest)
+        return outputs if no_rest else outputs.at[groups * size :].set(rest)

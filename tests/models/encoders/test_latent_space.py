@@ -84,6 +84,20 @@ def test_each_latent_is_decoded_once(count, size, rows):
     assert sorted((n for n in counts if n), reverse=True) == rows
 
 
+def test_no_network_is_called_without_rows():
+    """DC-AE cannot reshape what has no values."""
+
+    class Strict(AutoencoderKL):
+        def decode(self, params, latents):
+            assert latents.shape[0] > 0
+            return super().decode(params, latents)
+
+    strict = Strict(**vars(SMALL))
+    for count in (8, 3):
+        shape = jax.eval_shape(space(4, strict).decode, params(), LATENTS[:count]).shape
+        assert shape == (count, 8, 8, 3)
+
+
 @pytest.mark.slow
 def test_memory_is_that_of_a_group():
     def needed(count: int, size: int) -> int:
