@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 
 import diffusers_deterministic as dd
 import golden_values as gv
@@ -27,7 +26,7 @@ from dmf.models.abstract_params import abstract_params
 DIFFUSERS, _, _, RELEASED = NAMINGS
 SMALL = RAE(latent_channels=64, side=3, patch_size=4, encoder_depth=2, encoder_heads=1,
             decoder_width=16, decoder_depth=2, decoder_heads=2, decoder_hidden=24)
-SIZES = {"S": (384, 12), "B": (768, 12), "L": (1024, 24)}
+SIZES = {"S": (384, 12), "B": (768, 12)}
 
 
 @pytest.fixture(scope="module")
@@ -50,33 +49,52 @@ def test_golden_values(found):
     assert not back
 
 
-def release_files(found: namings.Converted, folder) -> list:
-    """The three files of the release with the tensors of a network; the mean is not there."""
-    parts = {"encoder": {}, "decoder": {}, "statistics": {}}
-    for name, tensor in namings.to_named_tensors(found.network, found.params, RELEASED).items():
-        part = ("statistics" if name in ("mean", "var") else
-                "decoder" if re.match("decoder|trainable", name) else "encoder")
-        parts[part][name] = tensor
-    width = (found.network.latent_channels,)
-    parts["encoder"] |= {"layernorm.weight": np.ones(width, "f"),
-                         "layernorm.bias": np.ones(width, "f")}
-    for part, tensors in parts.items():
-        (folder / part).mkdir()
-        save_file(tensors, folder / part / "model.safetensors")
-    (folder / "encoder/config.json").write_text(json.dumps({"num_attention_heads": 1}))
-    (folder / "decoder/config.json").write_text(json.dumps(
-        {"num_attention_heads": 12, "decoder_num_attention_heads": 2}))
-    return [folder / part for part in parts]
+# The names of the release by those of diffusers, in this order.
+RENAMED = {
+    "decoder.decoder": "decoder", "decoder.trainable": "trainable", "encoder.embed": "embed",
+    "encoder.encoder": "encoder", "attention.to_q.": "attention.attention.query.",
+    "attention.to_k.": "attention.attention.key.", "attention.to_v.": "attention.attention.value.",
+    "attention.to_out.0.": "attention.output.dense.", "q_proj": "attention.query",
+    "k_proj": "attention.key", "v_proj": "attention.value", "o_proj": "output.dense",
+}  # fmt: skip
+
+
+def release_tensors() -> dict[str, dict[str, np.ndarray]]:
+    """The tensors of the golden values as the three files of the release have them; it has no
+    mean."""
+    parts = {"encoder": {"layernorm.weight": np.ones(64, "f"), "layernorm.bias": np.ones(64, "f")},
+             "decoder": {"decoder_pos_embed": SMALL.positions()[None]},
+             "statistics": {"var": (dd.drawn("_latents_std", (64, 3, 3)) + 1e-5) ** 2 - 1e-5}}
+    for name, shape in gv.load("rae_0").config["names"].items():
+        renamed, tensor = name, dd.drawn(name, shape)
+        for theirs, release in RENAMED.items():
+            renamed = renamed.replace(theirs, release)
+        if name.startswith(("encoder.", "decoder.")):
+            parts[name[:7]][renamed] = tensor
+    return parts
 
 
 def test_the_release(found, tmp_path):
     """Its three files, in any order, are the same network as the one file of diffusers."""
-    encoder, decoder, statistics = release_files(found, tmp_path)
+    parts = release_tensors()
+    encoder, decoder, statistics = (tmp_path / part for part in parts)
+    for part, tensors in parts.items():
+        (tmp_path / part).mkdir()
+        save_file(tensors, tmp_path / part / "model.safetensors")
+    (encoder / "config.json").write_text(json.dumps({"num_attention_heads": 1}))
+    (decoder / "config.json").write_text(json.dumps(
+        {"num_attention_heads": 12, "decoder_num_attention_heads": 2}))
     again = dd.read(encoder, statistics, decoder)
     assert again.network == SMALL and again.naming == RELEASED
     assert again.unused == ("embeddings.mask_token", "layernorm.bias", "layernorm.weight")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again.params,
                  found.params)
+    back = namings.to_named_tensors(again.network, again.params, RELEASED)
+    tensors = parts["encoder"] | parts["decoder"] | parts["statistics"]
+    assert tensors.keys() - back.keys() == {"layernorm.weight", "layernorm.bias"}
+    assert not back.pop("embeddings.mask_token").any()
+    for name, tensor in back.items():
+        np.testing.assert_allclose(tensor, tensors[name], rtol=2e-6 if name == "var" else 0)
     for sources, message in (
         ([encoder, decoder], "^it has no statistics of the latents .tensor 'var'.; give the file"),
         ([decoder], "^it holds the decoder of a representation autoencoder .RAE. alone; give"),
