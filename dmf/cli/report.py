@@ -1,7 +1,7 @@
 """dmf report --output=DIR [--metric=fid] NAME=FILE ... | RUN ...
 
-For directories of runs or sweeps: writes a page, report.html, with how the runs differ and how far
-they are, their curves, distances and samples; and the numbers as runs.csv, metrics.csv and
+For directories of runs or sweeps: writes an interactive page, report.html, with how the runs differ
+and how far they are, their curves, scores and samples; and the numbers as runs.csv, metrics.csv and
 distances.csv.
 
 For evaluations of flow maps, each NAME=FILE one that `dmf evaluate` wrote, with one protocol:

@@ -24,6 +24,7 @@ from dmf.training.metrics_writer import (
     EVALUATIONS,
     METRICS_FILE,
     SAMPLES,
+    WALL_TIME,
     evaluation_file,
     parse_metrics,
     read_evaluation,
@@ -32,8 +33,6 @@ from dmf.training.metrics_writer import (
 # The file that `dmf evaluate` writes into a run by default. It is read if training evaluated
 # nothing.
 EVALUATION_FILE = "evaluation.json"
-# The field of a row of metrics that has the wall-clock time, in seconds since 1970.
-TIME = "time"
 # The name of a grid of samples without its suffix, its first bytes, and far more than it has.
 _STEP, _PNG, _MAX_GRID_BYTES = re.compile(r"[0-9]{1,18}"), b"\x89PNG\r\n\x1a\n", 2**26
 _DECIMAL = re.compile(r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)", re.ASCII)
@@ -73,8 +72,8 @@ class Run:
     @property
     def hours(self) -> dict[int, float]:
         """Wall-clock hours since the first row of metrics, by step; empty if rows have no time."""
-        times = {row["step"]: row[TIME] for row in self.metrics
-                 if math.isfinite(row.get(TIME, math.nan))}  # fmt: skip
+        times = {row["step"]: row[WALL_TIME] for row in self.metrics
+                 if math.isfinite(row.get(WALL_TIME, math.nan))}  # fmt: skip
         first = min(times.values(), default=0.0)
         return {step: (time - first) / 3600 for step, time in times.items()}
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from dmf.evaluation.metrics import find_metric
 from dmf.evaluation.result_rows import guidance_name
-from dmf.experiments.runs import TIME, Run
+from dmf.experiments.runs import Run
+from dmf.training.metrics_writer import WALL_TIME
 
 EVALUATION_PREFIX = "evaluation/"
 UNKNOWN_PROTOCOL = "protocol unknown"
@@ -201,7 +202,7 @@ def curves(runs: Sequence[Run]) -> Iterator[tuple[str, dict[str, list[tuple[int,
     for run in runs:
         for row in run.metrics:
             for metric, value in row.items():
-                if metric in ("step", TIME):
+                if metric in ("step", WALL_TIME):
                     continue
                 title = metric
                 if metric.startswith(EVALUATION_PREFIX):

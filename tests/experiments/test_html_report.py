@@ -1,10 +1,13 @@
 """The page and the CSV files hold the numbers of the runs to the last digit, and need nothing."""
 
 import base64
+import collections
 import csv
 import html.parser
 import io
 import json
+import shutil
+import subprocess
 import urllib.parse
 
 import pytest
@@ -33,6 +36,30 @@ class Tags(html.parser.HTMLParser):
     def handle_data(self, data):
         if self.open:
             self.data += data
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+class Cells(html.parser.HTMLParser):
+    """The text of every cell of a drawn page, row by row, and the number of elements by class."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.open, self.classes = [], False, collections.Counter()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.classes.update(dict(attributes).get("class", "").split())
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        self.open = tag in ("td", "th")
+
+    def handle_data(self, data):
+        if self.open:
+            self.rows[-1][-1] += data.replace("\u200b", "")
 
 
 def two_runs(folder, **second):
@@ -109,7 +136,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path):
 
 
 def test_all_that_was_logged_can_be_drawn_over_steps_and_wall_clock_time(tmp_path):
-    rows = [row(step, error=step / 8, time=1e9 + 900.0 * step) for step in (2, 4)]
+    rows = [row(step, error=step / 8, wall_time=1e9 + 900.0 * step) for step in (2, 4)]
     rows.append(row(6, loss=float("nan"), error=1e300))
     folder = tmp_path / "sweep"
     write(folder / "a", {"seed": 1}, metrics=[*rows, row(8, error=0.5)])
@@ -127,8 +154,26 @@ def test_all_that_was_logged_can_be_drawn_over_steps_and_wall_clock_time(tmp_pat
     assert (losses[0], losses[-1]) == (1.0, 1 / 5000) and steps == sorted(steps)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="it needs Chromium")
+def test_a_browser_draws_the_page(tmp_path):
+    report(two_runs(tmp_path / "sweep"), tmp_path / "out")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr",
+               f"--user-data-dir={tmp_path}/profile", "--virtual-time-budget=2000", "--dump-dom",
+               f"file://{tmp_path}/out/report.html"]  # fmt: skip
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "CONSOLE" not in drawn.stderr  # No exception, and nothing that the policy refuses.
+    page = Cells(drawn.stdout)
+    head, first, second = page.rows
+    assert head[:4] == ["run", "sampling.steps", "seed", "fd_pixels"]
+    assert first[:6] == ["seed=1", "[1, 2]", "1", "0.3", "0.6667", "3.333e-8"]
+    assert second[:4] == ["seed=2", "[1, 3]", "2", "0.5"]
+    # The loss, the gradient norm, and two metrics of the evaluations.
+    assert page.classes["uplot"] == 4 and page.classes["best"] == 2
+
+
 def test_a_spike_survives_thinning():
-    line = [(step, 100.0 if step == 7777 else 1.0) for step in range(100_000)]
+    line = [(step, 100.0 if step == 7777 else 1.0) for step in range(10_000)]
     thin = html_report._thinned(line)
     assert (7777, 100.0) in thin and len(thin) <= 2000
 

@@ -65,9 +65,11 @@ function seriesOf(lines) {
                  points: {show: x.length <= 12, size: 5, fill: color(run)}});
     tables.push([x, y]);
     if (!low) continue;
-    const edge = {stroke: "transparent", spanGaps: true, points: {show: false}};
-    series.push({...edge}, {...edge});
-    tables.push([x, high], [x, low]);
+    for (const [edge, y] of [["highest", high], ["lowest", low]]) {
+      series.push({label: `${name}, ${edge}`, stroke: "transparent", spanGaps: true,
+                   points: {show: false}});
+      tables.push([x, y]);
+    }
     bands.push({series: [series.length - 2, series.length - 1], fill: color(run) + "33"});
   }
   return {series, bands, data: uPlot.join(tables)};
@@ -78,7 +80,7 @@ function showTip(plot, xTitle) {
   const i = plot.nearest, tip = byId("tip"), at = i ? plot.cursor.idxs[i] : null;
   const inside = at !== null && at !== undefined && plot.over.matches(":hover");
   tip.style.display = inside ? "block" : "none";
-  if (!inside || !plot.series[i].label) return;
+  if (!inside) return;
   tip.textContent = `${plot.series[i].label}\n${xTitle} ${short(plot.data[0][at])}: ` +
     `${short(plot.data[i][at])}`;
   const box = plot.over.getBoundingClientRect();

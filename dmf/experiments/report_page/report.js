@@ -38,10 +38,10 @@ function measures() {
                                             higher: Boolean(higher[title]), column: i}))
     .filter(m => m.column > fields && m.title in higher);
   const titles = new Set(found.map(m => m.title));
-  for (const {title, lines} of DATA.curves) {
+  for (const {title, protocol, lines} of DATA.curves) {
     if (titles.has(title)) continue;
     const values = rows.map((_, run) => lines[run] ? lines[run][1].at(-1) : null);
-    found.push({title: `${title}, last`, values, higher: false, column: -1});
+    found.push({title: `${title}, last ${protocol}`.trim(), values, higher: false, column: -1});
   }
   return found.filter(m => m.values.some(isNumber));
 }
@@ -59,12 +59,12 @@ function bestRun() {
 
 // --- Fields and groups of seeds ---
 
-// The columns of config fields that the table shows: fields that all runs have, and of those that
-// differ between the same runs one, those with the most values first.
+// The columns of config fields that the table shows. Of many fields it shows those that all runs
+// have, one of those that differ between the same runs, and those with the most values first.
 function shownFields() {
   const {rows, fields} = DATA.table;
   const all = Array.from({length: fields}, (_, i) => i + 1);
-  if (checked("all-fields")) return all;
+  if (fields <= FIELDS_SHOWN || checked("all-fields")) return all;
   const seen = new Set();
   const apart = all.map(i => {
     const values = rows.map(row => row[i]), distinct = [...new Set(values)];
@@ -187,16 +187,18 @@ function drawTable() {
 // --- Samples ---
 
 function drawSamples() {
-  byId("samples").replaceChildren(...DATA.runs.flatMap(({name, grid, grid_step}, run) =>
+  byId("samples").replaceChildren(...DATA.runs.flatMap(({name, grid, grid_step, links}, run) =>
     grid && isShown(run) ? [element("figure", {},
       element("img", {src: grid, alt: name}),
-      element("figcaption", {}, `${name}, after step ${grid_step}`))] : []));
+      element("figcaption", {}, `${name}, after step ${grid_step} `,
+              links.grid ? element("a", {href: links.grid}, "full grid") : null))] : []));
 }
 
 // --- The page ---
 
-function nothingYet(id) {
-  if (!byId(id).childNodes.length) byId(id).append(element("p", {className: "note"}, "Nothing yet."));
+// Says so where a part of the page is empty.
+function sayIfEmpty(id, text) {
+  if (!byId(id).childNodes.length) byId(id).append(element("p", {className: "note"}, text));
 }
 
 function draw() {
@@ -206,7 +208,8 @@ function draw() {
   drawCurves();
   drawScores();
   drawSamples();
-  ["parallel", "curves", "scores", "samples"].forEach(nothingYet);
+  sayIfEmpty("parallel", "No config field differs.");
+  ["curves", "scores", "samples"].forEach(id => sayIfEmpty(id, "Nothing yet."));
 }
 
 function start() {
