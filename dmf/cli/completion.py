@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from absl import flags as absl_flags
 
 from dmf.cli import flags
+from dmf.cli.verbs import VERBS
 from dmf.errors import InputError
 
 _FLAG = re.compile(r"^  --(\[no\])?([a-z][a-z-]*) ", re.M)
@@ -81,8 +82,6 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     shells = flags.parse(verb, arguments, absl_flags.FlagValues(), __doc__)
     if len(shells) != 1 or shells[0] not in _SCRIPTS:
         raise InputError("shell", " ".join(shells), f"give one of {', '.join(_SCRIPTS)}")
-    from dmf.__main__ import VERBS
-
     print(script(shells[0], {name: candidates(name) for name in VERBS}), end="")
 
 

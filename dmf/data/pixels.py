@@ -104,11 +104,10 @@ def captioned_grid(
             sheet = grid(images[start : start + columns], columns, zoom=zoom)
             row = [*captions[start : start + columns]]
             if row != above[: len(row)]:
-                texts = [_caption(text, cell, 2 * font.size, font) for text in row]
+                above, texts = row, [_caption(text, cell, 2 * font.size, font) for text in row]
                 left = margin + zoom - font.size // 3
                 strip = _fitted(np.hstack(texts), left, margin + sheet.shape[1])
                 parts.append(strip.repeat(c, axis=2))
-                above = row
             title = _caption("" if start else name, margin, len(sheet), font)
             parts.append(np.hstack([title.repeat(c, axis=2), sheet])[:-zoom])
     return np.vstack([*parts, np.full_like(parts[-1][:zoom], 255)])

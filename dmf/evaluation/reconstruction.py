@@ -180,15 +180,20 @@ def measure(
     statistics = collector.collect(
         images.read, images.count, folder, feature_strides={}, name=images.name
     )
-    row = {"protocol": "reconstruction", "count": images.count, **images.row}
-    moments = statistics.moments
-    if width:
-        row["rfid"] = frechet_distance(moments["pool3"], moments["reconstructed_pool3"])
-    row |= {name: float(moments[name].mean[0]) for name in ("psnr", "ssim", "lpips")
-            if name in moments}
+    row = {"protocol": "reconstruction", "count": images.count, **images.row,
+           **_scores(statistics.moments)}  # fmt: skip
     device = jax.devices()[0]
     return {"format": FORMAT, "protocol": {"name": "reconstruction"}, **settings,
             "made_on": {"device": device.device_kind, "jax": jax.__version__}, "results": [row]}
+
+
+def _scores(moments: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics, by the moments of the "features" that `Reconstruction.extractor` computes."""
+    scores = {name: float(moments[name].mean[0]) for name in ("psnr", "ssim", "lpips")
+              if name in moments}
+    if "pool3" in moments:
+        scores["rfid"] = frechet_distance(moments["pool3"], moments["reconstructed_pool3"])
+    return scores
 
 
 def _rgb(images: Pixels) -> Pixels:

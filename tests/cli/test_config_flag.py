@@ -87,7 +87,7 @@ def test_a_component_within_another_one_is_chosen_after_it():
     )  # fmt: skip
     assert config.objective.name == "mean_flow"
     assert config.objective.time_pair.equal_probability == 0.75
-    assert config.objective.time_pair.first.to_dict() == {"name": "uniform"}
+    assert config.objective.time_pair.first.to_dict() == {"name": "uniform", "shift": 1.0}
     assert config.objective.guidance.name == "drawn"
     assert config.objective.guidance.max_scale == 4.0
     assert "omega" not in config.objective.guidance

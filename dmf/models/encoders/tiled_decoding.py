@@ -138,16 +138,16 @@ def decode_in_tiles(
 
     def add_tile(images: Images, place: tuple[jax.Array, ...]) -> tuple[Images, None]:
         start, (rows, columns) = place[:2], place[2:]
-        new = decode(_part(latents, start, tiles))
-        new = new * rows[None, :, None, None] * columns[None, None, :, None]
+        weight = rows[None, :, None, None] * columns[None, None, :, None]
+        new = decode(_part(latents, start, tiles)) * weight
         start = [factor * x for x in start]
         old = _part(images, start, [factor * size for size in tiles])
         return jax.lax.dynamic_update_slice(images, old + new, (0, *start, 0)), None
 
     (y, x), (rows, columns) = np.meshgrid(*starts, indexing="ij"), weights
-    places = (y.ravel(), x.ravel(), rows.repeat(len(columns), 0), np.tile(columns, (len(rows), 1)))
+    places = (y.ravel(), x.ravel(), rows.repeat(len(columns), 0).astype("f"),
+              np.tile(columns, (len(rows), 1)).astype("f"))
     shape = (latents.shape[0], *(factor * side for side in sides), autoencoder.channels)
-    places = tuple(map(jnp.asarray, (*places[:2], *(w.astype("f") for w in places[2:]))))
     return jax.lax.scan(add_tile, jnp.zeros(shape, jnp.float32), places)[0]
 
 
