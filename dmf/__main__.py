@@ -6,7 +6,7 @@ import sys
 from contextlib import nullcontext
 
 import dmf
-from dmf.cli.verbs import VERBS
+from dmf.cli import VERBS
 from dmf.runtime import signals
 
 NOTHING_TO_SAVE = ("dmf train: told to stop before there was anything to save; the same command "

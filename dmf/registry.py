@@ -109,8 +109,9 @@ def runtime_field(default: Any = None) -> Any:
 
 
 def config_fields(cls: type) -> dict[str, dataclasses.Field]:
-    """The fields of a dataclass that a config may give, by name."""
-    return {field.name: field for field in dataclasses.fields(cls)
+    """The fields of a dataclass that a config may give, by name; none for another class."""
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    return {field.name: field for field in fields
             if field.init and not field.metadata.get("runtime")}
 
 

@@ -1,10 +1,11 @@
-"""A time sampler, an objective, a network and a dataset that a config file brings along.
+"""A time sampler, an objective, a network, a dataset and a writer that a config file brings along.
 
     dmf train --config=examples/own.py --workdir=runs/own
 
 docs/extending.md explains each part.
 """
 
+import csv
 import dataclasses
 
 import jax
@@ -18,6 +19,7 @@ from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives import FlowMatching
 from dmf.objectives.path_sample import path_sample
 from dmf.registry import register
+from dmf.training.writers import Writer
 
 
 # A time sampler is called with a key, the number of times to draw, and the path.
@@ -101,19 +103,37 @@ def negatives(*, split: str, directory: str) -> Dataset:
     return InMemoryDataset(name="negatives", num_classes=10, rows=rows)
 
 
+# A writer is called with the run when training starts or resumes.
+class LossTable(Writer):
+    """The loss of each logged step, in loss.csv in the workdir."""
+
+    def __init__(self, run):
+        self._file = (run.workdir / "loss.csv").open("a" if run.start_step else "w")
+        self._table = csv.writer(self._file)
+
+    def write(self, step, scalars):
+        if "loss" in scalars:  # The scores of an evaluation come in a call of their own.
+            self._table.writerow([step, scalars["loss"]])
+
+    def close(self):
+        self._file.close()
+
+
 # The names that configs choose them by.
 register("time_sampler", powers=Powers)
 register("objective", huber=Huber)
 register("model", perceptron=Perceptron)
 register("dataset", negatives=negatives)
+register("writer", loss_table=LossTable)
 
 
 def get_config() -> ConfigDict:
-    """The default config with these four components."""
+    """The default config with these five components."""
     config = default_config.get_config()
     config.model = default_config.component(Perceptron(hidden=256))
     config.objective = default_config.component(Huber(time_sampler=Powers(power=0.5)))
     config.data.name = "negatives"
+    config.run.writers = ("jsonl", "tensorboard", "loss_table")
     config.optimizer.learning_rate = 1e-3
     config.emas.main.decay = 0.99
     return config

@@ -11,6 +11,7 @@ import plugin_files
 import pytest
 import small_network
 import tiny
+from etils import epath
 from ml_collections import ConfigDict
 from two_layers import TwoLayers
 
@@ -23,6 +24,7 @@ from dmf.objectives import LINEAR, AdaptiveWeighting, DecoupledMeanFlow, Objecti
 from dmf.objectives.build import objective
 from dmf.objectives.compute_sharing import ComputeSharing
 from dmf.training import loop, metrics_writer
+from dmf.training.writers import WriterRun
 from dmf.types import Batch
 
 FILE = tiny.ROOT / "examples" / "own.py"
@@ -177,8 +179,17 @@ def test_a_registered_dataset_is_opened_by_its_name(own):
     assert load.config_to_json(own.get_config())["data"]["name"] == "negatives"
 
 
+def test_the_writer_continues_its_table_when_a_run_resumes(own, tmp_path):
+    for start, loss in ((0, 0.5), (2, 0.25)):
+        writer = own.LossTable(WriterRun(workdir=epath.Path(tmp_path), start_step=start))
+        writer.write(start + 2, {"loss": loss, "gradient_norm": 1.0})
+        writer.write(start + 2, {"evaluation/fd_pixels/main/1": 3.0})
+        writer.close()
+    assert (tmp_path / "loss.csv").read_text().split() == ["2,0.5", "4,0.25"]
+
+
 def test_the_page_shows_the_code_of_the_example():
     page = (tiny.ROOT / "docs" / "extending.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     assert all(block in FILE.read_text() for block in blocks)

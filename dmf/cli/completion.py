@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from absl import flags as absl_flags
 
-from dmf.cli import flags
-from dmf.cli.verbs import VERBS
+from dmf.cli import VERBS, flags
 from dmf.errors import InputError
 
 _FLAG = re.compile(r"^  --(\[no\])?([a-z][a-z-]*) ", re.M)

@@ -6,6 +6,7 @@ it.
 """
 
 import contextlib
+import io
 import os
 import sys
 import uuid
@@ -95,7 +96,7 @@ class TrackioWriter(Writer):
         import trackio
 
         self._trackio = trackio
-        with contextlib.redirect_stdout(sys.stderr):  # Standard output is for results.
+        with _messages():
             self._run = trackio.init(
                 project=run.project or DEFAULT_PROJECT,
                 name=f"{run.workdir.name}-{tracker_id(run.workdir, 'trackio')}",
@@ -109,8 +110,15 @@ class TrackioWriter(Writer):
         self._run.log({name: self._trackio.Image(_rgb(image))}, step=step)
 
     def close(self) -> None:
-        with contextlib.redirect_stdout(sys.stderr):
+        with _messages():
             self._trackio.finish()
+
+
+def _messages() -> contextlib.redirect_stdout:
+    """A context in which a package prints to standard error, because standard output is for
+    results; and to nothing if this process is quiet."""
+    is_quiet = verbosity() is Verbosity.QUIET
+    return contextlib.redirect_stdout(io.StringIO() if is_quiet else sys.stderr)
 
 
 def _rgb(image: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w 3"]:

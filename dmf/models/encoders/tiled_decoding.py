@@ -137,10 +137,9 @@ def decode_in_tiles(
     ) for side, size in zip(sides, tiles, strict=True)), strict=True)
 
     def add_tile(images: Images, place: tuple[jax.Array, ...]) -> tuple[Images, None]:
-        start, (rows, columns) = place[:2], place[2:]
-        weight = rows[None, :, None, None] * columns[None, None, :, None]
-        new = decode(_part(latents, start, tiles)) * weight
-        start = [factor * x for x in start]
+        weight = place[2][None, :, None, None] * place[3][None, None, :, None]
+        new = decode(_part(latents, place[:2], tiles)) * weight
+        start = [factor * x for x in place[:2]]
         old = _part(images, start, [factor * size for size in tiles])
         return jax.lax.dynamic_update_slice(images, old + new, (0, *start, 0)), None
 
