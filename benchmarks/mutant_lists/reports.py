@@ -6,8 +6,8 @@ MUTANTS = (
     Mutant(
         "caption_of_rows", "the caption of steps stands at every row of a grid",
         "dmf/data/pixels.py",
-        '"" if start else name, margin',
-        "name, margin",
+        '["" if start else name], margin',
+        "[name], margin",
         ("tests/data/test_pixels.py",),
     ),
     Mutant(

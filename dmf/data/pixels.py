@@ -97,38 +97,33 @@ def captioned_grid(
     """
     _, h, w, c = next(iter(groups.values())).shape
     font = ImageFont.load_default(max(10, h * zoom // 10))
-    margin = int(max(map(font.getlength, groups))) + font.size
-    cell, parts, above = (w + 1) * zoom, [], [""] * columns
+    margin, cell = int(max(map(font.getlength, groups))) + font.size, (w + 1) * zoom
+    width = margin + columns * cell + zoom
+    parts, above = [], [""] * columns
     for name, images in groups.items():
         for start in range(0, len(images), columns):
-            sheet = grid(images[start : start + columns], columns, zoom=zoom)
             row = [*captions[start : start + columns]]
             if row != above[: len(row)]:
-                above, texts = row, [_caption(text, cell, 2 * font.size, font) for text in row]
-                left = margin + zoom - font.size // 3
-                strip = _fitted(np.hstack(texts), left, margin + sheet.shape[1])
-                parts.append(strip.repeat(c, axis=2))
-            title = _caption("" if start else name, margin, len(sheet), font)
-            parts.append(np.hstack([title.repeat(c, axis=2), sheet])[:-zoom])
-    return np.vstack([*parts, np.full_like(parts[-1][:zoom], 255)])
+                parts.append(_texts(row, width, 2 * font.size, font, left=margin + zoom, cell=cell))
+                above = row
+            sheet = grid(images[start : start + columns], columns, zoom=zoom)[:-zoom]
+            title = _texts(["" if start else name], margin, len(sheet), font, left=font.size // 3)
+            parts.append(np.hstack([title.repeat(c, axis=2), sheet]))
+    parts.append(np.full((zoom, width, c), 255, np.uint8))
+    return np.vstack([part.repeat(c // part.shape[2], axis=2) for part in parts])
 
 
-def _caption(
-    text: str, width: int, height: int, font: ImageFont.FreeTypeFont
-) -> UInt8[np.ndarray, "H W 1"]:
-    """A rectangle with as much of a text as fits."""
-    start = font.size // 3
-    while font.getlength(text) > width - start:
-        text = text[:-1]
+def _texts(
+    texts: Sequence[str], width: int, height: int, font: ImageFont.FreeTypeFont,
+    *, left: int, cell: int = 0,
+) -> UInt8[np.ndarray, "H W 1"]:  # fmt: skip
+    """A white rectangle with texts beside each other, each cut to its cell, or to the rectangle."""
     picture = Image.new("L", (width, height), 255)
-    ImageDraw.Draw(picture).text((start, height // 2), text, 0, font, anchor="lm")
+    for i, text in enumerate(texts):
+        while font.getlength(text) > (cell or width) - font.size // 3:
+            text = text[:-1]
+        ImageDraw.Draw(picture).text((left + i * cell, height // 2), text, 0, font, anchor="lm")
     return np.asarray(picture)[..., None]
-
-
-def _fitted(strip: UInt8[np.ndarray, "H w c"], left: int, width: int) -> UInt8[np.ndarray, "H W c"]:
-    """A strip with white at its left, and at its right up to a width."""
-    right = width - left - strip.shape[1]
-    return np.pad(strip, ((0, 0), (left, right), (0, 0)), constant_values=255)
 
 
 def zoom_factor(side: int) -> int:
