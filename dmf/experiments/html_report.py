@@ -24,6 +24,7 @@ from dmf.experiments.runs import Run
 from dmf.runtime.files import absolute, write_text
 from dmf.runtime.paths import user_path
 from dmf.training.metrics_writer import METRICS_FILE
+from dmf.training.start_record import STARTS_FILE
 
 PAGE = "report.html"
 _PARTS = importlib.resources.files("dmf.experiments") / "report_page"
@@ -124,8 +125,8 @@ def _run(run: Run, directory: epath.PathLike) -> dict[str, Any]:
 
 def _links(run: Run, directory: epath.PathLike) -> dict[str, str]:
     """Relative addresses of the files of a run that exist; none where a bucket is involved."""
-    paths = {"config": run.directory / CONFIG_FILE, "log": run.directory / LOG_FILE,
-             "metrics": run.directory / METRICS_FILE, "grid": run.grid}
+    files = {"config": CONFIG_FILE, "starts": STARTS_FILE, "log": LOG_FILE, "metrics": METRICS_FILE}
+    paths = {title: run.directory / name for title, name in files.items()} | {"grid": run.grid}
     there, here = os.fspath(run.directory), os.fspath(absolute(directory))
     if "://" in there + here:
         return {}

@@ -120,7 +120,8 @@ def test_every_number_is_that_of_the_files(tmp_path):
 
 def test_the_page_needs_nothing_beside_it(tmp_path):
     run = two_runs(tmp_path / "sweep # 1") / "seed=1"
-    (run / "train.log").write_text("")
+    for name in ("starts.json", "train.log"):
+        (run / name).write_text("")
     text, _ = report(run.parent, tmp_path / "out")
     page = Tags(text)
     assert not page.tags & {"link", "iframe", "img"} and not page.references
@@ -130,7 +131,7 @@ def test_the_page_needs_nothing_beside_it(tmp_path):
     picture = base64.b64decode(first["grid"].removeprefix("data:image/png;base64,"))
     assert picture == (run / "samples/00000008.png").read_bytes() and first["grid_step"] == 8
     assert second["grid"] is None and list(second["links"]) == ["config", "metrics"]
-    files = ("config.json", "train.log", "metrics.jsonl", "samples/00000008.png")
+    files = ("config.json", "starts.json", "train.log", "metrics.jsonl", "samples/00000008.png")
     linked = [tmp_path / "out" / urllib.parse.unquote(link) for link in first["links"].values()]
     assert [path.resolve() for path in linked] == [run / name for name in files]
 
