@@ -2,8 +2,9 @@
 
     dmf train --config=configs/rae_256.py:dmf --workdir=runs/rae_256_dmf --config.data.directory=DIR
 
-An invitation: of these rows no run is published, and none was made here. DIR is a dataset of the
-latents, normalised by the statistics of the RAE, and `--config.latents.autoencoder` names the RAE.
+An invitation: of these rows no run is published, and none was made here. DIR is a dataset that
+`dmf prepare --resolution=256 --autoencoder=runs/rae` made, and `runs/rae` a `dmf convert`ed RAE,
+which normalises its latents itself; `--config.latents.autoencoder=runs/rae` decodes samples.
 
 The network is a DiT-XL/1 with the wide head of the paper: two blocks of width 2,048. The paper's
 has RMSNorm, SwiGLU and rotary positions too, which are not here: expect other scores than its 1.51

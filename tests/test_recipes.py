@@ -16,6 +16,7 @@ from configs import __main__ as recipes
 from configs import default, meanflow_b4_ablations, rows
 from dmf.checkpoints import load
 from dmf.evaluation.protocols import PROTOCOLS
+from dmf.models import RAE, AutoencoderDC
 from dmf.models.abstract_params import abstract_params
 from dmf.models.build import network
 from dmf.objectives import FlowMatching
@@ -261,6 +262,15 @@ def test_the_published_sizes_have_the_published_number_of_parameters():
 @pytest.mark.parametrize(("row", "blocks"), [("b2", 4), ("l2", 8), ("xl2", 8)])
 def test_representations_are_aligned_after_the_published_block(row, blocks):
     assert config_of(f"sit:{row}_repa").model.alignment_depth == blocks
+
+
+@pytest.mark.parametrize(("file", "autoencoder", "resolution"),
+                         [("rae_256", RAE(), 256), ("dc_ae_512", AutoencoderDC(), 512)])
+def test_recipes_in_other_latents_fit_their_autoencoder(file, autoencoder, resolution):
+    config = config_of(f"{file}:dmf")
+    space = load.build_latent_space(config, autoencoder)
+    assert space.scaling == autoencoder.default_scaling
+    assert autoencoder.factor * config.model.input_size == resolution
 
 
 def test_the_learning_rate_of_rae_falls_to_a_tenth_from_epoch_40_to_epoch_800():
