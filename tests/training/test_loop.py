@@ -178,7 +178,8 @@ def test_metrics_hold_every_reported_step():
     rows = metrics(tiny.flow_run())
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     expected = {"step", "loss", "flow_matching_error", "gradient_norm", "learning_rate",
-                "images_per_second", "steps_per_second", "data_wait_fraction", "epoch"}
+                "images_per_second", "steps_per_second", "data_wait_fraction", "epoch",
+                "wall_time"}
     for row in rows:
         assert set(row) == expected
         assert row["learning_rate"] == pytest.approx(1e-3)
