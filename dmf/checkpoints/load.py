@@ -314,10 +314,8 @@ def build_latent_space(config: ConfigDict, autoencoder: Autoencoder) -> LatentSp
                          f"it takes latents of side {latent_side(autoencoder)} alone, and "
                          f"config.model has {shape[0]}")
     if autoencoder.latent_channels != shape[-1]:
-        raise InputError(
-            "latents.autoencoder", settings.autoencoder, "its latents have "
-            f"{autoencoder.latent_channels} channels, config.model has {shape[-1]}",
-        )
+        raise InputError("latents.autoencoder", settings.autoencoder, "its latents have "
+                         f"{autoencoder.latent_channels} channels, config.model has {shape[-1]}")
     decoding = {name: config.sampling[name] for name in ("decode_batch", "decode_dtype")}
     decoding["decode_tiles"] = tuple(config.sampling.decode_tiles)
     with at("sampling"):

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dmf.errors import InputError, check_valid
-from dmf.models.encoders.autoencoder import Autoencoder, Latents
+from dmf.models.encoders.autoencoder import Autoencoder, Latents, latent_side
 from dmf.types import Images
 
 
@@ -46,10 +46,13 @@ def describe_tiles(tiles: tuple[int, ...], shape: tuple[int, ...], autoencoder: 
       autoencoder: whose decoder it is.
 
     Raises:
-      InputError: a tile would be a whole image.
+      InputError: a tile would be a whole image, or the autoencoder takes no other latents.
     """
     if not tiles:
         return ""
+    if latent_side(autoencoder) is not None:
+        raise InputError("decode_tiles", tiles, f"{type(autoencoder).__name__} takes latents of "
+                         f"side {latent_side(autoencoder)} alone; give () to decode images whole")
     (tile, overlap), (height, width, _), reach = tiles, shape, decoder_reach(autoencoder)
     if tile >= max(height, width):
         raise InputError("decode_tiles", tiles, f"the latents of an image are {height} x {width}, "

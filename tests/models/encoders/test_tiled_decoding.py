@@ -152,6 +152,14 @@ def test_tiles_without_effect_are_refused():
         load.load_latent_space(tiny.config({"sampling.decode_tiles": (8, 4)}))
 
 
+def test_an_autoencoder_of_one_size_has_no_tiles():
+    class OneSize(TAESD):
+        side = 16
+
+    with pytest.raises(InputError, match="OneSize takes latents of side 16 alone; give"):
+        build(OneSize(**vars(SMALL)), (9, 8))
+
+
 def test_a_line_says_where_images_differ(capsys):
     assert build(SMALL, (9, 8)).decode_tiles == (9, 8) and build(SMALL, ()).decode_tiles == ()
     assert capsys.readouterr().err == ""
