@@ -38,8 +38,9 @@ setup(
     long_description=(root / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["dmf", "dmf.*"]),
-    package_data={"dmf.experiments": ["report_page/*"]},
+    packages=[*find_packages(include=["dmf", "dmf.*"]), "dmf.configs", "dmf.configs.sweeps"],
+    package_dir={"dmf.configs": "configs"},  # --config=dmf:NAME finds them there
+    package_data={"dmf": ["py.typed"], "dmf.experiments": ["report_page/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2",
@@ -80,7 +81,6 @@ setup(
     },
     entry_points={"console_scripts": ["dmf=dmf.__main__:main"]},
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
     ],

@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # To be sourced: a virtual environment of the project's own, with what is named installed.
-#   PYTHON=python3.12 chooses the interpreter, DMF_VENV another directory.
+#   PYTHON=python3.12 chooses the interpreter, DMF_VENV another directory. The versions are those of
+#   constraints.txt; DMF_CONSTRAINTS= takes the newest, DMF_CONSTRAINTS=FILE others.
 set -euo pipefail
 python=${PYTHON:-python3}
 venv=${DMF_VENV:-.venv}
@@ -11,4 +12,6 @@ venv=${DMF_VENV:-.venv}
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 # shellcheck source=/dev/null
 . "$venv/bin/activate"
-python -m pip install --quiet --disable-pip-version-check --editable "$1"
+constraints=${DMF_CONSTRAINTS-constraints.txt}
+python -m pip install --quiet --disable-pip-version-check \
+  ${constraints:+--constraint "$constraints"} --editable "$1"

@@ -162,7 +162,7 @@ def test_the_floor_follows_from_bytes_flops_and_instructions():
 needs_tools = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None
     or not all(any(machine_code.paths_of(name)) for name in machine_code.TOOLS),
-    reason="needs JAX for CUDA and NVIDIA's tools (pip install 'dmf-jax[cuda]' "
+    reason="needs JAX for CUDA and NVIDIA's tools (pip install 'jax[cuda13]' "
     + " ".join(machine_code.TOOL_WHEELS) + ")",
 )  # fmt: skip
 

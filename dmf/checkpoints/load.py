@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -24,13 +23,14 @@ from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.models.encoders.tiled_decoding import describe_tiles
+from dmf.models.flow_map import NetworkFlowMap
 from dmf.objectives.build import interpolant
 from dmf.registry import at
 from dmf.runtime.paths import user_path
 from dmf.runtime.progress import log
 from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
 from dmf.sampling.build import Sampling, sampling
-from dmf.types import FlowMap, Network, Params
+from dmf.types import Network, Params
 
 # Parameters that only training uses.
 _DROPPED_AFTER_TRAINING = ("log_variance", "projector", "v_head")
@@ -371,30 +371,9 @@ def _check_prediction(config: ConfigDict, directory: epath.PathLike) -> None:
                              f"trained with {its}; leave it out")
 
 
-def load(directory: epath.PathLike, *, ema: str = "main") -> tuple[FlowMap, ConfigDict]:
-    """The flow map of a run or an export, ready to call, and its config.
-
-    For example, one step of sampling from noise (t = 1) to images (r = 0):
-
-        flow_map, config = dmf.load("runs/digits_dmf")
-        noise = jax.random.normal(jax.random.key(0), (10, 8, 8, 1))
-        t, r = jnp.ones(10), jnp.zeros(10)
-        images = noise + (r - t)[:, None, None, None] * flow_map(noise, t, r, jnp.arange(10))
-
-    Args:
-      directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
-        export.
-      ema: name of the EMA parameters of a run, or std=WIDTH for those that are synthesised from its
-        power EMAs; empty for the raw parameters. An export holds one set of parameters.
-
-    Returns:
-      The flow map u(x_t, t, r, y) -> [b, h, w, c] without guidance, and the config. The flow map is
-      a pytree, to be passed as an argument to jitted functions: a function that closes over it
-      would have the parameters compiled in.
-
-    Raises:
-      InputError: there is no checkpoint, or no such EMA parameters.
-      RunError: the checkpoint is damaged.
-    """
-    built, config, params = load_network(directory, ema)
-    return jax.tree_util.Partial(built.apply, params), config
+def load(
+    directory: epath.PathLike, *, ema: str = "main", config: ConfigDict | None = None
+) -> tuple[NetworkFlowMap, ConfigDict]:
+    """The flow map of a run or an export, ready to call, and its config; see `load_network`."""
+    built, config, params = load_network(directory, ema, config=config)
+    return NetworkFlowMap(params=params, network=built), config

@@ -10,7 +10,7 @@ from dmf.types import Params
 
 _CARD = """# {title}
 
-Written by [dmf](https://pypi.org/project/dmf-jax/), Decoupled MeanFlow in JAX.
+Written by `dmf`, Decoupled MeanFlow in JAX and Flax.
 
 | | |
 |---|---|

@@ -56,17 +56,30 @@ def _step(path: epath.Path) -> tuple[int, ...]:
     return tuple(int(number) if number else -1 for number in digits)
 
 
+def tree_metadata(item: epath.Path) -> Mapping[str, Any] | None:
+    """The metadata of the arrays of one Orbax item, in their tree; None where it cannot be read.
+
+    The handler is asked, and no `Checkpointer`, which also looks for the metadata of a step: an
+    item of a step has none of its own, and Orbax would warn of that.
+    """
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(item)
+    except (FileNotFoundError, NotImplementedError, ValueError, TypeError):
+        return None
+    return getattr(metadata, "tree", metadata)
+
+
 def claimed_arrays(checkpoint: epath.Path) -> dict[str, Any]:
     """The metadata of each array of a checkpoint, by its path: its shape, dtype and chunks.
 
     Raises:
       InputError: the metadata is damaged.
     """
-    with _damage_refused(), ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(checkpoint).item_metadata
+    with _damage_refused():
+        metadata = tree_metadata(checkpoint)
         if metadata is None:
             raise Damaged("its list of arrays cannot be read")
-        leaves = flatten_dict(getattr(metadata, "tree", metadata), sep="/")
+        leaves = flatten_dict(metadata, sep="/")
         arrays = {name: leaf for name, leaf in leaves.items()
                   if isinstance(leaf, ocp.metadata.ArrayMetadata)}
         for leaf in arrays.values():

@@ -20,7 +20,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.checkpoints import stored_config
-from dmf.checkpoints.orbax_files import check_stored
+from dmf.checkpoints.orbax_files import check_stored, tree_metadata
 from dmf.errors import Damaged, InputError, RunError
 from dmf.runtime.checksums import check_checksums, checksums, reading_errors
 from dmf.runtime.files import absolute, is_regular_file, write_json
@@ -248,7 +248,7 @@ def restore_item(
       Damaged: it is not what was saved.
     """
     with single_process_checkpointer() as checkpointer:
-        stored = _stored_shapes(checkpointer, item)
+        stored = _stored_shapes(item)
         expected = flatten_dict(abstract, sep="/")
         _check_architecture(directory, stored, expected, allow_missing, allow_unexpected)
         with reading_errors():
@@ -294,17 +294,17 @@ def _params_item(directory: epath.Path, ema: str) -> epath.Path:
     raise InputError("ema", ema, f"{directory} has {', '.join(names) or 'none'}")
 
 
-def _stored_shapes(checkpointer: ocp.Checkpointer, item: epath.Path) -> dict[str, Any]:
+def _stored_shapes(item: epath.Path) -> dict[str, Any]:
     """Metadata with the shape and dtype of each array of an item, by its path.
 
     Raises:
       Damaged: the metadata cannot be read.
     """
     with reading_errors():
-        metadata = checkpointer.metadata(item).item_metadata
+        metadata = tree_metadata(item)
         if metadata is None:
             raise Damaged(f"the list of arrays of {item.name} cannot be read")
-        return flatten_dict(getattr(metadata, "tree", metadata), sep="/")
+        return flatten_dict(metadata, sep="/")
 
 
 def _restore_item(checkpointer: ocp.Checkpointer, item: epath.Path, target: Params) -> Params:

@@ -4,10 +4,12 @@ Prints the config that a run would have: a line for each field, with its value a
 a field that names a component, also the names that it may take. Nothing is computed.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags as absl_flags
+from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.cli import config_flag
@@ -16,13 +18,37 @@ from dmf.cli import config_flag
 _WIDTH = 48
 
 
+def config(
+    config: ConfigDict | str | os.PathLike, overrides: Mapping[str, Any] | None = None
+) -> ConfigDict:
+    """The config of a run: all fields, as `dmf train` would have them.
+
+    >>> made = dmf.config("dmf:digits_sit", {"run.steps": 100, "optimizer.learning_rate": 1e-3})
+    >>> made.run.steps, made.model.depth
+    (100, 6)
+
+    Args:
+      config: a Python file with `get_config()`, FILE:ARG for `get_config(ARG)`, dmf:NAME for a
+        config of the package, or a config.
+      overrides: values by dotted field, as --config.FIELD=VALUE on the command line; `dmf config`
+        prints the fields with their meanings.
+
+    Returns:
+      A new config. It has taken the fields of its initial checkpoint, if it names one.
+
+    Raises:
+      InputError: no such file or field, or a value that it cannot have.
+    """
+    return config_flag.resolved(config, config_flag.as_flags(overrides))
+
+
 def main(verb: str, arguments: Sequence[str]) -> None:
     """Prints a config with the meaning of every field."""
     values = absl_flags.FlagValues()
-    config = config_flag.parse_with_config(verb, arguments, values, __doc__)
+    resolved = config_flag.parse_with_config(verb, arguments, values, __doc__)
     from dmf.default_config import Config
 
-    lines = list(settings(Config, config.to_dict()))
+    lines = list(settings(Config, resolved.to_dict()))
     width = min(_WIDTH, max(len(setting) for setting, _ in lines))
     for setting, meaning in lines:
         print(f"{setting:<{width}}  # {meaning}" if meaning else setting)

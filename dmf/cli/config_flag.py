@@ -1,8 +1,10 @@
 """The config of a command line: --config=FILE with overrides, or that of a checkpoint."""
 
+import os
 import pathlib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
@@ -68,10 +70,36 @@ def parse_with_config(
                              "get_config(ARG)", flag_values=values)
     overrides = parse_with_overrides(verb, arguments, values, usage)
     flags.require(values, "config")
-    config, taken = configured(load_config(values.config), overrides)
+    return resolved(values.config, overrides)
+
+
+def resolved(
+    config: ConfigDict | str | os.PathLike, overrides: Sequence[str] = ()
+) -> ConfigDict:
+    """The config of a run, see `configured`; what it takes from its initial checkpoint is printed.
+
+    Args:
+      config: a config, or a file as of `load_config`.
+      overrides: as flags.
+
+    Raises:
+      InputError: no such file or field, or a value that it cannot have.
+    """
+    from_file = not isinstance(config, ConfigDict)
+    config = load_config(os.fspath(config)) if from_file else complete(config)
+    config, taken = configured(config, overrides)
     if taken:
         progress.log(f"from init.checkpoint={config.init.checkpoint}: {', '.join(taken)}")
     return config
+
+
+def as_flags(overrides: Mapping[str, Any] | None) -> list[str]:
+    """Overrides that are given in Python, by dotted field, as flags.
+
+    >>> as_flags({"run.steps": 5, "sampling.steps": (1, 2)})
+    ['--config.run.steps=5', '--config.sampling.steps=(1, 2)']
+    """
+    return [f"{PREFIX}{field}={value}" for field, value in (overrides or {}).items()]
 
 
 def parse_with_overrides(
@@ -98,12 +126,13 @@ def load_config(file: str) -> ConfigDict:
     """The config that a file gives, with the defaults of all fields that it leaves out.
 
     Args:
-      file: path of a Python file with `get_config()`, or PATH:ARG for `get_config(ARG)`.
+      file: path of a Python file with `get_config()`, or PATH:ARG for `get_config(ARG)`;
+        dmf:NAME and dmf:NAME:ARG are the configs of the package.
 
     Raises:
       InputError: there is no such file, it has no `get_config`, or a field is unknown.
     """
-    name, colon, argument = file.partition(":")
+    name, colon, argument = flags.shipped_file("--config", file).partition(":")
     module = flags.run_file("--config", pathlib.Path(name))
     if not hasattr(module, "get_config"):
         raise InputError("--config", file, "it has no function get_config(), which returns the "

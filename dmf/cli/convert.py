@@ -8,6 +8,7 @@ flow model becomes a flow map at once; with --autoencoder the export samples ima
 Several sources are the files of one network, as those of a representation autoencoder or of LPIPS.
 """
 
+import os
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
@@ -23,6 +24,48 @@ _FIELDS = (
     ("alignment-depth", "alignment_depth", "number of blocks before the projector (REPA)"),
     ("groups", "groups", "GroupNorm groups of the autoencoder"),
 )
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    others: Sequence[str] = (),
+    key: str = "",
+    naming: str = "",
+    autoencoder: str = "",
+    split_depth: int | None = None,
+    num_heads: int | None = None,
+    input_size: int | None = None,
+    alignment_depth: int | None = None,
+    groups: int | None = None,
+) -> None:
+    """Converts a checkpoint, also a run or an export of dmf, to an export, as `dmf convert` does.
+
+    >>> dmf.convert("runs/digits_sit", "runs/untrained", split_depth=4)
+    >>> dmf.load("runs/untrained")[0].network.split_depth
+    4
+
+    Args:
+      source: a file, a directory or hf:OWNER/REPO/FILE.
+      output: the directory to make.
+      others: more files of the same network.
+      key: part of a training file (model, ema, ...), or EMA parameters of a run; empty detects it.
+      naming, autoencoder: naming scheme of the file, empty to detect it; source of an autoencoder.
+      split_depth: number of blocks that see t; the others see r. None for a flow model.
+      num_heads, input_size: attention heads, and side of the input, where tensors do not tell.
+      alignment_depth, groups: blocks before the projector (REPA); groups of an autoencoder.
+
+    Raises:
+      InputError: the checkpoint cannot be read.
+    """
+    from dmf.checkpoints import export
+    from dmf.default_config import Config
+
+    given = (split_depth, num_heads, input_size, alignment_depth, groups)
+    fields = {field: n for (_, field, _), n in zip(_FIELDS, given, strict=True) if n is not None}
+    export.convert(os.fspath(source), output, fields=fields, others=others, key=key, naming=naming,
+                   autoencoder=autoencoder, config_class=Config)
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -43,19 +86,13 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if not sources:
         raise InputError("SOURCE", None, "give a file, directory or hf:OWNER/REPO/FILE")
 
-    from dmf.checkpoints import export
-    from dmf.default_config import Config
-
-    fields = {field: values[flag].value for flag, field, _ in _FIELDS
-             if values[flag].value is not None}
-    export.convert(
+    convert(
         sources[0],
         values.output,
-        fields=fields,
         others=sources[1:],
         key=values.key,
         naming=values.naming,
         autoencoder=values.autoencoder,
-        config_class=Config,
+        **{flag.replace("-", "_"): values[flag].value for flag, _, _ in _FIELDS},
     )
     print(values.output)

@@ -53,7 +53,7 @@ _ONLY_OF_RECONSTRUCTION = ("autoencoder", "lpips")
 _OF_FLOW_MAPS = ("steps", "ema", *_SEARCH, "guide", "guide-ema")
 
 
-def _define(values: absl_flags.FlagValues) -> None:
+def define(values: absl_flags.FlagValues) -> None:
     """Defines the flags."""
     text, number, several = (
         absl_flags.DEFINE_string, absl_flags.DEFINE_integer, absl_flags.DEFINE_list
@@ -91,10 +91,15 @@ def _define(values: absl_flags.FlagValues) -> None:
 def main(verb: str, arguments: Sequence[str]) -> None:
     """Evaluates a run, an export or a set of images into one JSON file, or makes a reference."""
     values = absl_flags.FlagValues()
-    _define(values)
+    define(values)
     of_evaluations = tuple(values)
     overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
-    _check_reconstruction(values, of_evaluations)
+    check_reconstruction(values, of_evaluations)
+    print(run(values, overrides))
+
+
+def run(values: absl_flags.FlagValues, overrides: Sequence[str]) -> epath.Path:
+    """Evaluates what the flags say; returns the file that is written."""
     makes_reference = values["make-reference"].value
     if bool(values.checkpoint) == bool(values.images) and not (
         values.checkpoint and makes_reference
@@ -107,28 +112,28 @@ def main(verb: str, arguments: Sequence[str]) -> None:
                              "leave it out")
     config = _config(values, overrides)
     if makes_reference:
-        output, evaluate = epath.Path(makes_reference), _make_reference
+        output, write = epath.Path(makes_reference), _make_reference
     elif values.reconstruction:
         flags.require(values, "images", "autoencoder", "output")
-        output, evaluate = epath.Path(values.output), _evaluate_reconstruction
+        output, write = epath.Path(values.output), _evaluate_reconstruction
     elif values.images:
         flags.require(values, "output")
-        output, evaluate = epath.Path(values.output), _evaluate_images
+        output, write = epath.Path(values.output), _evaluate_images
     else:
-        output, evaluate = _output(values), _evaluate_checkpoint
+        output, write = _output(values), _evaluate_checkpoint
     from dmf.runtime.ownership import owned_output
 
     with owned_output("--output", output):
-        evaluate(config, values, output)
-    print(output)
+        write(config, values, output)
+    return output
 
 
-def _check_reconstruction(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
+def check_reconstruction(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
     """Raises InputError for a flag of another purpose than that of the command.
 
     Args:
       values: the flags.
-      names: of the flags that `_define` defines.
+      names: of the flags that `define` defines.
     """
     if values.reconstruction:
         unfit, remedy = set(names) - set(_OF_RECONSTRUCTION), "it has no effect on --reconstruction"

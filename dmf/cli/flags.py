@@ -18,6 +18,10 @@ from dmf.runtime import progress
 from dmf.runtime.paths import user_path
 from dmf.runtime.progress import Verbosity
 
+PACKAGE = pathlib.Path(__file__).resolve().parent.parent
+# Before the name of a config of the package.
+SHIPPED = "dmf:"
+
 
 def parse(verb: str, arguments: Sequence[str], values: flags.FlagValues, usage: str) -> list[str]:
     """Reads the flags of a verb, and runs its plugins; `--help` prints them and exits.
@@ -108,6 +112,45 @@ def define_plugins(values: flags.FlagValues) -> None:
     """Defines --plugins=FILE,...; these files are run, and may do whatever their user may."""
     flags.DEFINE_list("plugins", [], "Python files to run first, which register components",
                       flag_values=values)
+
+
+def shipped_file(flag: str, file: str) -> str:
+    """The path of a config of the package for dmf:NAME, with what stands behind it; others are
+    returned as they are.
+
+    >>> pathlib.Path(shipped_file("--config", "dmf:sweeps/seeds")).name
+    'seeds.py'
+
+    Raises:
+      InputError: the package has no such config.
+    """
+    if not file.startswith(SHIPPED):
+        return file
+    # Beside the package in a clone; installed, in it.
+    folders = [PACKAGE / "configs", PACKAGE.parent / "configs"]
+    folder = next((folder for folder in folders if (folder / "default.py").is_file()), folders[0])
+    name, colon, argument = file.removeprefix(SHIPPED).partition(":")
+    names = {path.relative_to(folder).with_suffix("").as_posix(): path
+             for path in sorted(folder.rglob("*.py")) if not path.name.startswith("_")}
+    if name not in names:
+        raise InputError(flag, file, f"the package has {', '.join(names)}")
+    return f"{names[name]}{colon}{argument}"
+
+
+def as_arguments(**flags: Any) -> list[str]:
+    """Flags that are given in Python as arguments of a command line; those that are None are left
+    out.
+
+    >>> as_arguments(steps=(1, 2), guide_ema=None, interval=((0, 0.5),), keep_features=True)
+    ['--steps=1,2', '--interval=0:0.5', '--keep-features=True']
+    """
+    def text(value: Any, separator: str = ",") -> str:
+        if isinstance(value, list | tuple):
+            return separator.join(text(part, ":") for part in value)
+        return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+
+    return [f"--{name.replace('_', '-')}={text(value)}"
+            for name, value in flags.items() if value is not None]
 
 
 def run_plugin(file: pathlib.Path) -> None:

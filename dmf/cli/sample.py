@@ -8,14 +8,16 @@ was interrupted. Fields of the checkpoint's config can be overridden, for exampl
 unconditional pass (autoguidance).
 """
 
+import difflib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags as absl_flags
 from etils import epath
 
 from dmf.cli import config_flag, flags
-from dmf.errors import InputError
+from dmf.errors import InputError, RunError
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -27,8 +29,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     absl_flags.DEFINE_list("steps", ["4"], "sampling steps; several numbers for a grid",
                            flag_values=values)
     number("count", 40, "number of samples", flag_values=values, lower_bound=1)
-    absl_flags.DEFINE_list("labels", None, "class labels to cycle through, or random; all by "
-                           "default", flag_values=values)
+    absl_flags.DEFINE_list("labels", None, "class labels to cycle through, as numbers or by name, "
+                           "or random; all by default", flag_values=values)
     number("seed", 0, "random seed of the noise", flag_values=values, lower_bound=0,
            upper_bound=2**31 - 1)
     text("rounding", "nearest", "rounding to 8 bits: nearest, half_up or down", flag_values=values)
@@ -63,6 +65,7 @@ def _check(values: absl_flags.FlagValues) -> None:
 def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     """Loads the checkpoint, generates the images and writes them."""
     from dmf.checkpoints import load
+    from dmf.data.build import data
     from dmf.models.build import network
     from dmf.objectives.build import interpolant
     from dmf.runtime.checksums import fingerprint
@@ -78,7 +81,7 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     chunk = min(config.evaluation.chunk_size, values.count)
     # No more devices than there are chunks: images do not depend on their number.
     mesh = local_mesh(-(-values.count // chunk))
-    labels = _labels(values, network(config.model).num_classes)
+    labels = _labels(values, network(config.model).num_classes, data(config.data))
     guide = flags.load_guide(values, config, mesh, [settings.guidance.scale])
     log(f"loading {values.checkpoint}")
     latents = load.load_latent_space(config)
@@ -124,7 +127,7 @@ def _write_grid(
     pixels.write_png(output, pixels.captioned_grid(groups, captions, columns, zoom=zoom))
 
 
-def _labels(values: absl_flags.FlagValues, num_classes: int) -> np.ndarray:
+def _labels(values: absl_flags.FlagValues, num_classes: int, settings: Any) -> np.ndarray:
     """The class label of each sample."""
     from dmf.sampling.class_labels import class_labels
 
@@ -133,8 +136,38 @@ def _labels(values: absl_flags.FlagValues, num_classes: int) -> np.ndarray:
         return class_labels(indices, num_classes)
     if values.labels == ["random"]:
         return class_labels(indices, num_classes, "random", values.seed)
-    chosen = np.array(flags.whole_numbers("labels", values.labels), np.int32)
+    chosen = np.array(_chosen(values.labels, settings), np.int32)
     if chosen.min() < 0 or chosen.max() > num_classes:
         raise InputError("--labels", ",".join(values.labels), f"labels go from 0 to "
                          f"{num_classes - 1}, and {num_classes} is the null label")
     return chosen[indices % len(chosen)]
+
+
+def _chosen(given: Sequence[str], settings: Any) -> list[int]:
+    """The labels that --labels gives, by number or by the names that the dataset stores.
+
+    Args:
+      given: numbers and names; a number is never a name.
+      settings: settings of `config.data`.
+
+    Raises:
+      InputError: there is no class of a name.
+    """
+    from dmf.data.build import class_names
+
+    if all(label.lstrip("-").isdecimal() for label in given):
+        return [int(label) for label in given]
+    try:
+        names = class_names(settings)
+    except (InputError, RunError) as error:
+        raise InputError("--labels", ",".join(given), "give whole numbers; the dataset, which may "
+                         f"have names of classes, cannot be opened ({error})") from None
+    numbers = {name: number for number, name in reversed(list(enumerate(names)))}
+    for label in given:
+        if label not in numbers and not label.isdecimal():
+            guess = difflib.get_close_matches(label, names, 3) or names[:10]
+            known = f"no class is called {label}; there are {', '.join(guess)}" + ", ..." * (
+                len(guess) < len(names))
+            raise InputError("--labels", ",".join(given),
+                             known if names else "give whole numbers; the dataset has no names")
+    return [int(label) if label.isdecimal() else numbers[label] for label in given]

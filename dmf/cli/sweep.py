@@ -8,7 +8,7 @@ are left alone, others resume. On SIGINT or SIGTERM the runs save, and the comma
 75; with 1 if some runs failed.
 
 --launcher=local trains on this machine, --parallel runs at a time, which share the GPUs or cores.
---launcher=slurm submits an array through submitit (pip install 'dmf-jax[sweep]'), at most
+--launcher=slurm submits an array through submitit (pip install submitit), at most
 --parallel runs at a time if it is given;
 --slurm=timeout_min=600,gpus_per_node=8,slurm_partition=NAME. --launcher=print prints the commands.
 """
@@ -65,7 +65,7 @@ def _sweep(values: absl_flags.FlagValues, common: Sequence[str]) -> None:
     from dmf.experiments import sweeps
 
     sys.path.append(str(pathlib.Path.cwd()))  # A sweep file may import its neighbours from here.
-    variants = sweeps.variants(sweeps.read_sweep(values.sweep))
+    variants = sweeps.variants(sweeps.read_sweep(flags.shipped_file("--sweep", values.sweep)))
     _check_apart(variants, common)
     base = config_flag.load_config(values.config)
     configs = {v.name: config_flag.configured(base, [*common, *v.flags])[0]

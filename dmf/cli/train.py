@@ -7,14 +7,57 @@ saves and exits with 75; the same command resumes it. At the end it prints the c
 and evaluate the run.
 """
 
+import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.cli import config_flag, flags
+
+if TYPE_CHECKING:
+    import dmf.training.train_state
+
+
+def train(
+    config: ConfigDict | str | os.PathLike,
+    workdir: str | os.PathLike,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    coordinator: str = "",
+    processes: int = 0,
+    process: int = -1,
+) -> "dmf.training.train_state.TrainState":
+    """Trains the run of a config in a directory, or resumes it there, as `dmf train` does.
+
+    >>> fields = {"model.depth": 1, "model.width": 16, "model.heads": 1, "run.steps": 2}
+    >>> state = dmf.train("dmf:digits_sit", "runs/tiny", fields)
+    >>> int(state.step)
+    2
+
+    Args:
+      config: a config file or a config, see `dmf.config`.
+      workdir: directory of the run, local or on a file system that epath knows.
+      overrides: values by dotted field, see `dmf.config`.
+      coordinator: host:port of the first of several processes, which TPU pods, SLURM and Open MPI
+        tell by themselves; empty else.
+      processes: number of processes; 0 if they find each other, or if there is one.
+      process: number of this process, from 0.
+
+    Returns:
+      The train state after the last step.
+
+    Raises:
+      InputError: a field that cannot be used, or a workdir that holds another run or in which
+        another command is training.
+      RunError: the loss is not finite, the disk is full, or another process was lost.
+      Stopped: the run received SIGTERM, SIGHUP or Ctrl-C; everything is saved.
+    """
+    return _train(config_flag.resolved(config, config_flag.as_flags(overrides)), workdir,
+                  coordinator, processes, process)
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -31,13 +74,22 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = config_flag.parse_with_config(verb, arguments, values, __doc__)
     own = [values.config.partition(":")[0]] if _registered() - known else []
     flags.require(values, "workdir")
+    _train(config, values.workdir, values.coordinator, values.processes, values.process)
     from dmf.runtime import processes
-    from dmf.training.loop import train
 
-    processes.initialize(values.coordinator, values.processes, values.process)
-    train(config, values.workdir)
     for command in next_commands(config, values.workdir, [*values.plugins, *own]):
         processes.log(f"next: {command}")
+
+
+def _train(
+    config: ConfigDict, workdir: str | os.PathLike, coordinator: str, count: int, process: int
+) -> Any:
+    """Trains the run of a resolved config, connected with the other processes of the run."""
+    from dmf.runtime import processes
+    from dmf.training.loop import train as train_run
+
+    processes.initialize(coordinator, count, process)
+    return train_run(config, workdir)
 
 
 def _registered() -> set[tuple[str, str]]:

@@ -20,6 +20,7 @@ from dmf.data.datasets import (
     open_dataset,
 )
 from dmf.data.latent_origin import check_same_origin
+from dmf.data.tfds_records import open_builder
 from dmf.errors import InputError, check_at_least
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at, build, component_field, components
@@ -144,6 +145,23 @@ def dataset(settings: Data, network: Network, extra: str = "") -> Dataset:
     if len(parts) == 1 and not settings.classes:
         return parts[0][0]
     return ConcatenatedDataset(parts=tuple(parts))
+
+
+def class_names(settings: Data) -> tuple[str, ...]:
+    """The names of the classes of `config.data`, by label; () for data that stores none.
+
+    Args:
+      settings: settings of `config.data`.
+
+    Raises:
+      InputError: the dataset does not exist.
+      RunError: its files are damaged.
+    """
+    if settings.name in components("dataset") or settings.name == CACHE:
+        return ()
+    with at("data"):
+        features = open_builder(settings.name, settings.directory).info.features
+    return tuple(getattr(features["label"], "names", ())) if "label" in features else ()
 
 
 def _open(part: Data | MixturePart, network: Network, extra: str) -> Dataset:

@@ -213,7 +213,7 @@ def _parquet(source: str) -> Any:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise InputError(
-            "source", source, "it needs pyarrow; install dmf-jax[parquet]"
+            "source", source, "it needs pyarrow; pip install pyarrow"
         ) from None
 
 

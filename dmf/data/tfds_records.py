@@ -241,7 +241,7 @@ def open_builder(name: str, directory: str = "") -> tfds.core.DatasetBuilder:
         raise InputError(
             "name", name,
             f"no such dataset in {directory}; prepare it where TensorFlow is installed "
-            f"(pip install 'dmf-jax[tfds]'): tfds.builder({name!r}, data_dir={directory!r}, "
+            f"(pip install tensorflow): tfds.builder({name!r}, data_dir={directory!r}, "
             'file_format="array_record").download_and_prepare()',
         )
     return builder

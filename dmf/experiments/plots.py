@@ -26,8 +26,7 @@ def new_figure(width: float | int, height: float | int) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("matplotlib", remedy="plots need it; pip install "
-                         "'dmf-jax[report]'") from None
+        raise InputError("matplotlib", remedy="plots need it; pip install matplotlib") from None
     return Figure(figsize=(width, height), layout="constrained")
 
 

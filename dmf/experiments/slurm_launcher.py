@@ -169,8 +169,7 @@ def _executor(folder: pathlib.Path, parameters: Mapping[str, Any], cluster: str)
     try:
         import submitit
     except ImportError:
-        raise InputError("--launcher", "slurm", "it needs submitit; pip install "
-                         "'dmf-jax[sweep]'") from None
+        raise InputError("--launcher", "slurm", "it needs submitit; pip install submitit") from None
     try:
         executor = submitit.AutoExecutor(folder, cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**{**DEFAULTS, **parameters})

@@ -137,7 +137,7 @@ def gpu_devices(name: str) -> list[jax.Device]:
         )
     except Exception as error:  # JAX and PJRT raise no types of their own.
         raise InputError("topology", name, "this needs JAX for CUDA, but neither a GPU nor a "
-                         f"driver: pip install 'dmf-jax[cuda]' ({brief(error)})") from None
+                         f"driver: pip install 'jax[cuda13]' ({brief(error)})") from None
     return list(described.devices)
 
 

@@ -77,7 +77,7 @@ def _library(source: str) -> Any:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError:
-        raise InputError(source, remedy="it needs huggingface_hub; install dmf-jax[hub]") from None
+        raise InputError(source, remedy="it needs huggingface_hub (pip install it)") from None
 
 
 def _unreachable(source: str, error: Exception, kind: str) -> InputError:

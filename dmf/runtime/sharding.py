@@ -88,8 +88,7 @@ def make_mesh(
     ordered = sorted(devices, key=lambda d: (_slice_of(d), d.process_index, d.id))
     meshes = [
         mesh_utils.create_device_mesh(
-            tuple(sizes.values()),
-            ordered[start : start + devices_per_slice],
+            tuple(sizes.values()), ordered[start : start + devices_per_slice],
             allow_split_physical_axes=True,
         )
         for start in range(0, len(ordered), devices_per_slice)

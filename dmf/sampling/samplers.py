@@ -21,13 +21,14 @@ from jaxtyping import Array, Float
 from dmf.errors import InputError
 from dmf.objectives.interpolants import LINEAR, Interpolant
 from dmf.objectives.time_samplers import shift_times
-from dmf.registry import define_kind, runtime_field
+from dmf.registry import build, define_kind, runtime_field
 from dmf.runtime.memoize import memoized
 from dmf.types import Condition, FlowMap, Images, PRNGKeys
 
 MOST_STEPS = 10_000
 
 Time = Float[Array, ""]
+Trajectory = Float[Array, "n b h w c"]
 Carry = Any
 
 
@@ -251,10 +252,11 @@ def sample(
     y: Any,
     *,
     steps: int = 1,
-    sampler: Sampler = Euler(),
+    sampler: Sampler | str = Euler(),
     shift: float = 1.0,
     step_noise: Callable[[jax.Array], Images] | None = None,
-) -> Images:
+    trajectory: bool = False,
+) -> Images | Trajectory:
     """Carries noise at t = 1 to data at t = 0.
 
     >>> flow_map = lambda x_t, t, r, y: x_t  # u(x_t, 1, 0) of data that is all 0
@@ -268,22 +270,31 @@ def sample(
     >>> sample(flow_map, noise, labels, steps=2, sampler=Restart(), step_noise=fresh).shape
     (4, 8, 8, 1)
 
+    With a trajectory, x at each time of `Euler().schedule(2, shift=1.0)`:
+
+    >>> sample(flow_map, noise, labels, steps=2, sampler="euler", trajectory=True).shape
+    (3, 4, 8, 8, 1)
+
     Args:
       flow_map: u(x_t, t, r, y), guided or not.
       noise: [b, h, w, c] standard normal.
       y: the condition of the samples: class labels [b], or a `Condition`.
       steps: number of steps; each costs one call of the flow map, or two with Heun.
-      sampler: takes the steps.
+      sampler: takes the steps; or the name of one with its defaults, on the linear path.
       shift: s in t <- s t / (1 + (s - 1) t); 1 leaves the steps equal.
       step_noise: from the index of a step to fresh noise [b, h, w, c]; for stochastic samplers.
+      trajectory: whether all x are returned, from the noise to the data.
 
     Returns:
-      [b, h, w, c] in float32 or better, whatever the network computes in.
+      [b, h, w, c] in float32 or better, whatever the network computes in; with `trajectory`
+      [steps + 1, b, h, w, c].
 
     Raises:
-      InputError: too few steps, another number of conditions than of noise, or a stochastic sampler
-        without `step_noise`.
+      InputError: too few steps, another number of conditions than of noise, a stochastic sampler
+        without `step_noise`, or no such sampler.
     """
+    sampler = sampler if isinstance(sampler, Sampler) else _named(sampler)
+    y = jnp.asarray(y) if isinstance(y, list | range) else y
     if sampler.stochastic and step_noise is None:
         raise InputError("step_noise", None, f"{type(sampler).__name__} needs fresh noise in each "
                          "step; give a function from the index of a step to noise")
@@ -296,13 +307,26 @@ def sample(
     def step(state: tuple[Images, Carry], now: tuple[Time, Time, jax.Array]) -> Any:
         (x, carry), (t, t_next, index) = state, now
         fresh_noise = step_noise(index) if sampler.stochastic else None
-        return sampler.step(flow_map, x, t, t_next, y, fresh_noise, carry), None
+        x, carry = sampler.step(flow_map, x, t, t_next, y, fresh_noise, carry)
+        return (x, carry), x if trajectory else None
 
-    x = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
-    x = sampler.interpolant.noise_scale * x
+    x_1 = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
+    x_1 = sampler.interpolant.noise_scale * x_1
     times = schedule[:-1], schedule[1:], jnp.arange(steps)
-    (x, _), _ = jax.lax.scan(step, (x, sampler.init(x)), times)
-    return x
+    (x_0, _), later = jax.lax.scan(step, (x_1, sampler.init(x_1)), times)
+    return jnp.concatenate([x_1[None], later]) if trajectory else x_0
+
+
+def _named(name: str) -> Sampler:
+    """The sampler of a name, with its defaults.
+
+    Raises:
+      InputError: there is none.
+    """
+    try:
+        return build("sampler", name)
+    except InputError as error:
+        raise InputError("sampler", name, error.remedy) from None
 
 
 @memoized

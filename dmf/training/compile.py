@@ -128,7 +128,7 @@ def _tpu_devices(name: str, slices: int) -> list[jax.Device]:
         if "INVALID_ARGUMENT" in reason:
             remedy = "give one as v5e:4x4, v6e:8x8 or v5p:2x2x2, or GPUs as h100:8"
         else:
-            remedy = "this needs libtpu, pip install 'dmf-jax[tpu]'"
+            remedy = "this needs libtpu, pip install 'jax[tpu]'"
         raise InputError("topology", name, f"{remedy} ({reason})") from None
 
 

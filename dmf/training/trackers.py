@@ -1,6 +1,6 @@
 """The writers of experiment trackers: Weights & Biases, and Trackio.
 
-Both are optional packages (`pip install 'dmf-jax[wandb]'` or `'dmf-jax[trackio]'`). The
+Both are optional packages (`pip install wandb` or `trackio`). The
 workdir keeps the id of the run at each tracker in `trackers.json`, so that a resumed run continues
 it.
 """

@@ -111,8 +111,8 @@ def check_writers(names: Sequence[str], project: str = "") -> None:
         if names.count(name) > 1:
             raise InputError("writers", name, "it is given twice; give each writer once")
         if package and importlib.util.find_spec(package) is None:
-            raise InputError("writers", name, f"the package {package} is not installed; install "
-                             f"dmf-jax[{name}], or pip install {package}")
+            raise InputError("writers", name, f"the package {package} is not installed; pip "
+                             f"install {package}")
     if project and not any(getattr(writer, "uses_project", True) for writer in found):
         raise InputError("project", project, "no writer in run.writers uses it; add wandb or "
                          "trackio there, or leave it empty")

@@ -188,5 +188,5 @@ def test_what_submitit_refuses_is_one_line(tmp_path):
 
 def test_without_submitit_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(InputError, match=r"pip install 'dmf-jax\[sweep\]'"):
+    with pytest.raises(InputError, match=r"pip install submitit"):
         slurm_launcher.submit([], tmp_path, {})

@@ -75,7 +75,7 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch):
         gpu_topologies.gpu_devices("h100:8")
     assert str(error.value) == (
         "topology=h100:8: this needs JAX for CUDA, but neither a GPU nor a driver: pip install "
-        "'dmf-jax[cuda]' (topology not implemented for cuda)"
+        "'jax[cuda13]' (topology not implemented for cuda)"
     )
 
 

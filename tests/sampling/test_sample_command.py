@@ -7,9 +7,13 @@ import overflowing_sampler
 import PIL.Image
 import pytest
 import small_network
+import tensorflow_datasets as tfds
 import tiny
 from test_image_writers import NAMES, read, stored
 
+from dmf.cli.sample import _chosen
+from dmf.data.build import Data
+from dmf.errors import InputError
 from dmf.sampling.class_labels import class_labels
 
 pytestmark = pytest.mark.usefixtures("small_network_registered")
@@ -99,6 +103,23 @@ def test_a_guide_guides_and_the_network_itself_changes_nothing(tmp_path):
     assert np.abs(images["raw"] - images["plain"]).max() > 1
 
 
+def test_labels_are_given_by_number_or_by_name(tmp_path):
+    label = tfds.features.ClassLabel(names=["cat", "dog", "1"])
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name="pets", version=tfds.core.Version("1.0.0"), data_dir=str(tmp_path), module_name="")
+    info = tfds.core.DatasetInfo(
+        builder=identity, features=tfds.features.FeaturesDict({"label": label}))
+    info.set_splits(tfds.core.splits.SplitDict([]))
+    info.write_to_directory(tmp_path)
+    pets = Data(name="pets", directory=str(tmp_path))
+    assert _chosen(["dog", "cat", "1"], pets) == [1, 0, 1]  # A number is never a name.
+    with pytest.raises(InputError, match=r"^--labels=dog,cow: no class is called cow; there are "):
+        _chosen(["dog", "cow"], pets)
+    with pytest.raises(InputError, match=r"^--labels=cat: give whole numbers; the dataset, which "):
+        _chosen(["cat"], Data(name="pets"))
+    assert _chosen(["2", "0"], Data(name="pets")) == [2, 0]
+
+
 @pytest.mark.parametrize(
     ("flag", "name", "words"),
     [
@@ -109,7 +130,8 @@ def test_a_guide_guides_and_the_network_itself_changes_nothing(tmp_path):
         ("--guide-ema=main", "x.npz", "--guide-ema=main: it is of --guide=DIR; give that too"),
         ("--guide=nowhere", "x.npz", "guide=nowhere: the guidance scale is 1, which is no "
          "guidance; give another one, --config.sampling.guidance.scale=2"),
-        ("--labels=0,random", "x.npz", "--labels=0,random: give whole numbers"),
+        ("--labels=0,random", "x.npz", "--labels=0,random: no class is called random; there are 0, "
+         "1, 2, 3, 4, 5, 6, 7, 8, 9"),
     ],
 )
 def test_invalid_flags_are_refused(tmp_path, capsys, flag, name, words):

@@ -313,3 +313,21 @@ def test_invalid_values_are_named():
     ):
         with pytest.raises(InputError, match=message):
             make()
+
+
+def test_a_trajectory_holds_x_at_each_time_of_the_schedule():
+    noise, y = start()
+    halving = functools.partial(sample, lambda x, t, r, y: x, noise, y, steps=2, shift=3.0)
+    trajectory = halving(trajectory=True)
+    # The times are 1, 3/4 and 0, and each step multiplies x by 1 + t_next - t.
+    expected = jnp.stack([noise, 0.75 * noise, 0.1875 * noise])
+    np.testing.assert_allclose(trajectory, expected, rtol=1e-6)
+    np.testing.assert_array_equal(trajectory[-1], halving())
+
+
+def test_a_sampler_may_be_named():
+    noise, y = start()
+    curved = functools.partial(sample, lambda x, t, r, y: x**2, noise, y, steps=2)
+    np.testing.assert_array_equal(curved(sampler="heun"), curved(sampler=Heun()))
+    with pytest.raises(InputError, match=r"^sampler=heunn: choose one of adams_bashforth, ctm, "):
+        curved(sampler="heunn")

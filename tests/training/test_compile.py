@@ -323,7 +323,7 @@ def test_without_libtpu_it_says_what_to_install(monkeypatch):
         raise RuntimeError("Unable to load libtpu\nand much more")
 
     monkeypatch.setattr(compile.topologies, "get_topology_desc", absent)
-    with pytest.raises(InputError, match=r"pip install 'dmf-jax\[tpu\]' \(Unable to load libtpu\)"):
+    with pytest.raises(InputError, match=r"pip install 'jax\[tpu\]' \(Unable to load libtpu\)"):
         compile.topology_devices("v5e:4x4")
 
 
