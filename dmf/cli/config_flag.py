@@ -205,8 +205,8 @@ def _take_scaling(config: ConfigDict, given: Collection[str]) -> None:
         return
     if scaling := dataset_statistics(config.data.directory):
         config.latents.update({field: getattr(scaling, field) for field in fields})
-        print(f"from {STATISTICS_FILE} in data.directory={config.data.directory}: latents.mean and "
-              f"latents.std of {len(scaling.mean)} channels", file=sys.stderr)
+        progress.log(f"from {STATISTICS_FILE} in data.directory={config.data.directory}: "
+                     f"latents.mean and latents.std of {len(scaling.mean)} channels")
 
 
 def _name_datasets(config: ConfigDict, given: Collection[str]) -> None:

@@ -90,7 +90,7 @@ def linear_transformer(module, variables, *inputs, method="__call__"):
     tokens + t - 3 r, of v its half."""
     if method == "encode":
         return 2 * inputs[0]
-    first, t, r, _ = inputs
+    first, t, r, *_ = inputs
     tokens = first if method in ("decode", "decode_heads") else 2 * first
     u = tokens + column(t - 3 * r)
     return {"decode_heads": (u, u / 2), "with_features": (u, u[:, 0])}.get(method, u)

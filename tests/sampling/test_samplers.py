@@ -11,6 +11,7 @@ from gaussian_data import Gaussian
 
 from dmf.errors import InputError
 from dmf.objectives import COSINE, LINEAR, ScaledLinear
+from dmf.objectives.time_samplers import shift_times
 from dmf.sampling import (
     AdamsBashforth,
     ConsistencyTrajectory,

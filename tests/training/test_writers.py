@@ -104,7 +104,7 @@ def test_a_writer_of_ones_own_is_told_of_a_run_and_of_its_resume(tmp_path, monke
 @pytest.mark.parametrize(("names", "project", "message"), [
     (("jsonl", "tensorbord"), "", "writers=tensorbord: choose one of absent, jsonl, "),
     (("jsonl", "jsonl"), "", "writers=jsonl: it is given twice; give each writer once"),
-    (("absent",), "", "writers=absent: the package no_such_package is not installed; install "),
+    (("absent",), "", "writers=absent: the package no_such_package is not installed; pip install "),
     (("jsonl", "tensorboard"), "mine", "project=mine: no writer in run.writers uses it"),
 ])  # fmt: skip
 def test_writers_that_cannot_be_used_are_refused(names, project, message):

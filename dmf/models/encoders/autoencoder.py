@@ -7,7 +7,8 @@ has the methods of those that are two Flax networks.
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ class EncoderDecoder:
         check_latents(self, latents)
         self._check_side("latents", latents.shape, 1)
 
-    def _check_side(self, name: str, shape: tuple[int, ...], factor: int) -> None:
+    def _check_side(self, name: str, shape: Sequence[Any], factor: int) -> None:
         """Raises InputError where arrays [b, h, w, c] have another size than the networks take."""
         if self.side and shape[1:3] != (self.side * factor,) * 2:
             raise InputError(f"{name} have shape {shape}",
