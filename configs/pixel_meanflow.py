@@ -10,6 +10,9 @@ uniform for H alone, as far as is known here. Each row's guidance is that of its
 gave it is known for H alone (`sampling.ema`). bfloat16 is our choice; the flips, and that B and L
 have no warm-up, are assumptions.
 
+H/16 fits 256 TPU v5e and 64 TPU v6e with a batch of 1,024, and eight H100 with
+`--config.gradient_accumulation=2` (docs/scaling.md).
+
 The published runs add a perceptual loss (LPIPS and ConvNeXt-V2), which is not here: expect other
 scores. Published code gives FID 3.11, 2.50 and 2.11 at 256, and 3.64, 2.73 and 2.37 at 512.
 """

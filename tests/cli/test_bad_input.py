@@ -199,6 +199,7 @@ def test_what_parts_of_a_step_refuse_of_each_other_is_told_before_anything_is_wr
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_heard_of_threads_after_a_run_failed():
     """Neither what a thread raises, nor of the work that it left undone, also at the very end."""
     code = (

@@ -156,6 +156,7 @@ def test_directories_may_be_relative(tmp_path, monkeypatch):
     assert tiny.dmf("sample", "--checkpoint=runs/export", "--output=grid.png") == 0
 
 
+@pytest.mark.slow
 def test_evaluate_writes_its_numbers_and_settings(tmp_path, capsys):
     output = tmp_path / "deep/numbers.json"
     arguments = [made(small_network.run()), "--steps=1,3", "--count=80", f"--output={output}"]

@@ -130,10 +130,15 @@ def check_trains_as_one(
     return run
 
 
+def test_two_processes_train_as_one_and_one_resumes(tmp_path):
+    check_trains_as_one(tmp_path, "two layers", 2, {"data": 4})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "mesh"), [
     ("two layers", {"data": 4}),
     # Parameters and heads are split across the border of the processes.
-    pytest.param("DiT", {"data": 1, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow),
+    ("DiT", {"data": 1, "fsdp": 2, "tensor": 2}),
 ])  # fmt: skip
 def test_two_processes_train_and_evaluate_as_one_and_one_resumes(tmp_path, network, mesh):
     """An evaluation has three parts of 24 images, so that each process has some; then training
@@ -278,6 +283,7 @@ time.sleep(300)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_one_that_fails_alone_ends_the_others(failing):
     """Whatever they are waiting for, and whichever it is."""

@@ -91,6 +91,7 @@ def test_a_grid_of_images_that_are_not_finite_is_refused(tmp_path, capsys):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_guide_guides_and_the_network_itself_changes_nothing(tmp_path):
     images, run = {}, small_network.run()
     guided = ("--config.sampling.guidance.scale=3", f"--guide={run}")

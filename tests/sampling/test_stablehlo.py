@@ -168,6 +168,7 @@ def test_latents_without_an_autoencoder_are_no_images(tmp_path, capsys):
                     f"--config.latents.autoencoder={tiny.SCRATCH}/latent/vae") == 0
 
 
+@pytest.mark.slow
 def test_another_network_is_refused_as_an_autoencoder(tmp_path, capsys):
     latent_checkpoint()
     source = tiny.SCRATCH / "latent/map.safetensors"

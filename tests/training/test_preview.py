@@ -70,6 +70,7 @@ def recipe():
     return training(config())
 
 
+@pytest.mark.slow
 def test_grids_are_decoded_by_it(monkeypatch):
     """Where the run has an autoencoder, where its dataset states one, and where nothing does."""
     x = jnp.ones((1, 1, 1, 1))

@@ -99,7 +99,6 @@ def expected(form):
 @pytest.mark.parametrize(
     ("flash", "form", "remat"),
     [
-        ("stand-in", meanflow, "full"),
         ("splash", one_linearisation, "dots"),
         *(pytest.param(*case, marks=pytest.mark.slow)
           for case in itertools.product(("stand-in", "splash"), FORMS, REMAT_POLICIES)),
