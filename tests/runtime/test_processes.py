@@ -284,7 +284,7 @@ time.sleep(300)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("failing", [0, 1])
 def test_one_that_fails_alone_ends_the_others(failing):
     """Whatever they are waiting for, and whichever it is."""
     processes = waiting([failing, failing], FAILING)
