@@ -83,15 +83,18 @@ LADDER = (
 )
 # Measured before 256 chips along "data" split the state into 16 parts, as this mesh does.
 MESHES = {"v5e:16x16": {"mesh.slices": 16}}
+PUBLISHED = ("improved_meanflow:xl2", "pixel_meanflow:h16")
 FURTHER_CASES = (
     # 256 chips along one axis.
     *(Case("v5e:16x16", "dmf_xl2_256", batch, LADDER[0]) for batch in (256, 1024)),
     # Two slices that are connected through their hosts.
     Case("2 x v5e:4x4", "dmf_xl2_256", 512, LADDER[1]),
     # Improved MeanFlow and pixel MeanFlow as published.
-    *(Case(topology, "improved_meanflow:xl2", 1024, LADDER[1])
+    *(Case(topology, config, 1024, LADDER[1]) for config in PUBLISHED
       for topology in ("v5e:16x16", "v6e:8x8")),
-    Case("v5e:16x16", "pixel_meanflow:h16", 1024, LADDER[1]),
+    # Latents with many channels and a wide head, and latents of images of 512 x 512 in 256 tokens.
+    Case("v5e:4x4", "rae_256:dmf", 256, LADDER[1]),
+    Case("v5e:4x4", "dc_ae_512:dmf", 256, LADDER[0]),
 )  # fmt: skip
 GPUS = {"h100:8": "NVIDIA H100 80GB HBM3", "h100:4x8": "NVIDIA H100 80GB HBM3",
         "a100:8": "NVIDIA A100-SXM4-80GB", "a100-40gb:8": "NVIDIA A100-SXM4-40GB",
@@ -108,9 +111,9 @@ FURTHER_GPU_CASES = (
       for config in ("sit_xl2", "sit_xl2_repa_256", "meanflow", "dmf_distilled")),
     Case("a100-40gb:8", "sit_xl2_repa_512", 256, LADDER[1]),
     *(Case("h100:8", config, 256, LADDER[0]) for config in ("meanflow", "sit_xl2_repa_256")),
-    # Improved MeanFlow and pixel MeanFlow as published.
-    *(Case("h100:8", config, 1024, LADDER[1])
-      for config in ("improved_meanflow:xl2", "pixel_meanflow:h16")),
+    # Improved MeanFlow and pixel MeanFlow as published, and the latter with two microbatches.
+    *(Case("h100:8", config, 1024, LADDER[1]) for config in PUBLISHED),
+    Case("h100:8", "pixel_meanflow:h16", 1024, LADDER[2]),
 )  # fmt: skip
 # All programs of XL/2 with remat "none" in the tables take more than this for each sample of 256
 # tokens. A case for which it is more than a chip has is not compiled.
