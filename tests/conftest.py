@@ -10,8 +10,9 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
+from typing import Any
 
 # Tests compile much and compute little. The last of two equal flags counts, so that flags that
 # are already set win. One that halves the time of compilation is known to old versions alone.
@@ -44,6 +45,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 LONGEST = ("tests/runtime/test_processes", "tests/experiments/test_sweep", "tests/training/")
 
 import jax
+import numpy as np
 import pytest
 import type_checks
 
@@ -80,6 +82,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+_FIRST_STATES: dict[int, Mapping[str, Any]] = {}
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_begin_anew(request: pytest.FixtureRequest) -> None:
+    """The generators of a test file give every test the numbers that they give the first one, so
+    that none depends on which tests ran before it in this process."""
+    for value in vars(request.module).values() if request.module else ():
+        generator = getattr(value, "__self__", value)
+        if isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            bits.state = _FIRST_STATES.setdefault(id(bits), bits.state)
 
 
 @pytest.fixture
