@@ -51,11 +51,12 @@ def test_the_threads_end_with_the_pool():
 
 
 FORKED = """
-import os, signal, sys
+import os, signal, sys, warnings
 from dmf.runtime.thread_pool import ThreadPool
 
 pool = ThreadPool(2, "read")
 assert pool.map(abs, (-1, -2, -3)) == [1, 2, 3]
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads.
 child = os.fork()
 if child == 0:
     signal.alarm(30)  # It would wait for ever for threads that it does not have.
