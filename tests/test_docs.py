@@ -1,5 +1,6 @@
 """The docs: links lead to files that are there, and to lines that hold what they name."""
 
+import itertools
 import re
 
 import pytest
@@ -52,3 +53,21 @@ def test_the_tests_of_promises_are_there():
     for file, test in cited:
         text = (tiny.ROOT / "tests" / file).read_text()
         assert f"def {test}(" in text or not test, f"{file} has no {test}"
+
+
+def test_promises_say_when_they_are_checked():
+    """A promise is always checked if a test of it is not slow."""
+    found = 0
+    for row in (tiny.ROOT / "docs" / "reliability.md").read_text().splitlines():
+        tests = re.findall(r"([\w/]+\.py)::(\w+)", row)
+        if tests and row.split("|")[3].strip().startswith("always"):
+            found += 1
+            assert any(not is_slow(*test) for test in tests), row
+    assert found > 20
+
+
+def is_slow(file: str, test: str) -> bool:
+    lines = (tiny.ROOT / "tests" / file).read_text().splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith(f"def {test}("))
+    above = itertools.takewhile(bool, reversed(lines[:place]))
+    return "@pytest.mark.slow" in above
