@@ -288,12 +288,11 @@ def forward_passes(objective, model) -> float:
     ("objective", "conditioning", "least", "most"),
     [
         (FlowMatching(), "flow", 2.9, 3.1),
-        pytest.param(MeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "meanflow", 5.9, 6.2,
-                     marks=pytest.mark.slow),
+        (MeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "meanflow", 5.9, 6.2),
         (ImprovedMeanFlow(compute_sharing=EACH_LOSS), "in_context", 6.5, 6.6),
         (DecoupledMeanFlow(guidance=SELF, compute_sharing=EACH_LOSS), "decoupled", 9.2, 9.7),
-        pytest.param(DecoupledMeanFlow(guidance=SELF, compute_sharing=PLAIN), "decoupled", 10.9,
-                     11.4, marks=pytest.mark.slow),
+        # Eleven as written; XLA finds that the prediction of flow matching is computed twice.
+        (DecoupledMeanFlow(guidance=SELF, compute_sharing=PLAIN), "decoupled", 9.9, 10.4),
     ],
     ids=["flow_matching", "mean_flow", "improved_mean_flow", "shared", "plain"],
 )
