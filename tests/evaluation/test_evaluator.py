@@ -199,7 +199,6 @@ def test_adm_takes_precision_and_recall_from_the_images_in_its_file(tmp_path, re
     assert from_features["results"] == from_images["results"]
 
 
-@pytest.mark.slow
 def test_written_samples_measure_as_samples(tmp_path, real):
     """With the rounding and the labels of the protocol."""
     samples = tmp_path / "samples.npz"
