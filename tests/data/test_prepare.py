@@ -21,15 +21,13 @@ from safetensors.numpy import save_file
 
 from dmf.checkpoints import load
 from dmf.checkpoints.convert import namings
-from dmf.data import prepare
 from dmf.data.datasets import open_dataset
-from dmf.data.image_files import UnreadableImage, open_images
+from dmf.data.image_files import open_images
 from dmf.data.image_sets import open_image_set
 from dmf.data.image_transforms import center_crop
 from dmf.data.latent_origin import latent_origin, origin_of
 from dmf.data.pixels import png
-from dmf.data.shard_writer import PrepareSettings
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError
 from dmf.models.encoders.autoencoder_kl import AutoencoderKL
 from dmf.training.loop import train
 
@@ -362,48 +360,3 @@ def test_a_tfds_dataset_as_a_source(tmp_path):
     assert all(crops[row["image"].tobytes()] % 2 == row["label"] for row in rows)
     (skipped,) = json.loads((tmp_path / "out/preparation.json").read_text())["skipped"]
     assert skipped["image"].startswith("pictures/test/")
-
-
-class Lost:
-    """Images whose disk went away."""
-
-    names, labels, class_names, source, left_out = ("a", "b"), None, (), "lost", {}
-
-    def __len__(self) -> int:
-        return 2
-
-    def file_size(self, index: int) -> int:
-        return 0
-
-    def open(self, index: int):
-        raise FileNotFoundError("no such file")
-
-
-def test_a_lost_disk_is_no_unreadable_image(tmp_path):
-    with pytest.raises(RunError, match="a is not there any more"):
-        prepare.prepare(Lost(), tmp_path / "out", PrepareSettings(resolution=8))
-    assert not list((tmp_path / "out").glob("latents-*"))
-
-
-class Broken(Lost):
-    """Images of which none can be read."""
-
-    def open(self, index: int):
-        raise UnreadableImage(self.names[index], "it is broken")
-
-
-def test_nothing_but_unreadable_images(tmp_path):
-    with pytest.raises(RunError, match="none of the 2 images could be read"):
-        prepare.prepare(Broken(), tmp_path / "out", PrepareSettings(resolution=8))
-    assert not (tmp_path / "out/dataset_info.json").exists()
-
-
-def test_a_full_disk_says_so(tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepare, "write_json", full)
-    with pytest.raises(RunError, match="no space left to write"):
-        prepare.prepare(
-            open_images(str(images())), tmp_path / "out", PrepareSettings(resolution=8)
-        )

@@ -14,7 +14,7 @@ from array_record.python import array_record_module
 
 from dmf.data import prepare as prepare_module
 from dmf.data import shard_writer
-from dmf.data.image_files import open_images
+from dmf.data.image_files import UnreadableImage, open_images
 from dmf.data.prepare import prepare
 from dmf.data.shard_writer import PrepareSettings
 from dmf.errors import InputError, RunError
@@ -215,3 +215,46 @@ def test_images_without_labels_are_said_to_be(tmp_path, capsys):
     prepare(open_images(str(tmp_path / "images")), tmp_path / "out", SETTINGS)
     assert "1 images prepared in" in (said := capsys.readouterr().err)
     assert "out: no labels, 0.0 MiB" in said
+
+
+class Lost:
+    """Images whose disk went away."""
+
+    names, labels, class_names, source, left_out = ("a", "b"), None, (), "lost", {}
+
+    def __len__(self) -> int:
+        return 2
+
+    def file_size(self, index: int) -> int:
+        return 0
+
+    def open(self, index: int):
+        raise FileNotFoundError("no such file")
+
+
+def test_a_lost_disk_is_no_unreadable_image(tmp_path):
+    with pytest.raises(RunError, match="a is not there any more"):
+        prepare(Lost(), tmp_path / "out", PrepareSettings(resolution=8))
+    assert not list((tmp_path / "out").glob("latents-*"))
+
+
+class Broken(Lost):
+    """Images of which none can be read."""
+
+    def open(self, index: int):
+        raise UnreadableImage(self.names[index], "it is broken")
+
+
+def test_nothing_but_unreadable_images(tmp_path):
+    with pytest.raises(RunError, match="none of the 2 images could be read"):
+        prepare(Broken(), tmp_path / "out", PrepareSettings(resolution=8))
+    assert not (tmp_path / "out/dataset_info.json").exists()
+
+
+def test_a_full_disk_says_so(tmp_path, monkeypatch, images):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prepare_module, "write_json", full)
+    with pytest.raises(RunError, match="no space left to write"):
+        prepare(images, tmp_path / "out", PrepareSettings(resolution=8))

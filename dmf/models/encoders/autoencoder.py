@@ -106,7 +106,7 @@ class EncoderDecoder:
     def networks(self) -> tuple[nn.Module, nn.Module]:
         """The encoder, from images to latents or `Moments`, and the decoder, from latents to
         images."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs its networks")
 
     def init(self, key: PRNGKey) -> Params:
         """Random parameters, float32: {"encoder": ..., "decoder": ...}."""
