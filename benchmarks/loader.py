@@ -84,7 +84,7 @@ def write_dataset(folder: Path, rows: int) -> None:
 
     autoencoder = AutoencoderKL(widths=(4,), groups=4)  # latents as large as the images
     settings = RandomMoments(resolution=32, autoencoder=autoencoder, batch_size=64)
-    prepare(GreyImages(rows), folder, settings)
+    prepare(GreyImages(rows), folder, settings, autoencoder_params={})
 
 
 def data_loader(folder: Path):

@@ -137,7 +137,7 @@ def report(folder: pathlib.Path) -> None:
     (run / "config.json").write_bytes((folder / "config.json").read_bytes())
     found = [runs.read_run(epath.Path(run), "run"), runs.read_run(epath.Path(run), "other")]
     tables.runs_table(found).to_csv().encode()
-    html_report.page(found).encode()
+    html_report.page(found, epath.Path(folder)).encode()
 
 
 VERBS: dict[str, Callable[[pathlib.Path], None]] = {

@@ -189,7 +189,6 @@ STUDIES = {
 
 def _with_steps(config: ConfigDict, steps: int) -> ConfigDict:
     config.run.update(steps=steps, checkpoint_every=steps, sample_every=0, keep_last=1)
-    config.optimizer.decay_steps = steps
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, steps // 2)
     return config
 

@@ -172,7 +172,7 @@ def test_a_link_in_an_export_to_a_file_is_not_followed(stranger, precious):
 @pytest.mark.slow
 def test_every_mutation_of_a_config_is_one_line(tmp_path):
     """In a process of its own, where no types are checked but those that dmf checks."""
-    code = f"import hostile_configs; hostile_configs.try_mutations({str(tmp_path)!r}, 400)"
+    code = f"import hostile_configs; hostile_configs.try_mutations({str(tmp_path)!r}, 200)"
     environment = tiny.environment()
     environment["PYTHONPATH"] += os.pathsep + str(tiny.ROOT / "tests")
     ended = subprocess.run(

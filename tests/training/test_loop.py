@@ -32,7 +32,7 @@ from dmf.objectives import (
 from dmf.objectives.objective import terms_of
 from dmf.runtime import device_specs
 from dmf.runtime.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
-from dmf.training import build, compile, loop, metrics_writer
+from dmf.training import build, compile, loop, metrics_writer, step_log
 from dmf.training.train_step import compiled_train_step, create_train_state
 
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
@@ -163,7 +163,7 @@ def test_the_mfu_and_waits_are_reported(tmp_path, monkeypatch, capsys):
     """The MFU where the peak is known, and waits for data where they are long."""
     specs = device_specs.DeviceSpec(1e9, 1e9, 1e9)
     monkeypatch.setitem(device_specs.DEVICE_SPECS, jax.devices()[0].device_kind, specs)
-    monkeypatch.setattr(loop, "LOGGED_WAIT", -1.0)
+    monkeypatch.setattr(step_log, "LOGGED_WAIT", -1.0)
     loop.train(tiny.config({"run.steps": 2}), tmp_path)
     (row,) = metrics(tmp_path)
     network = build.training(tiny.config()).recipe.network
