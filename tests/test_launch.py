@@ -41,7 +41,7 @@ for flag; do case $flag in --workdir=*) folder=${flag#*=} ;; esac; done
 mkdir -p "$folder" && echo '{"step": 10}' > "$folder/metrics.jsonl"
 exit 75
 """
-STUBS = ("dmf", "srun", "scontrol", "gcloud", "kubectl", "nvidia-smi")
+STUBS = ("dmf", "srun", "scontrol", "gcloud", "kubectl", "docker", "nvidia-smi")
 
 
 def environment(folder: pathlib.Path, **variables: str) -> dict[str, str]:
@@ -230,6 +230,20 @@ def test_gke_fills_in_the_job(tmp_path):
     (container,) = pod["containers"]
     assert container["command"] + container["args"] == ["dmf", "train", *TRAIN]
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["securityContext"]["runAsUser"] == 0
+
+
+def test_gke_pushes_the_image_that_it_built(tmp_path):
+    build, push = dry(tmp_path, "gke.sh", "image", IMAGE=GKE["IMAGE"])
+    file, context = f"{LAUNCH}/Dockerfile", f"{LAUNCH}/.."
+    assert build == (f"docker build --platform=linux/amd64 --file={file} --tag={GKE['IMAGE']} "
+                     f"{context}")  # fmt: skip
+    assert push == f"docker push {GKE['IMAGE']}"
+    (tmp_path / "docker").write_text('#!/bin/sh\necho "$1" >> "$TOLD/verbs"\nexit 1\n')
+    command = ["bash", LAUNCH / "gke.sh", "image"]
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "TOLD": str(tmp_path), "IMAGE": "i"}
+    assert subprocess.run(command, env=env, check=False).returncode == 1
+    assert told(tmp_path, "verbs") == ["build"]
 
 
 def test_gke_logs_and_deletes(tmp_path):
