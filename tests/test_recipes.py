@@ -18,7 +18,7 @@ from dmf.checkpoints import load
 from dmf.evaluation.protocols import PROTOCOLS
 from dmf.models import RAE, AutoencoderDC
 from dmf.models.abstract_params import abstract_params
-from dmf.models.build import network
+from dmf.models.build import network, sizes_of_dataset
 from dmf.objectives import FlowMatching
 from dmf.objectives.build import interpolant, objective
 from dmf.runtime.sharding import make_mesh
@@ -38,8 +38,11 @@ BUILT = [key for key, (_, _, row) in ROWS.items() if not row.lacks]
 
 @functools.cache
 def _made(key: str) -> ConfigDict:
+    """The config of a row; one that takes its sizes from a dataset gets those of small images."""
     module, name, _ = ROWS[key]
-    return module.get_config(*[name] * bool(name))
+    config, sizes = module.get_config(*[name] * bool(name)), {"num_classes": 10, "channels": 3}
+    config.model.update({size: sizes.get(size, 32) for size in sizes_of_dataset(config.model)})
+    return config
 
 
 def config_of(key: str) -> ConfigDict:

@@ -251,8 +251,8 @@ _CLI = (
     Mutant(
         "sample_labels", "dmf sample repeats the first of the labels that were asked for",
         "dmf/cli/sample.py",
-        "return chosen[indices % len(chosen)]",
-        "return chosen[0 * indices]",
+        "labels = chosen[indices % len(chosen)]",
+        "labels = chosen[0 * indices]",
         ("tests/cli/test_command_line.py",),
     ),
 )  # fmt: skip

@@ -49,6 +49,7 @@ def load_params(
     *,
     mesh: Mesh,
     allow_missing: tuple[str, ...] = (),
+    left_out: tuple[str, ...] = (),
 ) -> Params:
     """The parameters of a run or an export for a given network, sharded over a mesh.
 
@@ -59,14 +60,17 @@ def load_params(
       ema: name of the EMA parameters, or std=WIDTH; empty for the raw parameters.
       mesh: the mesh to shard the parameters over.
       allow_missing: parameters that the checkpoint may lack; they are left out of the result.
+      left_out: names at the top of parameters that are left out of the result in any case.
 
     Raises:
       InputError: there is no checkpoint, no such EMA parameters, or another architecture.
       RunError: the checkpoint is damaged.
     """
-    abstract = abstract_params(network)
+    needed = abstract_params(network)
+    abstract = {name: part for name, part in needed.items() if name not in left_out}
     target = with_shardings(abstract, parameter_shardings(mesh, abstract))
-    allowed = {"allow_missing": allow_missing, "allow_unexpected": _DROPPED_AFTER_TRAINING}
+    allowed = {"allow_missing": allow_missing,
+               "allow_unexpected": (*_DROPPED_AFTER_TRAINING, *left_out)}
     std = power_ema.requested_std(ema)
     if std is not None:
         return power_ema.synthesise(directory, target, std, **allowed)

@@ -331,10 +331,10 @@ def _check_architecture(
     for name in sorted(expected.keys() | stored.keys()):
         problem = ""
         if name not in stored:
-            if not _is_within(name, allow_missing):
+            if not is_within(name, allow_missing):
                 problem = f"it lacks {name}"
         elif name not in expected:
-            if not _is_within(name, allow_unexpected):
+            if not is_within(name, allow_unexpected):
                 problem = f"it has {name}, which config.model does not"
         elif stored[name].shape != expected[name].shape:
             problem = (f"{name} has shape {tuple(stored[name].shape)} in the checkpoint and "
@@ -343,7 +343,7 @@ def _check_architecture(
             raise InputError("checkpoint", directory, f"it has another architecture, {problem}")
 
 
-def _is_within(name: str, folders: tuple[str, ...]) -> bool:
+def is_within(name: str, folders: tuple[str, ...]) -> bool:
     """Whether a path is one of `folders`, or lies below one of them."""
     return any(f"{name}/".startswith(f"{folder}/") for folder in folders)
 

@@ -6,8 +6,9 @@ the time of a step. The devices are those of this machine, or others that need n
 slices as v5e:4x4, v6e:8x8 or v5p:2x2x2 (this needs libtpu: pip install 'jax[tpu]'), or NVIDIA
 GPUs as h100:8, or h100:4x8 for 4 nodes of 8, of a100, a100-40gb, h100 and h200 (this needs JAX for
 CUDA, but neither GPU nor driver: pip install 'jax[cuda13]'). A program may take 75% of the memory
-of a GPU, or what XLA_CLIENT_MEM_FRACTION says. Neither data nor checkpoints are read. Exits with 1
-if the step does not fit.
+of a GPU, or what XLA_CLIENT_MEM_FRACTION says. Neither data nor parameters are read; of an initial
+checkpoint only its config, and of a dataset its metadata where sizes are -1. Exits with 1 if the
+step does not fit.
 """
 
 import math

@@ -165,7 +165,8 @@ def configured(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict
     initial checkpoint, see `dmf.training.initial_checkpoint`.
 
     Fields of the command line are never replaced; fields that the file changes are not either,
-    unless the command line names another checkpoint than the file.
+    unless the command line names another checkpoint than the file. Sizes of the network that are -1
+    are those of the checkpoint, or else of the dataset.
 
     Returns:
       The config; and what it took, as "model.width=384".
@@ -186,7 +187,25 @@ def configured(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict
     on_command_line = {overridden_field(override) for override in overrides}
     _name_datasets(config, on_command_line)
     _take_scaling(config, on_command_line)
+    _take_sizes(config)
     return config, taken
+
+
+def _take_sizes(config: ConfigDict) -> None:
+    """Replaces each size of the network that is -1 by that of the dataset, in a config whose
+    initial checkpoint has given its own.
+
+    Raises:
+      InputError: the dataset does not exist, or no network takes its samples.
+    """
+    from dmf.data.build import data, dataset_sizes
+    from dmf.models.build import sizes_of_dataset
+
+    if names := sizes_of_dataset(config.model):
+        sizes = dataset_sizes(data(config.data))._asdict()
+        config.model.update({name: sizes[name] for name in names})
+        found = ", ".join(f"model.{name}={sizes[name]}" for name in names)
+        progress.log(f"from data.directory={config.data.directory}: {found}")
 
 
 def _take_scaling(config: ConfigDict, given: Collection[str]) -> None:
@@ -210,7 +229,8 @@ def _take_scaling(config: ConfigDict, given: Collection[str]) -> None:
 
 
 def _name_datasets(config: ConfigDict, given: Collection[str]) -> None:
-    """Gives a dataset whose directory the command line names the name that is stored there.
+    """Gives a dataset without a name, or whose directory the command line names, the name that is
+    stored there.
 
     Raises:
       InputError: the command line gives another name.
@@ -220,7 +240,8 @@ def _name_datasets(config: ConfigDict, given: Collection[str]) -> None:
     parts = {"data": config.data}
     parts |= {f"data.mixture.{name}": part for name, part in config.data.mixture.items()}
     for place, part in parts.items():
-        name = stored_name(part.directory) if f"{place}.directory" in given else ""
+        is_new = f"{place}.directory" in given or not part.name
+        name = stored_name(part.directory) if part.directory and is_new else ""
         if not name or re.split("[/:]", part.name)[0] == name:
             continue
         if f"{place}.name" not in given:

@@ -51,7 +51,8 @@ def _define(values: absl_flags.FlagValues) -> None:
     text("features", "", "DINOv2 whose patch features are stored (REPA)", flag_values=values)
     number("features-side", 0, "patches along a side; 0 for one per 2 x 2 latents (16 x 16 pixels)",
            flag_values=values)
-    text("name", "latents", "dataset name", flag_values=values)
+    text("name", None, "dataset name; latents by default, images without an autoencoder",
+         flag_values=values)
     text("dtype", "float32", "dtype of the encoding, float32 or bfloat16", flag_values=values)
     text("unreadable", "skip", "what to do with unreadable images: skip or fail",
          flag_values=values)
@@ -87,7 +88,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
         shard_size=values["shard-size"].value,
         batch_size=values["batch-size"].value,
         skip_unreadable=values.unreadable == "skip",
-        name=values.name,
+        name=_default_name(values) if values.name is None else values.name,
     )
     images = open_raw_images(
         values.source,
@@ -111,22 +112,28 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     print(values.output)
 
 
+def _default_name(values: absl_flags.FlagValues) -> str:
+    return "latents" if values.autoencoder else "images"
+
+
 def _next_command(values: absl_flags.FlagValues, settings: Any, num_classes: int) -> str:
     """The command that trains on the dataset that `PrepareSettings` describe."""
     from dmf.models.encoders.latent_scaling import LatentScaling
 
+    if settings.autoencoder is None:  # The config takes all sizes from the dataset.
+        return shlex.join(["dmf", "train", "--config=dmf:images_sit",
+                           f"--workdir={values.output.rstrip('/')}_sit",
+                           f"--config.data.directory={values.output}"])
     *_, side, channels = settings.stored_shape
     fields = {
-        "data.name": values.name, "data.directory": values.output,
+        "data.name": settings.name, "data.directory": values.output,
         "model.num_classes": num_classes, "model.input_size": side,
-        "model.channels": channels if settings.autoencoder is None else channels // 2,
+        "model.channels": channels // 2, "latents.autoencoder": values.autoencoder,
     }  # fmt: skip
-    if settings.autoencoder is not None:
-        fields["latents.autoencoder"] = values.autoencoder
-        scaling = dataclasses.asdict(settings.autoencoder.default_scaling)
-        unscaled = dataclasses.asdict(LatentScaling())
-        fields |= {f"latents.{name}": value for name, value in scaling.items()
-                   if value != unscaled[name]}
+    scaling = dataclasses.asdict(settings.autoencoder.default_scaling)
+    unscaled = dataclasses.asdict(LatentScaling())
+    fields |= {f"latents.{name}": value for name, value in scaling.items()
+               if value != unscaled[name]}
     flags_of_config = [f"--config.{name}={value}" for name, value in fields.items()]
     return shlex.join(["dmf", "train", "--config=CONFIG.py", "--workdir=WORKDIR", *flags_of_config])
 

@@ -81,7 +81,7 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     chunk = min(config.evaluation.chunk_size, values.count)
     # No more devices than there are chunks: images do not depend on their number.
     mesh = local_mesh(-(-values.count // chunk))
-    labels = _labels(values, network(config.model).num_classes, data(config.data))
+    labels, captions = _labels(values, network(config.model).num_classes, data(config.data))
     guide = flags.load_guide(values, config, mesh, [settings.guidance.scale])
     log(f"loading {values.checkpoint}")
     latents = load.load_latent_space(config)
@@ -95,7 +95,7 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     output = epath.Path(values.output)
     if output.suffix == ".png":
         with owned_output("--output", output):
-            _write_grid(output, generates, labels, chunk * mesh.size, generator.num_classes)
+            _write_grid(output, generates, labels, chunk * mesh.size, captions)
     else:
         identity = [fingerprint(params), steps, options, labels.tolist(), generator.identity]
         image_writers.write_images(
@@ -106,11 +106,10 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
 
 def _write_grid(
     output: epath.Path, generates: Mapping[int, Callable], labels: np.ndarray, size: int,
-    num_classes: int
+    captions: Sequence[str],
 ) -> None:  # fmt: skip
     """Writes the images of each number of steps below each other."""
     from dmf.data import pixels
-    from dmf.sampling.class_labels import label_captions
     from dmf.sampling.generator import chunks, finite_images, steps_caption
 
     count = len(labels)
@@ -121,30 +120,34 @@ def _write_grid(
         ])
         for steps, generate in generates.items()
     }  # fmt: skip
-    columns = min(len(set(labels.tolist())), 10) if num_classes else 10
+    columns = min(len(set(captions)), 10) if any(captions) else 10
     zoom = pixels.zoom_factor(next(iter(groups.values())).shape[1])
-    captions = label_captions(labels, num_classes)
     pixels.write_png(output, pixels.captioned_grid(groups, captions, columns, zoom=zoom))
 
 
-def _labels(values: absl_flags.FlagValues, num_classes: int, settings: Any) -> np.ndarray:
-    """The class label of each sample."""
-    from dmf.sampling.class_labels import class_labels
+def _labels(
+    values: absl_flags.FlagValues, num_classes: int, settings: Any
+) -> tuple[np.ndarray, list[str]]:
+    """The class label of each sample, and its caption."""
+    from dmf.data.build import check_class_names
+    from dmf.sampling.class_labels import class_labels, label_captions
 
+    check_class_names(settings, num_classes)
     indices = np.arange(values.count)
-    if not values.labels:
-        return class_labels(indices, num_classes)
-    if values.labels == ["random"]:
-        return class_labels(indices, num_classes, "random", values.seed)
-    chosen = np.array(_chosen(values.labels, settings), np.int32)
-    if chosen.min() < 0 or chosen.max() > num_classes:
-        raise InputError("--labels", ",".join(values.labels), f"labels go from 0 to "
-                         f"{num_classes - 1}, and {num_classes} is the null label")
-    return chosen[indices % len(chosen)]
+    if values.labels in (None, [], ["random"]):
+        sampling = "random" if values.labels else "balanced"
+        labels = class_labels(indices, num_classes, sampling, values.seed)
+    else:
+        chosen = np.array(_chosen(values.labels, settings), np.int32)
+        if chosen.min() < 0 or chosen.max() > num_classes:
+            raise InputError("--labels", ",".join(values.labels), f"labels go from 0 to "
+                             f"{num_classes - 1}, and {num_classes} is the null label")
+        labels = chosen[indices % len(chosen)]
+    return labels, label_captions(labels, num_classes, settings.class_names)
 
 
 def _chosen(given: Sequence[str], settings: Any) -> list[int]:
-    """The labels that --labels gives, by number or by the names that the dataset stores.
+    """The labels that --labels gives, by number or by the names that the run or its dataset stores.
 
     Args:
       given: numbers and names; a number is never a name.

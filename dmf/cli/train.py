@@ -4,10 +4,12 @@ Trains the run of a config in a directory, or resumes it there. To train on seve
 same command on each: on TPU pods and under SLURM or Open MPI the processes find each other,
 elsewhere --coordinator, --processes and --process tell them. On SIGTERM, SIGHUP or Ctrl-C the run
 saves and exits with 75; the same command resumes it. At the end it prints the commands that sample
-and evaluate the run.
+and evaluate the run, and that turn a flow model into a flow map.
 """
 
+import contextlib
 import os
+import pathlib
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.cli import config_flag, flags
+from dmf.errors import InputError, RunError
 
 if TYPE_CHECKING:
     import dmf.training.train_state
@@ -77,7 +80,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     _train(config, values.workdir, values.coordinator, values.processes, values.process)
     from dmf.runtime import processes
 
-    for command in next_commands(config, values.workdir, [*values.plugins, *own]):
+    commands = next_commands(config, values.workdir, [*values.plugins, *own], values.config)
+    for command in commands:
         processes.log(f"next: {command}")
 
 
@@ -97,13 +101,17 @@ def _registered() -> set[tuple[str, str]]:
     return {(kind, name) for kind in registry.kinds() for name in registry.components(kind)}
 
 
-def next_commands(config: ConfigDict, workdir: str, plugins: Sequence[str]) -> Iterator[str]:
-    """The commands that sample and evaluate a run, as they can be pasted into a shell.
+def next_commands(
+    config: ConfigDict, workdir: str, plugins: Sequence[str], file: str = ""
+) -> Iterator[str]:
+    """The commands that sample a run, turn it into a flow map, and evaluate it, as they can be
+    pasted into a shell.
 
     Args:
       config: the config of the run.
       workdir: its workdir.
       plugins: the files that register its components.
+      file: its config file, as --config gives it.
     """
     from dmf.data.pixels import IMAGE_CHANNELS
 
@@ -115,4 +123,36 @@ def next_commands(config: ConfigDict, workdir: str, plugins: Sequence[str]) -> I
     if is_image:
         output = f"--output={workdir.rstrip('/')}/samples.png"
         yield shlex.join(["dmf", "sample", *common, *ema, f"--steps={steps}", output])
-    yield shlex.join(["dmf", "evaluate", *common])
+    if flow_map_file := _flow_map_file(file):
+        directory = f"{workdir.rstrip('/').removesuffix('_sit')}_dmf"
+        yield shlex.join(["dmf", "train", f"--config={flow_map_file}", f"--workdir={directory}",
+                          f"--config.init.checkpoint={workdir}", *common[1:]])
+    if not _has_few_images(config):
+        yield shlex.join(["dmf", "evaluate", *common])
+    elif config.model.get("num_classes"):
+        yield shlex.join(["dmf", "evaluate", *common, "--metrics=label_agreement"])
+
+
+def _flow_map_file(file: str) -> str:
+    """The config file that turns the flow models of another one into flow maps: NAME_dmf beside
+    NAME_sit; "" if there is none."""
+    stem = file.removesuffix(".py")
+    other = f"{stem.removesuffix('_sit')}_dmf{file[len(stem):]}"
+    with contextlib.suppress(InputError):
+        if stem.endswith("_sit") and pathlib.Path(flags.shipped_file("--config", other)).exists():
+            return other
+    return ""
+
+
+def _has_few_images(config: ConfigDict) -> bool:
+    """Whether a run is evaluated by the distance of pixels, for which its dataset has too few
+    images."""
+    from dmf.data.build import data, dataset_sizes
+
+    settings = config.evaluation
+    if settings.protocol != "pixels" or settings.metrics or settings.reference:
+        return False
+    with contextlib.suppress(InputError, RunError):  # The dataset may be gone by now.
+        sizes = dataset_sizes(data(config.data))
+        return sizes.samples <= sizes.input_size**2 * sizes.channels
+    return False

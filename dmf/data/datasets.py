@@ -229,7 +229,7 @@ def open_dataset(
     split: str = "train",
     directory: str = "",
     num_classes: int | None = None,
-    extra: str = "",
+    extra: str = "", in_memory: bool = True,
 ) -> Dataset:
     """Opens a split of a prepared dataset.
 
@@ -249,6 +249,7 @@ def open_dataset(
         default the largest label + 1.
       extra: "images" or "features" if `read` returns them too; otherwise empty. The "images" of a
         dataset of images are its samples.
+      in_memory: whether all samples of a small dataset are read at once, and stay in memory.
 
     Raises:
       InputError: the dataset, its split or its features do not exist, or its records cannot be read
@@ -261,7 +262,7 @@ def open_dataset(
         return opener(directory, num_classes=num_classes)
     builder = open_builder(name, directory)
     chosen = _choose_features(builder.info.features, name, extra)
-    return _in_memory_if_small(_open_tfds(builder, name, split, chosen))
+    return _in_memory_if_small(_open_tfds(builder, name, split, chosen), in_memory)
 
 
 def stored_name(directory: str) -> str:
@@ -355,9 +356,9 @@ def _open_tfds(
     )
 
 
-def _in_memory_if_small(dataset: TfdsDataset) -> Dataset:
-    """The dataset itself, or all its samples in memory if they are few."""
-    if dataset.size > IN_MEMORY_BYTES:
+def _in_memory_if_small(dataset: TfdsDataset, in_memory: bool) -> Dataset:
+    """The dataset itself, or all its samples in memory if they are few and are to be read."""
+    if dataset.size > IN_MEMORY_BYTES or not in_memory:
         return dataset
     return InMemoryDataset(
         name=dataset.name, num_classes=dataset.num_classes, rows=dataset.read(range(len(dataset)))

@@ -127,12 +127,12 @@ def _texts(
 
 
 def zoom_factor(side: int) -> int:
-    """The factor that enlarges images of a side to about 48 pixels, at least 1.
+    """The factor that enlarges images of a side to 48 pixels or more, at least 1.
 
     >>> zoom_factor(8), zoom_factor(256)
     (6, 1)
     """
-    return max(1, 48 // side)
+    return -(-48 // side)
 
 
 def png(image: UInt8[np.ndarray, "h w c"]) -> bytes:

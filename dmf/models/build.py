@@ -3,9 +3,14 @@
 import dataclasses
 from typing import Any
 
+from dmf.errors import InputError
 from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at, build
 from dmf.types import Network
+
+# The value of a size of `config.model` that is that of the dataset, and the sizes that may be so.
+OF_DATASET = -1
+SIZES_OF_DATASET = ("input_size", "channels", "num_classes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,16 @@ class Latents:
         LatentScaling(scale=self.scale, shift=self.shift, mean=self.mean, std=self.std)
 
 
+def sizes_of_dataset(section: Any) -> tuple[str, ...]:
+    """The sizes of `config.model` that are still to be taken from the dataset.
+
+    >>> sizes_of_dataset({"input_size": -1, "channels": 3, "num_classes": -1})
+    ('input_size', 'num_classes')
+    """
+    get = getattr(section, "get", {}.get)  # A section may be a name alone.
+    return tuple(name for name in SIZES_OF_DATASET if get(name) == OF_DATASET)
+
+
 def network(section: Any) -> Network:
     """The network of `config.model`.
 
@@ -48,6 +63,9 @@ def network(section: Any) -> Network:
     Raises:
       InputError: a field that cannot be used; the message names it.
     """
+    for name in sizes_of_dataset(section):
+        raise InputError(f"model.{name}", OF_DATASET, "the size of the dataset is looked up by the "
+                         "commands and by dmf.config; give a number here")
     with at("model"):
         return build("model", section)
 

@@ -106,16 +106,17 @@ class DiT(SimpleNetwork):
     (3, 4, 4, 4)
 
     Attributes:
-      input_size: height and width of the input, a multiple of `patch_size`.
-      channels: channels of the input and of the output, >= 1.
+      input_size: height and width of the input, a multiple of `patch_size`; -1 in a config for
+        those of the dataset.
+      channels: channels of the input and output, >= 1; -1 in a config for those of the dataset.
       patch_size: height and width of a patch, which becomes one token; >= 1.
       depth: number of transformer blocks, >= 1; published: S and B 12, M 16, L 24, XL 28.
       width: width of the tokens, a multiple of 4 and of `heads`; published: S 384, B 768, M and L
         1024, XL 1152.
       heads: number of attention heads, which divides `width`; published: S 6, B 12, M, L and XL 16.
       mlp_ratio: hidden width of the MLPs over `width`, > 0.
-      num_classes: number of class labels, 0 for an unconditional network. The label embedding has
-        one more row, for the null label.
+      num_classes: number of class labels, 0 for an unconditional network; -1 in a config for that
+        of the dataset. The label embedding has one more row, for the null label.
       conditioning: how blocks are conditioned on the times: "flow" (SiT: on t), "meanflow" (on
         `embedded_times`) or "decoupled" (Decoupled MeanFlow: the first blocks on t, the last on r).
       split_depth: number of blocks conditioned on t, 0 to `depth`; the other blocks are conditioned
@@ -169,6 +170,7 @@ class DiT(SimpleNetwork):
         "input_size", "channels", "patch_size", "depth", "width", "heads", "mlp_ratio",
         "num_classes", "wide_head", "prediction", "min_time",
     )  # fmt: skip
+    label_parameters: ClassVar[tuple[str, ...]] = ("label_embedding",)
 
     input_size: int
     channels: int

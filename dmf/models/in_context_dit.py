@@ -100,8 +100,9 @@ class InContextDiT(SimpleNetwork):
     ((3, 4, 4, 4), (3, 4, 4, 4))
 
     Attributes:
-      input_size: height and width of the input, a multiple of `patch_size`.
-      channels: channels of the input and of the output, >= 1.
+      input_size: height and width of the input, a multiple of `patch_size`; -1 in a config for
+        those of the dataset.
+      channels: channels of the input and output, >= 1; -1 in a config for those of the dataset.
       patch_size: height and width of a patch, which becomes one token; >= 1; published: 2 for
         latents, 16 and 32 for pixels.
       patch_bottleneck: channels that patches are reduced to before they are embedded; 0 for none;
@@ -113,8 +114,8 @@ class InContextDiT(SimpleNetwork):
         1280. The hidden width of the MLPs is 8/3 of it, rounded down; above 1024, that rounded up
         to a multiple of 8.
       heads: number of attention heads; published: B and M 12, L, XL and H 16.
-      num_classes: number of class labels, 0 for an unconditional network. The label embedding has
-        one more row, for the null label.
+      num_classes: number of class labels, 0 for an unconditional network; -1 in a config for that
+        of the dataset. The label embedding has one more row, for the null label.
       positions: "rotary" (rotary positions along the whole sequence) or "rotary_2d" (rotary
         positions of the row and the column of each patch, and a learned position table).
       prediction: what the heads predict: "velocity"; or "data" or "noise", of which the network
@@ -141,6 +142,7 @@ class InContextDiT(SimpleNetwork):
         "input_size", "channels", "patch_size", "patch_bottleneck", "depth", "head_depth", "width",
         "heads", "num_classes", "positions", "prediction", "min_time",
     )  # fmt: skip
+    label_parameters: ClassVar[tuple[str, ...]] = ("label_embedding",)
     guidance_input: ClassVar[bool] = True
 
     input_size: int

@@ -1,7 +1,7 @@
 """The base class of networks that define `init` and `apply` alone."""
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,8 @@ class SimpleNetwork:
 
     # Parameters that a run may have and its initial checkpoint may lack.
     added_by_training = ("log_variance", "projector")
+    # Parameters at the top whose shapes depend on the number of classes.
+    label_parameters: ClassVar[tuple[str, ...]] = ()
     guidance_input = False
     velocity_head = False
     prediction = "velocity"

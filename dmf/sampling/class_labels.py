@@ -1,5 +1,7 @@
 """The class labels that images are generated for. A label depends on seed and index alone."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,14 +35,29 @@ def class_labels(
     return np.asarray(_draw(jnp.int32(seed), jnp.asarray(indices, jnp.int32), num_classes))
 
 
-def label_captions(labels: Int[np.ndarray, "n"], num_classes: int) -> list[str]:
+def label_captions(
+    labels: Int[np.ndarray, "n"], num_classes: int, names: Sequence[str] = ()
+) -> list[str]:
     """How a grid of images calls their class labels; empty strings for a network without labels.
 
     >>> label_captions(np.array([0, 2, 3]), num_classes=3)
     ['0', '2', 'null']
+    >>> label_captions(np.array([0, 2, 3]), num_classes=3, names=("cat", "cow", "dog"))
+    ['cat', 'dog', 'null']
+
+    Args:
+      labels: [n] labels in [0, num_classes], the last of which is the null label.
+      num_classes: number of classes; 0 for a network without labels.
+      names: name of each class; empty to call them by their numbers.
     """
-    return [("null" if label == num_classes else str(label)) if num_classes else ""
-            for label in labels.tolist()]
+    def caption(label: int) -> str:
+        if not num_classes:
+            return ""
+        if label == num_classes:
+            return "null"
+        return names[label] if names else str(label)
+
+    return [caption(label) for label in labels.tolist()]
 
 
 @jax.jit(static_argnums=2)

@@ -6,7 +6,7 @@
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -326,7 +326,8 @@ def finite_images(
 
 
 def class_grid(
-    generates: Mapping[str, Generate], num_classes: int, *, rows: int = 2, multiple_of: int = 1
+    generates: Mapping[str, Generate], num_classes: int, *, names: Sequence[str] = (),
+    rows: int = 2, multiple_of: int = 1,
 ) -> UInt8[np.ndarray, "H W c"]:
     """A grid of images with one class in each column, the same noise for every function.
 
@@ -334,6 +335,7 @@ def class_grid(
       generates: functions (indices, labels) -> `GeneratedImages` by their caption, see
         `steps_caption`, whose images stand below each other.
       num_classes: number of classes of the network; the grid shows 10 at most.
+      names: name of each class; empty to call them by their numbers.
       rows: number of rows for each function.
       multiple_of: the number of images in a call is a multiple of it, for example the number of
         devices.
@@ -350,7 +352,7 @@ def class_grid(
         for caption, generate in generates.items()
     }
     side = next(iter(groups.values())).shape[1]
-    captions = label_captions(labels[:count], num_classes)
+    captions = label_captions(labels[:count], num_classes, names)
     return pixels.captioned_grid(groups, captions, columns, zoom=pixels.zoom_factor(side))
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmf.checkpoints.guide import data_differences
-from dmf.checkpoints.load import load_encoder, load_network, load_params, read_config
+from dmf.checkpoints.load import load_encoder, load_network
 from dmf.data.batch_transform import BatchTransform
 from dmf.data.build import Data, data, data_loader, dataset
 from dmf.data.data_loader import DataLoader
@@ -22,7 +22,6 @@ from dmf.models.encoders.patch_features import (
     check_feature_width,
     check_stored_features,
 )
-from dmf.models.simple_network import SimpleNetwork
 from dmf.objectives.build import interpolant, objective
 from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import check_prediction
@@ -31,10 +30,9 @@ from dmf.runtime.sharding import batch_shards, make_mesh
 from dmf.sampling.build import Sampling, sampling
 from dmf.training.ema import Ema
 from dmf.training.freezing import FreezeMask, freeze_mask
-from dmf.training.initial_checkpoint import check_same
 from dmf.training.optimizer import Optimizer
 from dmf.training.parameter_groups import check_matches
-from dmf.training.settings import Alignment, InitialCheckpoint, MeshShape, Run, TeacherCheckpoint
+from dmf.training.settings import Alignment, MeshShape, Run, TeacherCheckpoint
 from dmf.types import Network, Params
 
 # When gradients are summed over the mesh axes "slices" and "data".
@@ -377,23 +375,3 @@ def _check_groups(built: Recipe) -> None:
         params = abstract_params(built.network)
         with at("optimizer"):
             check_matches(built.optimizer.groups, params, built.freeze_mask.mask)
-
-
-def pretrained(config: ConfigDict, student: Network, mesh: Mesh) -> Params:
-    """The parameters of `config.init.checkpoint`; {} without a checkpoint.
-
-    What a flow model lacks (a log-variance head, a second time embedding, the scales of qk-norm) is
-    initialised later, and what only its training used is dropped.
-    """
-    with at("init"):
-        chosen = build(InitialCheckpoint, config.init)
-    if not chosen.checkpoint:
-        return {}
-    with at("init"):
-        read_config(chosen.checkpoint)
-    check_same(config)
-    with at("init"):
-        return load_params(
-            student, chosen.checkpoint, chosen.ema, mesh=mesh,
-            allow_missing=getattr(student, "added_by_training", SimpleNetwork.added_by_training),
-        )  # fmt: skip

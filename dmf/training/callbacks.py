@@ -104,6 +104,7 @@ class SampleGridCallback(Callback):
         if training.run.sample_every and not shown:
             processes.log("latents.autoencoder is empty: no grids of samples are written")
         self._mesh, self._generator = local_mesh(), None
+        self._class_names = config.data.get("class_names", ())
         if self._every:
             training.sampling.check_steps("sampling.steps", training.sampling.steps)
             space = load_preview_space(config, training.run.preview_autoencoder)
@@ -120,7 +121,8 @@ class SampleGridCallback(Callback):
         self._folder.mkdir(parents=True, exist_ok=True)
         generates = {steps_caption(n): self._generator(params, steps=n) for n in settings.steps}
         try:
-            grid = class_grid(generates, network.num_classes, multiple_of=self._mesh.size)
+            grid = class_grid(generates, network.num_classes, names=self._class_names,
+                              multiple_of=self._mesh.size)
         except RunError as error:  # The loss is finite, so that training may go on.
             processes.log(f"step {step}: no grid of samples is written: {error}")
         else:

@@ -42,12 +42,12 @@ from dmf.training.writers import WriterRun, Writers, open_writers
 from dmf.types import Batch, Metrics, Params
 
 # Fields that may change when a run resumes: its length, with the ends of the schedules of its
-# learning rate and of its objective, its outputs, and how it is computed.
+# learning rate and of its objective, its outputs, how it is computed, and the names of its classes.
 CHANGEABLE = (
     "run", "mesh", "profile_steps", "sampling", "evaluation", "gradient_accumulation",
     "sum_gradients", "optimizer.decay_steps", "objective.last_step",
     "objective.compute_sharing", "objective.time_bins", "model.scan", "model.remat",
-    "model.attention",
+    "model.attention", "data.class_names",
 )  # fmt: skip
 
 
@@ -84,7 +84,8 @@ def train(config: ConfigDict, workdir: epath.PathLike) -> TrainState:
 def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
     with waiting("loading the dataset and the networks", processes.log):
         prepared = prepare(config, workdir)
-    training, step, evaluate = prepared.training, prepared.step, prepared.evaluate
+    config, training = prepared.config, prepared.training
+    step, evaluate = prepared.step, prepared.evaluate
     init_key, draw_key = prepared.keys
     position = position_function(training.data_loader, training.frozen_params)
     processes.check_same({"data and frozen networks": position(0)})

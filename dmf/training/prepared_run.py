@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from dmf.checkpoints.latent_statistics import STATISTICS_FILE, dataset_statistics
 from dmf.checkpoints.load import load_latent_space
 from dmf.checkpoints.params import latest_step
-from dmf.data.build import data
+from dmf.data.build import class_names, data, names_to_store
 from dmf.data.latent_origin import stated_origins
 from dmf.errors import InputError
 from dmf.models.build import latents
@@ -18,7 +18,7 @@ from dmf.models.encoders.latent_scaling import LatentScaling
 from dmf.registry import at
 from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding
-from dmf.training import build
+from dmf.training import build, initial_checkpoint
 from dmf.training.abstract_inputs import abstract_inputs
 from dmf.training.callbacks import EvaluationCallback, Profiler, SampleGridCallback
 from dmf.training.ema import power_emas
@@ -33,6 +33,7 @@ class PreparedRun(NamedTuple):
     """All that a run needs, built and checked.
 
     Attributes:
+      config: the config of the run, with the names of its classes.
       training: recipe, data loader and settings of the run.
       step: the training step, traced already.
       keys: random keys of the initial parameters and of the draws.
@@ -42,6 +43,7 @@ class PreparedRun(NamedTuple):
       profiler: traces some steps.
     """
 
+    config: ConfigDict
     training: build.Training
     step: Any
     keys: jax.Array
@@ -63,11 +65,13 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
       InputError: a field that cannot be used; the message names it.
     """
     training = build.training(config)
+    config = _with_class_names(config)
     with at("run"):
         check_writers(training.run.writers, training.run.project)
     _report_scaling(config)
     _check_autoencoder(config)
     prepared = PreparedRun(
+        config=config,
         training=training,
         step=compiled_train_step(training.recipe),
         keys=jax.random.split(jax.random.key(config.seed)),
@@ -85,6 +89,15 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
     _check_disk(workdir, prepared.abstract, training)
     jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
     return prepared
+
+
+def _with_class_names(config: ConfigDict) -> ConfigDict:
+    """The config with the names of its classes, which the samples of the run are called by where
+    the dataset is not at hand."""
+    named, settings = config.copy_and_resolve_references(), data(config.data)
+    if config.model.get("num_classes") and not settings.class_names:
+        named.data.class_names = names_to_store(class_names(settings))
+    return named
 
 
 def _report_scaling(config: ConfigDict) -> None:
@@ -143,6 +156,7 @@ def _pretrained(
     """The parameters that a new run starts from; {} for a run that resumes."""
     if resumed_step:
         return {}
-    params = build.pretrained(config, training.recipe.network, training.recipe.mesh)
-    training.recipe.freeze_mask.check_pretrained(params)
+    recipe = training.recipe
+    params = initial_checkpoint.pretrained(config, recipe.network, recipe.mesh)
+    recipe.freeze_mask.check_pretrained(params)
     return params

@@ -12,6 +12,7 @@ import tiny
 from test_image_writers import NAMES, read, stored
 
 from dmf.cli.sample import _chosen
+from dmf.data import pixels
 from dmf.data.build import Data
 from dmf.errors import InputError
 from dmf.sampling.class_labels import class_labels
@@ -119,6 +120,22 @@ def test_labels_are_given_by_number_or_by_name(tmp_path):
     with pytest.raises(InputError, match=r"^--labels=cat: give whole numbers; the dataset, which "):
         _chosen(["cat"], Data(name="pets"))
     assert _chosen(["2", "0"], Data(name="pets")) == [2, 0]
+    named = Data(name="pets", class_names=("Great Dane", "cat"))  # As a run stores them.
+    assert _chosen(["cat", "Great Dane"], named) == [1, 0]
+    with pytest.raises(InputError, match="no class is called great dane; there are Great Dane, "):
+        _chosen(["great dane"], named)
+
+
+def test_samples_have_the_names_of_their_classes(tmp_path, monkeypatch):
+    captions, write = [], pixels.captioned_grid
+    monkeypatch.setattr(pixels, "captioned_grid",
+                        lambda groups, texts, *a, **k: captions.extend(texts) or write(
+                            groups, texts, *a, **k))  # fmt: skip
+    names = "--config.data.class_names=ant,Great Dane,c,d,e,f,g,h,i,j"
+    flags = ["--labels=Great Dane,ant", "--steps=1", "--count=4"]
+    assert sample(tmp_path / "x.png", names, *flags) == 0
+    assert captions == ["Great Dane", "ant"] * 2
+    assert sample(tmp_path / "y.png", names.removesuffix(",j"), *flags) == 2
 
 
 @pytest.mark.parametrize(

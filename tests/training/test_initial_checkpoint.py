@@ -17,7 +17,7 @@ from dmf.cli.config_flag import configured
 from dmf.default_config import get_config
 from dmf.errors import InputError
 from dmf.runtime.sharding import make_mesh
-from dmf.training import build
+from dmf.training import build, initial_checkpoint
 from dmf.training.initial_checkpoint import check_same
 
 # A config file made for another flow model.
@@ -55,7 +55,7 @@ def test_what_the_command_line_gives_is_kept_and_refused_where_it_contradicts():
     assert config.model.width == 64
     assert "model.depth=2" in taken
     with pytest.raises(InputError, match=r"^model.width=64: init.checkpoint=.* has 32; give the"):
-        build.pretrained(config, build.network(config.model), build.mesh(config.mesh))
+        initial_checkpoint.pretrained(config, build.network(config.model), build.mesh(config.mesh))
 
 
 @pytest.mark.parametrize("field", OTHER)
@@ -90,6 +90,34 @@ def test_an_export_gives_no_paths(own_run):
     config, _ = configured(tiny.flow_map(), [f"--config.init.checkpoint={own_run}"])
     assert (config.data.name, config.data.directory) == ("digits", "")
     assert config.latents.autoencoder == ""
+
+
+def test_other_classes_have_a_new_label_embedding_and_a_line_says_so(capfd):
+    init = {"init.checkpoint": str(tiny.flow_run())}
+    config = tiny.flow_map(init | {"model.num_classes": 4})
+    kept = pretrained_names(tiny.flow_map(init))
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith(f"{tiny.flow_run()} has no log_variance: initialised anew")
+    assert kept - pretrained_names(config) == {"label_embedding"}
+    labels, _ = capfd.readouterr().err.splitlines()
+    assert labels.endswith("has 10 classes, and this run 4: label_embedding is initialised anew")
+
+
+def test_as_many_classes_of_other_names_keep_the_embedding_and_a_line_says_so(own_run, capfd):
+    fields = json.loads((own_run / "config.json").read_text())
+    fields["data"]["class_names"] = list("abcdefghij")
+    (own_run / "config.json").write_text(json.dumps(fields))
+    for names, lines in ((tuple("abcdefghij"), 0), (tuple("abcdefghix"), 1), ((), 0)):
+        config = tiny.config({"init.checkpoint": str(own_run), "data.class_names": names,
+                              "latents.autoencoder": "/data/vae"})  # fmt: skip
+        assert "label_embedding" in pretrained_names(config)
+        assert capfd.readouterr().err.count("as many classes of other names") == lines
+
+
+def pretrained_names(config: ConfigDict) -> set[str]:
+    """The parameters at the top that a run takes from its initial checkpoint."""
+    made = build.network(config.model)
+    return set(initial_checkpoint.pretrained(config, made, build.mesh(config.mesh)))
 
 
 def test_a_flow_map_has_the_wide_head_of_its_flow_model():

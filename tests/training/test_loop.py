@@ -32,7 +32,14 @@ from dmf.objectives import (
 from dmf.objectives.objective import terms_of
 from dmf.runtime import device_specs
 from dmf.runtime.sharding import SMALLEST_SPLIT, batch_sharding, make_mesh
-from dmf.training import build, compile, loop, metrics_writer, step_log
+from dmf.training import (
+    build,
+    compile,
+    initial_checkpoint,
+    loop,
+    metrics_writer,
+    step_log,
+)
 from dmf.training.train_step import compiled_train_step, create_train_state
 
 MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "2x2x2": (2, 2, 2)}
@@ -258,7 +265,7 @@ def test_the_first_minutes_are_told_and_the_speed_is_without_them(tmp_path, monk
 def start_of(config) -> dict:
     """The parameters that a run of `config` starts from."""
     recipe = build.training(config).recipe
-    pretrained = build.pretrained(config, recipe.network, recipe.mesh)
+    pretrained = initial_checkpoint.pretrained(config, recipe.network, recipe.mesh)
     return create_train_state(recipe, jax.random.key(0), pretrained).params
 
 
