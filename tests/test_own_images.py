@@ -1,70 +1,60 @@
-"""README, "Your own images": from a folder of images to a grid of samples, as its commands go."""
+"""README, "Your own images": its commands lead from a folder of images to samples."""
 
 import json
 import re
 import shlex
 
-import numpy as np
-import PIL.Image
 import pytest
 import tiny
 
-# Small enough for a test; the commands are otherwise those that are printed.
-SMALL = ("--config.model.depth=5", "--config.model.width=16", "--config.model.heads=2",
-         "--config.data.batch_size=8", "--config.run.steps=2",
-         "--config.sampling.steps=1")  # fmt: skip
+from benchmarks import own_images
+from benchmarks.own_images import IMAGES, OTHERS
+
+# Small enough for a test; the commands are otherwise those of README.
+SMALL = ("--config.data.batch_size=8", "--config.run.steps=2", "--config.sampling.steps=1")
+NARROW = ("--config.model.depth=5", "--config.model.width=16", "--config.model.heads=2")
 
 
-def draw(folder, names, suffix) -> None:
-    """Writes images of several sizes in class folders."""
-    rng = np.random.default_rng(0)
-    for i, name in enumerate(names * 4):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (20 + 5 * i, 40, 3), np.uint8)
-        PIL.Image.fromarray(pixels).save(folder / name / f"Photo {i}{suffix}")
+def test_ten_commands_lead_to_a_picture():
+    commands = own_images.commands()
+    assert len(commands) <= 10
+    assert commands[0].startswith("git clone ")
+    assert commands[-1].startswith("dmf sample ")
+    verbs = [shlex.split(command)[1] for command in commands if command.startswith("dmf ")]
+    assert verbs == ["prepare", "train", "sample", "prepare", "train", "train", "sample"]
+
+
+def test_each_drawn_image_can_be_prepared(tmp_path):
+    own_images.draw(tmp_path / "images", OTHERS, 1)
+    assert tiny.dmf("prepare", f"--source={tmp_path}/images", f"--output={tmp_path}/out",
+                    "--resolution=8", "--unreadable=fail") == 0  # fmt: skip
 
 
 @pytest.mark.slow
-def test_each_command_prints_the_next_one_to_a_picture_of_ones_own_images(tmp_path, capfd):
-    def run(command: str, *more: str) -> list[str]:
-        """Runs a command line; returns the command lines that it prints as the next ones."""
-        _, verb, *arguments = shlex.split(command)
-        assert tiny.dmf(verb, *arguments, *more) == 0
-        return re.findall("next: (.*)", printed(capfd))
-
-    draw(tmp_path / "My Photos", ["Great Dane", "cat", "Éclair"], ".JPG")
-    (train,) = run(f"dmf prepare '--source={tmp_path}/My Photos' --output={tmp_path}/mine_8 "
-                   "--resolution=8")
-    sample, flow_map, evaluate = run(train, *SMALL)
-    assert "--metrics=label_agreement" in evaluate
-    assert run(sample, "--labels=cat,Great Dane", "--count=4") == []
-    assert (tmp_path / "mine_8_sit" / "samples.png").exists()
-    stored = json.loads((tmp_path / "mine_8_sit" / "config.json").read_text())
-    assert stored["data"]["class_names"] == ["Great Dane", "cat", "Éclair"]
-    assert stored["model"]["num_classes"] == 3
-
-    # From that flow model to another one of other classes, and from there to a flow map.
-    draw(tmp_path / "others", ["owl", "Barn Owl"], ".png")
-    (train,) = run(f"dmf prepare --source={tmp_path}/others --output={tmp_path}/others_8 "
-                   "--resolution=8")
-    assert tiny.dmf(*shlex.split(train)[1:], f"--config.init.checkpoint={tmp_path}/mine_8_sit",
-                    *SMALL[-3:]) == 0  # fmt: skip
-    told = printed(capfd)
-    assert "has 3 classes, and this run 2: label_embedding is initialised anew" in told
-    _, flow_map, _ = re.findall("next: (.*)", told)
-    sample, evaluate = run(flow_map, *SMALL[-3:])
-    run(sample, "--labels=Barn Owl", "--count=2")
-    run(evaluate, "--steps=1", "--count=8")
-    stored = json.loads((tmp_path / "others_8_dmf" / "config.json").read_text())
-    assert stored["data"]["class_names"] == ["Barn Owl", "owl"]
+def test_the_commands_of_readme_run_and_print_what_comes_next(tmp_path, monkeypatch, capfd):
+    own_images.draw(tmp_path / "IMAGES", IMAGES, 4)
+    own_images.draw(tmp_path / "OTHERS", OTHERS, 4)
+    monkeypatch.chdir(tmp_path)
+    told = []
+    for command in own_images.commands()[3:]:
+        verb, *flags = shlex.split(command)[1:]
+        flags += {"train": SMALL, "sample": ["--count=4"]}.get(verb, ())
+        is_first = verb == "train" and not any("init.checkpoint" in flag for flag in flags)
+        assert tiny.dmf(verb, *flags, *NARROW * is_first) == 0
+        told.append(capfd.readouterr().err)
+    following = [re.findall("next: (.*)", text) for text in told]
+    assert following[0] == ["dmf train --config=dmf:images_sit --workdir=runs/mine_sit "
+                            "--config.data.directory=runs/mine"]  # fmt: skip
+    assert following[1][1] == ("dmf train --config=dmf:images_dmf --workdir=runs/mine_dmf "
+                               "--config.init.checkpoint=runs/mine_sit")
+    assert shlex.join(shlex.split(own_images.commands()[8])) == following[4][1]
+    assert "has 4 classes, and this run 3: label_embedding is initialised anew" in told[4]
+    assert tiny.dmf(*shlex.split(following[5][-1])[1:], "--steps=1", "--count=8") == 0
+    stored = json.loads((tmp_path / "runs/others_dmf/config.json").read_text())
+    assert stored["data"]["class_names"] == sorted(name for name, _, _ in OTHERS)
     assert (stored["model"]["conditioning"], stored["model"]["width"]) == ("decoupled", 16)
     # Its export knows the names where the images are not at hand.
-    run(f"dmf export --checkpoint={tmp_path}/others_8_dmf --output={tmp_path}/export")
-    (tmp_path / "others_8").rename(tmp_path / "moved")
-    run(f"dmf sample --checkpoint={tmp_path}/export --output={tmp_path}/x.png --labels=owl "
-        "--steps=1 --count=2")
-
-
-def printed(capfd) -> str:
-    """What was printed to standard error."""
-    return capfd.readouterr().err
+    assert tiny.dmf("export", "--checkpoint=runs/others_dmf", "--output=runs/export") == 0
+    (tmp_path / "runs/others").rename(tmp_path / "moved")
+    assert tiny.dmf("sample", "--checkpoint=runs/export", "--output=x.png", "--labels=Black Cab",
+                    "--steps=1", "--count=2") == 0  # fmt: skip
