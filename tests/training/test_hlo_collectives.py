@@ -331,8 +331,8 @@ def test_gradients_are_summed_once_where_it_is_asked_for(compiled):
         scattered = sum(c.size for c in collectives(program.as_text(), 8)
                         if c.kind == "reduce-scatter")  # fmt: skip
         # Where devices hold copies of a part, the whole is summed.
-        shardings = state_shardings(recipe.mesh, state.params)
-        divided = [leaf for leaf, sharding in zip(*map(jax.tree.leaves, (state.params, shardings)), strict=True)
+        trees = state.params, state_shardings(recipe.mesh, state.params)
+        divided = [leaf for leaf, sharding in zip(*map(jax.tree.leaves, trees), strict=True)
                    if sharding.mesh.shape == recipe.mesh.shape and any(sharding.spec)]
         assert 0.9 * bytes_per_device(divided) < scattered <= bytes_per_device(divided)
 
