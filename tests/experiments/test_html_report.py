@@ -55,11 +55,12 @@ class Cells(html.parser.HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
-        self.open = tag in ("td", "th")
+        if tag != "wbr":
+            self.open = tag in ("td", "th")
 
     def handle_data(self, data):
         if self.open:
-            self.rows[-1][-1] += data.replace("\u200b", "")
+            self.rows[-1][-1] += data
 
 
 def two_runs(folder, **second):

@@ -207,7 +207,7 @@ function axisOf(title, values) {
   const distinct = [...new Set(given)].sort(compare), count = Math.max(distinct.length - 1, 1);
   const place = value => distinct.length === 1 ? 0.5 : distinct.indexOf(value) / count;
   return {title, places: values.map(v => given.includes(v) ? place(v) : null),
-          labels: distinct.map(value => [short(value), place(value)])};
+          labels: distinct.map(value => [value === "" ? "(empty)" : short(value), place(value)])};
 }
 
 function svg(tag, attributes, text = "") {
@@ -217,8 +217,11 @@ function svg(tag, attributes, text = "") {
   return node;
 }
 
+// A text of at most so many characters: paths and names often differ at their end alone.
 function cut(text, length) {
-  return text.length > length ? `${text.slice(0, length - 1)}…` : text;
+  if (text.length <= length) return text;
+  const head = Math.floor(length / 3);
+  return `${text.slice(0, head)}…${text.slice(head + 1 - length)}`;
 }
 
 function drawParallel() {

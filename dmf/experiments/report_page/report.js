@@ -6,7 +6,7 @@ const DATA = JSON.parse(document.getElementById("data").textContent);
 const COLORS = ["#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
                 "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf"];
 const DASHES = [[], [6, 3], [2, 3], [8, 3, 2, 3]];
-const FIELDS_SHOWN = 6;
+const FIELDS_SHOWN = 6, CELL_LENGTH = 60;
 const state = {hidden: new Set(), sort: 0, descending: false, metrics: new Set()};
 
 const byId = id => document.getElementById(id);
@@ -28,6 +28,11 @@ function element(tag, attributes = {}, ...children) {
 function short(value) {
   if (!isNumber(value)) return value === null || value === undefined ? "" : String(value);
   return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(4)));
+}
+
+// A name or a path as parts between which a line may break.
+function breakable(text) {
+  return text.split(/(?<=[_./,=])/).flatMap((part, i) => i ? [element("wbr"), part] : [part]);
 }
 
 // --- Measures: number columns of the table and the last values of all curves ---
@@ -144,8 +149,7 @@ function sortedRuns() {
 function heading(column) {
   const [first, protocol] = DATA.table.columns[column].split(" [");
   const [name, ...rest] = first.split(", ");
-  const cell = element("th", {title: DATA.table.columns[column]},
-                       name.replaceAll("_", "_\u200b").replaceAll(".", ".\u200b"));
+  const cell = element("th", {title: DATA.table.columns[column]}, ...breakable(name));
   if (rest.length) cell.append(element("small", {}, rest.join(", ")));
   if (protocol && DATA.protocols.length > 1) cell.append(element("small", {}, `[${protocol}`));
   if (column === state.sort) cell.ariaSort = state.descending ? "descending" : "ascending";
@@ -162,14 +166,17 @@ function nameCell(run) {
   for (const [title, href] of Object.entries(links)) {
     files.append(element("a", {href, textContent: title}), " ");
   }
-  return element("td", {title: name}, name, files);
+  return element("td", {title: name}, ...breakable(name), files);
 }
 
 function tableCell(run, column) {
   if (column === 0) return nameCell(run);
   const value = DATA.table.rows[run][column], title = DATA.table.columns[column];
-  const className = title === "status" ? value : title === "note" ? "text" : "";
-  return element("td", {className, title: value === null ? "" : String(value)}, short(value));
+  const className = title === "status" ? value : title === "note" ? "text" :
+    isNumber(value) ? "number" : "";
+  const parts = typeof value !== "string" ? [short(value)] :
+    title === "note" ? [value] : breakable(cut(value, CELL_LENGTH));
+  return element("td", {className, title: value === null ? "" : String(value)}, ...parts);
 }
 
 function drawTable() {
