@@ -21,9 +21,9 @@ def get_config() -> ConfigDict:
     config.model.learned_variance = True
     config.objective = default.component(DecoupledMeanFlow())
     config.objective.guidance.kappa = 0.5
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 50
-    config.run.steps = 700
+    config.run.steps = 500
     config.run.checkpoint_every = 100
     config.run.sample_every = 100
     config.sampling.steps = (1, 2, 4)
