@@ -3,10 +3,11 @@
     python -m configs
 """
 
+import argparse
 import importlib
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 from configs.rows import Row
@@ -89,6 +90,13 @@ def page() -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-if __name__ == "__main__":
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the page; `--help` says so and writes nothing."""
+    argparse.ArgumentParser(prog="python -m configs", description=__doc__.splitlines()[0]
+                            ).parse_args(arguments)
     PAGE.write_text(page())
     print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

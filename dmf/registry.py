@@ -28,21 +28,24 @@ from dmf.types import describe_type, has_type
 
 _COMPONENTS: dict[str, dict[str, Any]] = {}
 _DESCRIPTIONS: dict[str, str] = {}
+_BASES: dict[str, type | None] = {}
 # Whole numbers are int32 in compiled programs.
 _LARGEST = 2**31
 # Numbers that float32 holds as what they are, not as 0 or infinity.
 _SMALLEST, _HUGEST = 1.2e-38, 3.4e38
 
 
-def define_kind(kind: str, description: str, **components: Any) -> None:
+def define_kind(kind: str, description: str, base: Any = None, /, **components: Any) -> None:
     """Defines a kind of component, and registers the first components of it.
 
     Args:
       kind: its name, for example "sampler".
       description: one line that says what a component of this kind does.
+      base: the class that all components of this kind are derived from; None for any class.
       components: dataclasses (or objects of one, without fields to choose) by name.
     """
     _DESCRIPTIONS[kind] = description
+    _BASES[kind] = base
     _COMPONENTS.setdefault(kind, {}).update(components)
 
 
@@ -58,10 +61,15 @@ def register(kind: str, **components: Any) -> None:
         "dataset", functions.
 
     Raises:
-      InputError: there is no such kind.
+      InputError: there is no such kind, or a class is not derived from the base class of the kind.
     """
     if kind not in _COMPONENTS:
         raise InputError("kind", kind, f"choose one of {', '.join(kinds())}")
+    for name, component in components.items():
+        base, cls = _BASES[kind], component if isinstance(component, type) else type(component)
+        if base is not None and base not in cls.__mro__:
+            raise InputError(f"{kind}.{name}", cls.__name__, "derive the class from "
+                             f"{base.__module__}.{base.__name__}")
     _COMPONENTS[kind].update(components)
 
 
@@ -82,8 +90,9 @@ def lookup(kind: str, name: Any) -> Any:
       InputError: there is none; its field is "name".
     """
     if not isinstance(name, str) or name not in _COMPONENTS[kind]:
-        raise InputError("name", name, f"choose one of {', '.join(sorted(_COMPONENTS[kind]))}; or "
-                         "give the file that registers it, --plugins=FILE")
+        names = ", ".join(sorted(_COMPONENTS[kind]))
+        choice = f"choose one of {names}; or " if names else ""
+        raise InputError("name", name, f"{choice}give the file that registers it, --plugins=FILE")
     return _COMPONENTS[kind][name]
 
 

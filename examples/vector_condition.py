@@ -12,8 +12,8 @@ Three things make a condition: a pytree with `count`, `drop` and `null`; a netwo
 what the dataset says of each sample, and embeds it; a dataset whose batches have that in `y`.
 """
 
+import argparse
 import dataclasses
-import sys
 
 import flax.struct
 import jax
@@ -181,4 +181,7 @@ def main(workdir: str, output: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("workdir", help="a run of this file")
+    parser.add_argument("output", help="a .png file to write")
+    main(**vars(parser.parse_args()))

@@ -17,17 +17,23 @@ from two_layers import TwoLayers
 
 from dmf import registry
 from dmf.checkpoints import load
+from dmf.checkpoints.export import write_frozen
 from dmf.data.build import data, dataset
 from dmf.errors import InputError
+from dmf.models.abstract_params import abstract_params
 from dmf.models.build import network
+from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.objectives import LINEAR, AdaptiveWeighting, DecoupledMeanFlow, Objective, SelfGuidance
 from dmf.objectives.build import objective
 from dmf.objectives.compute_sharing import ComputeSharing
-from dmf.training import loop, metrics_writer
+from dmf.runtime.sharding import make_mesh
+from dmf.sampling.samplers import call_times
+from dmf.training import build, loop, metrics_writer
 from dmf.training.writers import WriterRun
-from dmf.types import Batch
+from dmf.types import Batch, ClassLabels
 
 FILE = tiny.ROOT / "examples" / "own.py"
+AUTOENCODER = tiny.ROOT / "examples" / "own_autoencoder.py"
 PLUGINS = f"--plugins={FILE}"
 SMALL = ("--config.run.steps=2", "--config.run.sample_every=0", "--config.data.batch_size=16")
 
@@ -61,7 +67,12 @@ def test_the_example_is_trained_sampled_measured_and_exported(run, tmp_path):
     assert tiny.dmf("sample", checkpoint, PLUGINS, steps, "--count=8", f"--output={images}") == 0
     assert np.load(images)["arr_0"].shape == (8, 8, 8, 1)
     assert tiny.dmf("evaluate", checkpoint, PLUGINS, steps, "--count=72", f"--output={result}") == 0
-    assert json.loads(result.read_text())["reference"]["name"] == "negatives"
+    evaluation = json.loads(result.read_text())
+    assert evaluation["reference"]["name"] == "negatives"
+    assert evaluation["sampling"]["sampler"] == {"name": "guided_euler", "scale": 1.5}
+    (row,) = evaluation["results"]
+    assert row["protocol"] == "brightness"
+    assert 0 < row["brightness_gap"] < 255
     for form in ("orbax", "stablehlo"):
         output = f"--output={tmp_path / form}"
         assert tiny.dmf("export", checkpoint, PLUGINS, f"--format={form}", output) == 0
@@ -70,11 +81,18 @@ def test_the_example_is_trained_sampled_measured_and_exported(run, tmp_path):
     assert png.exists()
 
 
-def test_the_same_command_resumes(run, capfd):
+def test_the_same_command_resumes(run, own, capfd):
     more = (*SMALL, "--config.run.steps=3")
     assert tiny.dmf("train", f"--config={FILE}", f"--workdir={run}", *more) == 0
     assert "is at step 2 of 3: resuming" in "".join(capfd.readouterr())
     assert (run / "checkpoints" / "3").exists()
+    # The callback is called after the last step of each start.
+    norms = {row["step"]: row["parameter_norm"] for row in metrics_writer.read_metrics(run)
+             if "parameter_norm" in row}
+    assert set(norms) == {2, 3}
+    flow_map, _ = load.load(run, ema="")
+    squares = sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(flow_map.params))
+    assert norms[3] == pytest.approx(squares**0.5, rel=1e-5)
 
 
 def test_a_checkpoint_runs_no_file_by_itself(run, capfd):
@@ -112,6 +130,73 @@ def test_a_simple_network_has_the_same_loss_with_and_without_compute_sharing(own
         losses.append(jax.jit(jax.value_and_grad(mean))(params))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), *losses)
     assert jnp.any(losses[0][1]["in"] != 0)
+
+
+def test_the_objective_of_the_example_draws_uniform_times_at_first(own):
+    objective = own.Huber(uniform_steps=5, time_sampler=own.Powers(power=50.0))
+    batch = Batch(jnp.zeros((64, 8, 8, 1)), jnp.zeros(64, jnp.int32))
+    early, late, later = (objective.draw(jax.random.key(0), batch, step).t.mean()
+                          for step in (jnp.int32(4), jnp.int32(5), None))
+    assert early == pytest.approx(0.5, abs=0.15)
+    assert late == later < 0.1
+
+
+def test_the_guidance_of_the_example_falls_to_none(own):
+    t, dropped = jnp.array([0.0, 0.5, 1.0, 0.0]), jnp.array([False, False, False, True])
+    omega, kappa = own.FallingGuidance(scale=3.0).coefficients(t, dropped)
+    assert omega.tolist() == [3.0, 2.0, 1.0, 1.0]
+    assert not kappa.any()
+
+
+def test_mean_flow_takes_the_weighting_and_the_guidance_of_the_example(own):
+    recipe = build.recipe(own.get_config("mean_flow"), make_mesh())
+    batch = Batch(jnp.zeros((8, 8, 8, 1)), jnp.arange(8, dtype=jnp.int32))
+    params = abstract_params(recipe.network)
+
+    def losses(params, key):
+        draws = recipe.objective.draw(key, batch, jnp.int32(0))
+        return recipe.objective.loss(recipe.network, params, batch, draws, {})
+
+    values, metrics = jax.eval_shape(losses, params, jax.random.key(0))
+    assert values.shape == metrics["mean_flow_error"].shape == (8,)
+    assert isinstance(recipe.objective.guidance, own.FallingGuidance)
+    weighted = recipe.objective.weighting(jnp.array([0.0, 64.0]), 64)
+    np.testing.assert_allclose(weighted, np.log([1e-3, 1.001]), rtol=1e-3)
+
+
+def test_the_sampler_of_the_example_guides_by_itself(own):
+    """u is 1 with a label and 0 without, so that the guided u is the scale."""
+
+    def flow_map(x, t, r, y):
+        return jnp.zeros_like(x) + (y.labels < 10)[:, None, None, None]
+
+    y = ClassLabels(jnp.array([3]), num_classes=10)
+    step = own.GuidedEuler(scale=3.0).step
+    for t, scale in ((1.0, 1.0), (0.5, 2.0)):
+        x, carry = step(flow_map, jnp.zeros((1, 1, 1, 1)), jnp.float32(t), jnp.float32(0), y)
+        assert (x.item(), carry) == (pytest.approx(-t * scale), ())
+
+
+@pytest.mark.slow
+def test_the_times_of_a_sampler_that_guides_by_itself_are_known(own):
+    assert call_times(own.GuidedEuler(), 2) == (1.0, 0.5)
+
+
+def test_the_autoencoder_of_the_example_is_written_and_read(tmp_path):
+    """Grey patches of 2 x 2 pixels have 4 components, so that nothing is lost."""
+    with plugin_files.imported(AUTOENCODER) as module:
+        module.write_autoencoder(str(tmp_path / "patches"))
+        autoencoder, params = load.load_autoencoder(tmp_path / "patches")
+        assert autoencoder == module.PatchComponents()
+    assert isinstance(autoencoder, Autoencoder)
+    images = np.repeat(np.random.default_rng(0).normal(size=(2, 4, 6, 1)), 3, axis=-1)
+    latents = autoencoder.encode(params, images.astype("f"))
+    assert latents.shape == (2, 2, 3, 4)
+    np.testing.assert_allclose(autoencoder.decode(params, latents), images, atol=1e-4)
+    assert "fitted to the digits" in (tmp_path / "patches/README.md").read_text()
+    with pytest.raises(InputError, match="network=PatchComponents: register the class"):
+        registry._COMPONENTS["autoencoder"].pop("patch_components")
+        write_frozen(tmp_path / "other", autoencoder, params, origin="")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,5 +276,13 @@ def test_the_writer_continues_its_table_when_a_run_resumes(own, tmp_path):
 def test_the_page_shows_the_code_of_the_example():
     page = (tiny.ROOT / "docs" / "extending.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) == 6
-    assert all(block in FILE.read_text() for block in blocks)
+    code = FILE.read_text() + AUTOENCODER.read_text()
+    assert len(blocks) == code.count("\nregister(") == 13
+    assert all(block in code for block in blocks)
+
+
+def test_the_page_says_how_each_kind_is_chosen():
+    page = (tiny.ROOT / "docs" / "extending.md").read_text()
+    named = {kind for row in re.findall(r"^\| (.*?) \|", page, re.MULTILINE)
+             for kind in re.findall(r"`(\w+)`", row)}
+    assert named | {"encoder"} == set(registry.kinds())

@@ -305,6 +305,28 @@ def write(
             _write_stablehlo(folder, parts, steps)
 
 
+def write_frozen(output: epath.PathLike, network: Any, params: Params, *, origin: str) -> None:
+    """Writes an export of a frozen network of your own, such as an autoencoder, which
+    `latents.autoencoder` then names.
+
+    Args:
+      output: the directory to make.
+      network: an object of a class that is registered under the kind "autoencoder" or "encoder".
+      params: its parameters, as its `init` returns them.
+      origin: one line that says where the parameters come from.
+
+    Raises:
+      InputError: the class is not registered, or the directory is not empty.
+      RunError: the disk is full or cannot be written.
+    """
+    kind = next((kind for kind in FROZEN_KINDS
+                 if type(network) in registry.components(kind).values()), None)
+    if kind is None:
+        raise InputError("network", type(network).__name__, "register the class, for example by "
+                         'dmf.registry.register("autoencoder", NAME=CLASS)')
+    write(output, Parts(network, {kind: registry.to_config(network, kind)}, params, origin))
+
+
 def _write_orbax(folder: epath.Path, parts: Parts) -> None:
     stored_params.write_params(folder, parts.params)
     if parts.autoencoder is not None:

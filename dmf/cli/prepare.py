@@ -62,6 +62,7 @@ def _define(values: absl_flags.FlagValues) -> None:
     number("shard-size", 1024, "images of a shard", flag_values=values)
     number("process", 0, "number of this process, from 0", flag_values=values)
     number("processes", 1, "number of processes that share the work", flag_values=values)
+    flags.define_plugins(values)
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -135,7 +136,9 @@ def _next_command(values: absl_flags.FlagValues, settings: Any, num_classes: int
     fields |= {f"latents.{name}": value for name, value in scaling.items()
                if value != unscaled[name]}
     flags_of_config = [f"--config.{name}={value}" for name, value in fields.items()]
-    return shlex.join(["dmf", "train", "--config=CONFIG.py", "--workdir=WORKDIR", *flags_of_config])
+    plugins = [f"--plugins={','.join(values.plugins)}"] if values.plugins else []
+    return shlex.join(["dmf", "train", "--config=CONFIG.py", "--workdir=WORKDIR", *plugins,
+                       *flags_of_config])
 
 
 def _autoencoder(values: absl_flags.FlagValues) -> tuple[Any, Any]:

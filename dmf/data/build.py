@@ -258,7 +258,11 @@ def _open(
     if extra:
         raise InputError("name", part.name, f"a registered dataset has no {extra} to align with; "
                          "set objective.alignment_coefficient to 0")
-    return open_registered(split=part.split, directory=directory)
+    opened = open_registered(split=part.split, directory=directory)
+    if not isinstance(opened, Dataset):
+        raise InputError("name", part.name, f"its function returned a {type(opened).__name__}; "
+                         "return a dmf.data.datasets.Dataset, for example an InMemoryDataset")
+    return opened
 
 
 def _check_network(

@@ -115,6 +115,16 @@ class InMemoryDataset:
     num_classes: int
     rows: Mapping[str, np.ndarray]
 
+    def __post_init__(self):
+        counts = {key: len(values) for key, values in self.rows.items()}
+        if len(set(counts.values())) > 1:
+            raise InputError("dataset", self.name, f"its rows differ in number, {counts}; give one "
+                             "of each for every sample")
+        x = self.rows["x"]
+        if x.ndim == 4 and x.dtype != np.uint8:
+            raise InputError("dataset", self.name, f'"x" has dtype {x.dtype}; images are uint8, '
+                             "from 0 to 255")
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of "x" of one sample."""

@@ -10,4 +10,6 @@ from dmf.registry import define_kind
 
 __all__ = ["Metric", "MetricInput", "Protocol"]
 
-define_kind("protocol", "A protocol of evaluation: which metrics of which images.", **PROTOCOLS)
+define_kind(
+    "protocol", "A protocol of evaluation: which metrics of which images.", Protocol, **PROTOCOLS
+)

@@ -22,6 +22,7 @@ from dmf.evaluation import feature_extractors, metrics, requirements
 from dmf.evaluation.build import evaluation, protocol
 from dmf.evaluation.evaluated_images import EvaluatedImages, evaluated_image_set
 from dmf.evaluation.feature_statistics import Statistics, write_npz
+from dmf.evaluation.metric import score
 from dmf.evaluation.reference_statistics import (
     Reference,
     feature_strides,
@@ -234,10 +235,10 @@ class Evaluator:
     def _scores(self, statistics: Statistics, images: EvaluatedImages) -> dict[str, float]:
         """The metrics of the protocol, by name."""
         return {
-            name: metric.compute(
+            name: score(name, metric.compute(
                 self.reference.metric_input(metric.features),
                 statistics.metric_input(metric.features, images.labels),
-            )
+            ))
             for name, metric in self.protocol.metrics_by_name.items()
         }
 

@@ -75,4 +75,24 @@ class Metric:
         return f"{value:.0%}" if self.is_share else f"{value:.{self.decimals}f}"
 
 
-define_kind("metric", "A number that says how far samples are from a reference.")
+def score(name: str, value: object) -> float:
+    """What the metric of a name computed, as a number.
+
+    >>> score("fid", np.float32(3.5))
+    3.5
+    >>> score("brightness", "high")
+    Traceback (most recent call last):
+    dmf.errors.InputError: metric brightness='high': it must compute one number, and computed a str
+
+    Raises:
+      InputError: it is no number.
+    """
+    array = np.asarray(value)
+    if array.shape or array.dtype.kind not in "biuf":
+        what = f"an array of shape {array.shape}" if array.shape else f"a {type(value).__name__}"
+        raise InputError(f"metric {name}", repr(value)[:60],
+                         f"it must compute one number, and computed {what}")
+    return float(array)
+
+
+define_kind("metric", "A number that says how far samples are from a reference.", Metric)

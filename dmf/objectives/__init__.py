@@ -10,7 +10,13 @@ from dmf.objectives.alpha_flow import AlphaFlow
 from dmf.objectives.consistency import Consistency
 from dmf.objectives.decoupled_mean_flow import DecoupledMeanFlow
 from dmf.objectives.flow_matching import FlowMatching
-from dmf.objectives.guidance import DrawnGuidance, NoGuidance, SelfGuidance, TeacherGuidance
+from dmf.objectives.guidance import (
+    DrawnGuidance,
+    Guidance,
+    NoGuidance,
+    SelfGuidance,
+    TeacherGuidance,
+)
 from dmf.objectives.improved_mean_flow import ImprovedMeanFlow
 from dmf.objectives.interpolants import COSINE, LINEAR, ScaledLinear
 from dmf.objectives.loss_weighting import (
@@ -46,6 +52,7 @@ __all__ = [
     "DrawnGuidance",
     "FlowMatching",
     "GapPair",
+    "Guidance",
     "ImprovedMeanFlow",
     "LogitNormal",
     "MeanFlow",
@@ -69,7 +76,7 @@ __all__ = [
 ]
 
 define_kind(
-    "objective", "What training minimises.",
+    "objective", "What training minimises.", Objective,
     flow_matching=FlowMatching, mean_flow=MeanFlow, improved_mean_flow=ImprovedMeanFlow,
     decoupled_mean_flow=DecoupledMeanFlow, alpha_flow=AlphaFlow, soflow=SoFlow,
     shortcut=Shortcut, consistency=Consistency, terminal_velocity_matching=TerminalVelocityMatching,
@@ -86,7 +93,7 @@ define_kind(
     ordered_pair=OrderedPair, mixed_pair=MixedPair, to_data=ToData, gap_pair=GapPair,
 )
 define_kind(
-    "guidance", "The guidance of the velocity that training regresses on.",
+    "guidance", "The guidance of the velocity that training regresses on.", Guidance,
     none=NoGuidance, self=SelfGuidance, teacher=TeacherGuidance, drawn=DrawnGuidance,
 )
 define_kind(

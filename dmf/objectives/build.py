@@ -5,6 +5,7 @@ from typing import Any
 
 from dmf.objectives.interpolants import Interpolant
 from dmf.objectives.objective import Objective
+from dmf.objectives.time_checks import check_times
 from dmf.registry import at, build
 from dmf.types import Network
 
@@ -24,6 +25,23 @@ def objective(section: Any, teacher: Network | None = None) -> Objective:
     if chosen.needs_teacher and teacher is not None:
         return dataclasses.replace(chosen, teacher=teacher)
     return chosen
+
+
+def objective_of_run(section: Any, steps: int, teacher: Network | None = None) -> Objective:
+    """The objective of `config.objective` in a run of so many steps, whose times are checked.
+
+    Args:
+      section, teacher: as for `objective`.
+      steps: number of training steps.
+
+    Raises:
+      InputError: a field that cannot be used, or a time sampler that draws no times in [0, 1]; the
+        message names it.
+    """
+    chosen = objective(section, teacher)
+    with at("objective"):
+        check_times(chosen)
+        return chosen.for_run(steps)
 
 
 def interpolant(section: Any) -> Interpolant:

@@ -12,7 +12,7 @@ import jax
 from dmf.objectives.distances import cosine_distance
 from dmf.objectives.guidance import GuidedVelocity
 from dmf.objectives.interpolants import LINEAR, Interpolant
-from dmf.objectives.loss_weighting import UniformWeighting, Weighting
+from dmf.objectives.loss_weighting import UniformWeighting, Weighting, is_learned
 from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import (
     Draws,
@@ -62,7 +62,7 @@ class FlowMatching(Objective):
     @property
     def learned_variance(self) -> bool:
         """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
+        return is_learned(self.weighting)
 
     @property
     def alignment(self) -> bool:

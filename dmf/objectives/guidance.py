@@ -9,6 +9,7 @@ are meant. Network velocities in v_g carry no gradient. The effective guidance s
 omega / (1 - kappa) (MeanFlow, arXiv:2505.13447).
 """
 
+import abc
 import dataclasses
 import math
 from typing import NamedTuple
@@ -35,10 +36,38 @@ def _check_kappa(kappa: float) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class NoGuidance:
-    """No guidance: v_g = v_t."""
+class Guidance(abc.ABC):
+    """A kind of guidance in training. A class derived from it defines `coefficients`.
+
+    Attributes:
+      uses_teacher: whether the velocities are those of a frozen teacher.
+      is_drawn: whether a scale and an interval are drawn for each sample, by a method `draw` as
+        that of `DrawnGuidance`, and given to the network as an input.
+      needs_conditional: whether v_g contains the conditional velocity: kappa is not always 0.
+      needs_unconditional: whether v_g contains the unconditional velocity: omega + kappa is not
+        always 1.
+    """
 
     uses_teacher = is_drawn = False
+    needs_conditional = needs_unconditional = True
+
+    @abc.abstractmethod
+    def coefficients(
+        self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None
+    ) -> Coefficients:
+        """(omega, kappa), each [b].
+
+        Args:
+          t: [b] times.
+          dropped: [b] bool, where the condition was dropped.
+          guidance: the guidance drawn for each sample, where it is drawn.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoGuidance(Guidance):
+    """No guidance: v_g = v_t."""
+
     needs_conditional = needs_unconditional = False
 
     def coefficients(
@@ -49,7 +78,7 @@ class NoGuidance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelfGuidance:
+class SelfGuidance(Guidance):
     """The network guides itself: (omega, kappa) where t lies in the closed interval and the
     condition is not dropped, v_t elsewhere.
 
@@ -69,7 +98,6 @@ class SelfGuidance:
     kappa: float = 0.0
     interval: tuple[float, float] = (0.0, 1.0)
     decay_start: float = 1.0
-    uses_teacher = is_drawn = False
 
     def __post_init__(self):
         check_interval("interval", self.interval)
@@ -118,7 +146,7 @@ def smooth_decay(t: Times, start: float) -> Times:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherGuidance:
+class TeacherGuidance(Guidance):
     """Distillation: v_g is the classifier-free guided velocity of a frozen teacher, for every
     sample, its condition dropped or not.
 
@@ -130,8 +158,6 @@ class TeacherGuidance:
     scale: float = 1.0
     interval: tuple[float, float] = (0.0, 1.0)
     uses_teacher = True
-    is_drawn = False
-    needs_conditional = True
 
     def __post_init__(self):
         check_interval("interval", self.interval)
@@ -151,7 +177,7 @@ class TeacherGuidance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DrawnGuidance:
+class DrawnGuidance(Guidance):
     """The network guides itself by a scale and in an interval that are drawn for each sample and
     given to it as an input, to be chosen at sampling (improved MeanFlow, arXiv:2512.02012).
 
@@ -170,8 +196,7 @@ class DrawnGuidance:
     power: float = 1.0
     start_range: tuple[float, float] = (0.0, 0.5)
     end_range: tuple[float, float] = (0.5, 1.0)
-    uses_teacher = False
-    is_drawn = needs_unconditional = True
+    is_drawn = True
 
     def __post_init__(self):
         check_interval("start_range", self.start_range)
@@ -222,9 +247,6 @@ def in_drawn_interval(t: Times, guidance: GuidanceInput) -> Bool[Array, "b"]:
     return (guidance.start <= t) & (t <= guidance.end)
 
 
-Guidance = NoGuidance | SelfGuidance | TeacherGuidance | DrawnGuidance
-
-
 def check_guides_itself(name: str, guidance: Guidance) -> None:
     """Raises InputError where an objective without a teacher is given a teacher's guidance."""
     if guidance.uses_teacher:
@@ -273,7 +295,7 @@ def guided_velocity(
       unconditional: u(x_t, t, t, null); ignored unless `guidance.needs_unconditional`.
       guidance_input: the guidance drawn for each sample, where it is drawn.
     """
-    omega, kappa = guidance.coefficients(t, dropped, guidance_input)
+    omega, kappa = _coefficients(guidance, t, dropped, guidance_input)
     base = per_sample(omega, v_t) * v_t
     if guidance.needs_unconditional:
         base += per_sample(1 - omega - kappa, v_t) * unconditional
@@ -284,5 +306,21 @@ def unconditional_needed(
     guidance: Guidance, t: Times, dropped: Dropped, guidance_input: GuidanceInput | None = None
 ) -> Bool[Array, "b"]:
     """[b] bool: for which samples the unconditional velocity has a coefficient other than 0."""
-    omega, kappa = guidance.coefficients(t, dropped, guidance_input)
+    omega, kappa = _coefficients(guidance, t, dropped, guidance_input)
     return omega + kappa != 1
+
+
+def _coefficients(
+    guidance: Guidance, t: Times, dropped: Dropped, guidance_input: GuidanceInput | None
+) -> Coefficients:
+    """The coefficients of each sample.
+
+    Raises:
+      InputError: they are no pair of arrays [b].
+    """
+    pair = guidance.coefficients(t, dropped, guidance_input)
+    shapes = [jnp.shape(each) for each in pair] if isinstance(pair, tuple) else type(pair).__name__
+    if shapes != [t.shape, t.shape]:
+        raise InputError("objective.guidance", type(guidance).__name__, "its coefficients have "
+                         f"shapes {shapes}; return (omega, kappa), each of shape {t.shape}")
+    return pair

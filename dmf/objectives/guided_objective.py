@@ -5,7 +5,7 @@ import dataclasses
 from dmf.objectives.compute_sharing import ComputeSharing
 from dmf.objectives.guidance import Guidance, SelfGuidance
 from dmf.objectives.interpolants import LINEAR, Interpolant
-from dmf.objectives.loss_weighting import AdaptiveWeighting, Weighting
+from dmf.objectives.loss_weighting import AdaptiveWeighting, Weighting, is_learned
 from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import check_label_dropout
 from dmf.objectives.time_bins import check_time_bins
@@ -42,7 +42,7 @@ class GuidedObjective(Objective):
     @property
     def learned_variance(self) -> bool:
         """Whether the weighting needs the log-variance head."""
-        return self.weighting.learned
+        return is_learned(self.weighting)
 
     @property
     def guidance_input(self) -> bool:

@@ -17,6 +17,26 @@ from dmf.types import PerSample
 Weighting = Callable[[PerSample, int, PerSample | None], PerSample]
 
 
+def is_learned(weighting: Weighting) -> bool:
+    """Whether a weighting needs the log-variance head: its `learned`, False where it has none."""
+    return getattr(weighting, "learned", False)
+
+
+def weighted(
+    weighting: Weighting, error: PerSample, size: int, phi: PerSample | None = None
+) -> PerSample:
+    """The losses [b] of a weighting, called as it is.
+
+    Raises:
+      InputError: they have another shape.
+    """
+    losses = weighting(error, size, phi)
+    if jnp.shape(losses) != error.shape:
+        raise InputError("objective.weighting", type(weighting).__name__, "its losses have shape "
+                         f"{jnp.shape(losses)}; return one for each sample, of shape {error.shape}")
+    return losses
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UniformWeighting:
     """The mean squared error itself.

@@ -1,9 +1,9 @@
 """What an objective is: random draws, then a loss for each sample.
 
-An objective draws its randomness in one place, `draw(key, batch)`, and computes from it one loss a
-sample and a dictionary of metrics a sample: a pure function of its inputs, in which no sample sees
-another. `frozen_params` holds parameters that are not trained; {"teacher": ...} where the guidance
-is that of a teacher.
+An objective draws its randomness in one place, `draw(key, batch, step)`, and computes from it one
+loss a sample and a dictionary of metrics a sample: a pure function of its inputs, in which no
+sample sees another. `frozen_params` holds parameters that are not trained; {"teacher": ...} where
+the guidance is that of a teacher.
 
 A loss may be a weighted sum of terms, each with forward passes of its own. The training step then
 differentiates one term after the other, so that what a backward pass stores is that of one term.
@@ -13,8 +13,15 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
+from dmf.errors import InputError
 from dmf.types import Batch, Metrics, Network, Params, PerSample, PRNGKey
+
+# The end of the names of metrics that are sums by bins of time, see `dmf.objectives.time_bins`.
+BINS = "_bins"
+# Metrics that the training step adds to those of an objective.
+_OF_THE_STEP = ("loss", "gradient_norm", "learning_rate")
 
 
 class Term(NamedTuple):
@@ -118,7 +125,7 @@ class Objective(Protocol):
         """The terms of the loss; by default the loss is the only one. `params` are here for what
         carries no gradient, such as the velocities of the guidance."""
 
-        def loss(params: Params, batch: Batch, draws: Any) -> tuple[PerSample, Metrics]:
+        def loss(params: Params, batch: Batch, draws: Any) -> Any:  # `terms_of` checks it
             return self.loss(network, params, batch, draws, frozen_params)
 
         return Sum([Term(loss, (batch, draws))])
@@ -147,10 +154,60 @@ def terms_of(objective: Objective, *inputs: Any) -> Sum:
     """The terms of an objective's loss, each to be differentiated by itself.
 
     A class that is derived from a sum of terms and has a `loss` of its own is differentiated whole.
+
+    Raises:
+      InputError: a term gives no losses [b] or no metrics [b]; when its loss is computed.
     """
     classes = type(objective).__mro__
     rank = {name: next(i for i, cls in enumerate(classes) if name in vars(cls))
             for name in ("loss", "terms")}
-    if rank["terms"] <= rank["loss"]:
-        return objective.terms(*inputs)
-    return Objective.terms(objective, *inputs)
+    is_sum = rank["terms"] <= rank["loss"]
+    terms = objective.terms(*inputs) if is_sum else Objective.terms(objective, *inputs)
+    return Sum(term._replace(loss=_checked(type(objective).__name__, term)) for term in terms)
+
+
+def _checked(name: str, term: Term) -> Callable[..., tuple[PerSample, Metrics]]:
+    """The loss of a term of the objective that a class of this name defines, with a check of what
+    it returns."""
+
+    def loss(params: Params, *inputs: Any) -> Any:
+        outputs, (first, *_) = term.loss(params, *inputs), jax.tree.leaves(inputs)
+        check_outputs(name, outputs, first.shape[0])
+        return outputs
+
+    return loss
+
+
+def check_outputs(name: str, outputs: Any, count: int) -> None:
+    """Checks what a loss returns.
+
+    >>> check_outputs("Huber", (jnp.float32(0.5), {}), count=16)
+    Traceback (most recent call last):
+    dmf.errors.InputError: objective=Huber: its loss has shape (); return one loss for each \
+sample, here of shape (16,), as jnp.mean(error, axis=(1, 2, 3))
+
+    Args:
+      name: name of the class of the objective, for the error.
+      outputs: what the loss returned.
+      count: number of samples b.
+
+    Raises:
+      InputError: it is no pair of losses [b] and of metrics [b] by name.
+    """
+    is_pair = isinstance(outputs, tuple) and len(outputs) == 2
+    if not is_pair or not isinstance(outputs[1], Mapping):
+        raise InputError("objective", name, "its loss must return two things, the losses and a "
+                         "dictionary of metrics: return loss, {}")
+    losses, metrics = outputs
+    if jnp.shape(losses) != (count,):
+        raise InputError("objective", name, f"its loss has shape {jnp.shape(losses)}; return one "
+                         f"loss for each sample, here of shape ({count},), as "
+                         "jnp.mean(error, axis=(1, 2, 3))")
+    for metric, values in metrics.items():
+        if metric in _OF_THE_STEP:
+            raise InputError("objective", name, f"its metric {metric} has the name of a metric of "
+                             "the training step; choose another name")
+        shape = jnp.shape(values)
+        if shape != (count,) and not (metric.endswith(BINS) and shape[:1] == (count,)):
+            raise InputError("objective", name, f"its metric {metric} has shape {shape}; give one "
+                             f"value for each sample, here of shape ({count},)")

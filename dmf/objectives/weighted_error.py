@@ -1,6 +1,7 @@
 """The error of a prediction, weighted, with the metrics that every error of an objective has."""
 
 from dmf.objectives.distances import squared_error, values_per_sample
+from dmf.objectives.loss_weighting import weighted
 from dmf.objectives.objective import Objective
 from dmf.objectives.time_bins import binned_errors
 from dmf.types import Images, Metrics, Network, Params, PerSample, Times
@@ -36,4 +37,4 @@ def weighted_error(
     if objective.learned_variance:
         phi = network.log_variance(params, times[0], times[-1])
         metrics[f"{name}_log_variance"] = phi
-    return objective.weighting(error, size, phi), metrics
+    return weighted(objective.weighting, error, size, phi), metrics

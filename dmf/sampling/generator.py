@@ -28,6 +28,7 @@ from dmf.sampling import samplers
 from dmf.sampling.build import Sampling, guided_flow_map
 from dmf.sampling.class_labels import class_labels, label_captions
 from dmf.sampling.guidance import SamplingGuidance
+from dmf.sampling.sampler_checks import check_schedule
 from dmf.types import GuidanceInput, Network, Params
 
 
@@ -65,7 +66,8 @@ def sample_function(
     Raises:
       InputError: a sampling field that cannot be used.
     """
-    settings.sampler.schedule(steps, settings.shift)
+    schedule = settings.sampler.schedule(steps, settings.shift)
+    check_schedule(settings.sampler, steps, schedule)
 
     def generate(
         params: Params, indices: Int[Array, "n"], labels: Int[Array, "n"], seed: int | jax.Array,

@@ -23,7 +23,8 @@ from dmf.objectives.interpolants import LINEAR, Interpolant
 from dmf.objectives.time_samplers import shift_times
 from dmf.registry import build, define_kind, runtime_field
 from dmf.runtime.memoize import memoized
-from dmf.types import Condition, FlowMap, Images, PRNGKeys
+from dmf.sampling.sampler_checks import check_schedule, check_step
+from dmf.types import ClassLabels, Condition, FlowMap, Images, PRNGKeys
 
 MOST_STEPS = 10_000
 
@@ -227,7 +228,7 @@ class EulerMaruyama(Sampler):
 
 # A new sampler is a class above and its name here.
 define_kind(
-    "sampler", "One step from t to t_next, from noise to data.",
+    "sampler", "One step from t to t_next, from noise to data.", Sampler,
     euler=Euler, restart=Restart, ctm=ConsistencyTrajectory, heun=Heun, sde=EulerMaruyama,
     adams_bashforth=AdamsBashforth,
 )
@@ -291,7 +292,7 @@ def sample(
 
     Raises:
       InputError: too few steps, another number of conditions than of noise, a stochastic sampler
-        without `step_noise`, or no such sampler.
+        without `step_noise`, no such sampler, or one whose step or schedule has a wrong shape.
     """
     sampler = sampler if isinstance(sampler, Sampler) else _named(sampler)
     y = jnp.asarray(y) if isinstance(y, list | range) else y
@@ -303,12 +304,14 @@ def sample(
         raise InputError("y", remedy=f"it has {conditions} conditions, and noise has "
                          f"{noise.shape[0]} samples; give one for each")
     schedule = sampler.schedule(steps, shift)
+    check_schedule(sampler, steps, schedule)
 
     def step(state: tuple[Images, Carry], now: tuple[Time, Time, jax.Array]) -> Any:
         (x, carry), (t, t_next, index) = state, now
         fresh_noise = step_noise(index) if sampler.stochastic else None
-        x, carry = sampler.step(flow_map, x, t, t_next, y, fresh_noise, carry)
-        return (x, carry), x if trajectory else None
+        after = sampler.step(flow_map, x, t, t_next, y, fresh_noise, carry)
+        check_step(sampler, (x, carry), after)
+        return after, after[0] if trajectory else None
 
     x_1 = noise.astype(jnp.promote_types(noise.dtype, jnp.float32))
     x_1 = sampler.interpolant.noise_scale * x_1
@@ -350,7 +353,7 @@ def call_times(sampler: Sampler, steps: int, shift: float = 1.0) -> tuple[float,
         times[float(t[0])] = None
         return x_t
 
-    x, y = jnp.zeros((1, 1, 1, 1)), jnp.zeros(1, jnp.int32)
+    x, y = jnp.zeros((1, 1, 1, 1)), ClassLabels(jnp.zeros(1, jnp.int32), num_classes=1)
     with jax.disable_jit():  # so that times are numbers
         sample(flow_map, x, y, steps=steps, sampler=sampler, shift=shift, step_noise=lambda i: x)
     return tuple(times)

@@ -22,7 +22,7 @@ from dmf.models.encoders.patch_features import (
     check_feature_width,
     check_stored_features,
 )
-from dmf.objectives.build import interpolant, objective
+from dmf.objectives.build import interpolant, objective, objective_of_run
 from dmf.objectives.objective import Objective
 from dmf.objectives.path_sample import check_prediction
 from dmf.registry import at, build
@@ -167,9 +167,7 @@ def recipe(
       InputError: a field that cannot be used; the message names it.
     """
     student, steps = network(config.model), run(config.run).steps
-    trained_by = objective(config.objective, teacher)
-    with at("objective"):
-        trained_by = trained_by.for_run(steps)
+    trained_by = objective_of_run(config.objective, steps, teacher)
     built = Recipe(
         network=student,
         objective=trained_by,

@@ -1,11 +1,6 @@
 """Callbacks of the training loop, for grids of samples, evaluations and snapshots of power EMAs;
-and the profiler.
+and the profiler."""
 
-A callback says with `due(step)` after which steps the loop calls it, and is called with the step
-and the train state. All processes call it together.
-"""
-
-import abc
 import contextlib
 import re
 from collections.abc import Mapping
@@ -28,6 +23,7 @@ from dmf.runtime.files import write_json
 from dmf.runtime.sharding import local_mesh, replicate_on_host
 from dmf.sampling.generator import Generator, class_grid, steps_caption
 from dmf.training.build import Training
+from dmf.training.callback import Callback
 from dmf.training.ema import power_emas
 from dmf.training.metrics_writer import (
     EVALUATIONS,
@@ -37,7 +33,6 @@ from dmf.training.metrics_writer import (
 )
 from dmf.training.preview import load_preview_space
 from dmf.training.train_state import EMA_PREFIX, TrainState
-from dmf.training.writers import Writers
 from dmf.types import Params
 
 # The name of an evaluation, without its suffix.
@@ -61,24 +56,6 @@ def is_due(step: int, every: int, last: int) -> bool:
 def chosen_params(state: TrainState, ema: str) -> Params:
     """The EMA parameters of a name, or the raw parameters for the empty name."""
     return state.ema_params[ema] if ema else state.params
-
-
-class Callback(abc.ABC):
-    """Something that the training loop does after some steps.
-
-    Attributes:
-      writers: receive its metrics and images; the loop sets them.
-    """
-
-    writers = Writers()
-
-    @abc.abstractmethod
-    def due(self, step: int) -> bool:
-        """Whether the loop calls it after a step."""
-
-    @abc.abstractmethod
-    def __call__(self, step: int, state: TrainState) -> None:
-        """Acts on the train state after a step."""
 
 
 class SampleGridCallback(Callback):

@@ -30,7 +30,8 @@ from dmf.runtime.paths import user_path
 from dmf.runtime.progress import duration, end_live_line, waiting
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build
-from dmf.training.callbacks import Callback, EvaluationCallback, Profiler, SnapshotCallback, is_due
+from dmf.training.callback import Callback
+from dmf.training.callbacks import EvaluationCallback, Profiler, SnapshotCallback, is_due
 from dmf.training.data_wait import DataWait
 from dmf.training.prepared_run import prepare
 from dmf.training.resume import check_position, position_function
@@ -126,7 +127,7 @@ def _train(config: ConfigDict, workdir: epath.Path) -> TrainState:
             open_writers=lambda start: _open_writers(config, workdir, start),
             evaluate=evaluate,
             snapshot=snapshot,
-            callbacks=(snapshot, prepared.show, evaluate),
+            callbacks=(snapshot, prepared.show, evaluate, *prepared.callbacks),
             profiler=prepared.profiler,
             stop=stop,
         ).run(state)

@@ -20,9 +20,11 @@ from dmf.runtime import processes
 from dmf.runtime.sharding import batch_sharding
 from dmf.training import build, initial_checkpoint
 from dmf.training.abstract_inputs import abstract_inputs
+from dmf.training.callback import Callback, open_callbacks
 from dmf.training.callbacks import EvaluationCallback, Profiler, SampleGridCallback
 from dmf.training.ema import power_emas
 from dmf.training.memory import check_disk, check_memory
+from dmf.training.network_check import check_network
 from dmf.training.train_state import TrainState
 from dmf.training.train_step import abstract_state, compiled_train_step
 from dmf.training.writers import check_writers
@@ -39,7 +41,8 @@ class PreparedRun(NamedTuple):
       keys: random keys of the initial parameters and of the draws.
       abstract: the train state as shapes with shardings.
       pretrained: the parameters that a new run starts from.
-      show, evaluate: the callbacks.
+      show, evaluate: the callbacks of sample grids and of evaluations.
+      callbacks: those that `run.callbacks` names.
       profiler: traces some steps.
     """
 
@@ -51,6 +54,7 @@ class PreparedRun(NamedTuple):
     pretrained: Params
     show: SampleGridCallback
     evaluate: EvaluationCallback
+    callbacks: tuple[Callback, ...]
     profiler: Profiler
 
 
@@ -70,6 +74,8 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
         check_writers(training.run.writers, training.run.project)
     _report_scaling(config)
     _check_autoencoder(config)
+    rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
+    check_network(training.recipe.network, rows)
     prepared = PreparedRun(
         config=config,
         training=training,
@@ -79,14 +85,14 @@ def prepare(config: ConfigDict, workdir: epath.Path) -> PreparedRun:
         pretrained=_pretrained(config, training, latest_step(workdir)),
         show=SampleGridCallback(config, training, workdir),
         evaluate=EvaluationCallback(config, training, workdir),
+        callbacks=open_callbacks(training.run.callbacks, config, training, workdir),
         profiler=Profiler(config.profile_steps, workdir),
     )
-    # Tracing the step finds what its parts refuse of each other. The first step uses this trace,
-    # because its key is on no mesh either.
-    rows = training.data_loader.abstract_batch(batch_sharding(training.recipe.mesh))
     _check_profile_steps(config, prepared.profiler, training.run.steps)
     check_memory(prepared.abstract, rows)
     _check_disk(workdir, prepared.abstract, training)
+    # Tracing the step finds what its parts refuse of each other. The first step uses this trace,
+    # because its key is on no mesh either.
     jax.eval_shape(prepared.step, *abstract_inputs(training.recipe, rows), prepared.keys[1])
     return prepared
 

@@ -87,6 +87,7 @@ class Run:
       keep_snapshots: maximum number of snapshots, 2 or more; each holds every power EMA.
       writers: writers of metrics and sample grids: jsonl, tensorboard, wandb, trackio, or one of
         your own (docs/extending.md); dmf report reads what jsonl writes.
+      callbacks: callbacks of your own, which the training loop calls (docs/extending.md).
       project: project of the run at wandb or trackio; empty for dmf, or WANDB_PROJECT at wandb.
     """
 
@@ -100,6 +101,7 @@ class Run:
     snapshot_every: int = 100
     keep_snapshots: int = 16
     writers: tuple[str, ...] = ("jsonl", "tensorboard")
+    callbacks: tuple[str, ...] = ()
     project: str = ""
 
     def __post_init__(self):
