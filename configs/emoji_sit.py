@@ -13,8 +13,8 @@ from configs import images_sit
 
 
 def get_config() -> ConfigDict:
-    """A transformer of 8 blocks of width 128 on 4 x 4 patches. It predicts the data, of which much is
-    white, and not the velocity, in which white is as noisy as all else."""
+    """A transformer of 8 blocks of width 128 on 4 x 4 patches. It predicts the data, of which much
+    is white, and not the velocity, which is noisy everywhere."""
     config = images_sit.get_config()
     config.data.directory = "runs/emoji_32"
     config.data.batch_size = 64
