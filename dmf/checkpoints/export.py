@@ -21,13 +21,15 @@ from safetensors.numpy import save_file
 from dmf import registry
 from dmf.checkpoints import load, model_card, power_ema
 from dmf.checkpoints import params as stored_params
-from dmf.checkpoints.convert import format_1, namings, open_checkpoint, source_files
+from dmf.checkpoints.convert import format_1, namings, open_checkpoint
+from dmf.checkpoints.hub_card import Publication
 from dmf.checkpoints.stored_config import without_local_paths
 from dmf.errors import InputError, brief
 from dmf.models import FROZEN_KINDS
 from dmf.models.encoders.autoencoder import Autoencoder
 from dmf.objectives.build import interpolant
 from dmf.runtime import files, progress
+from dmf.runtime.hub import address, is_address
 from dmf.runtime.ownership import owned_output
 from dmf.runtime.paths import user_path
 from dmf.sampling import stablehlo
@@ -73,7 +75,7 @@ def convert(
 
     Args:
       source: a file, a directory or `hf:OWNER/REPO/FILE`, see `open_checkpoint.open_checkpoint`; or
-        a run or an export of dmf.
+        a run or an export of dmf, also `hf:OWNER/REPO`.
       output: the directory to make.
       fields: fields of the network that its tensors do not tell.
       others: more sources, which have the other tensors of the network.
@@ -122,7 +124,7 @@ def _read(
 
     A network without a config has the latents of `autoencoder`, or those of Stable Diffusion.
     """
-    if stored_params.is_dmf_checkpoint(source) and not others:
+    if not others and _is_dmf_checkpoint(source):
         return _read_dmf(source, fields, key)
     opened = open_checkpoint.open_together([source, *others], key)
     defaults = config_class and load.config_to_json(ConfigDict(registry.to_config(config_class())))
@@ -151,6 +153,14 @@ def _read(
     origin = f"converted from {_public_name(source)} ({converted.naming.name})"
     inner = _read_autoencoder_of(source)
     return Parts(converted.network, config, converted.params, origin, inner)
+
+
+def _is_dmf_checkpoint(source: str) -> bool:
+    """Whether a source is a run or an export; a whole repository of the hub must be an export."""
+    if is_address(source):
+        wanted = address(source)
+        return wanted is not None and not wanted.file
+    return stored_params.is_dmf_checkpoint(source)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -220,7 +230,7 @@ def _stated_errors(config: Mapping[str, Any]) -> Iterator[None]:
 
 def _public_name(source: str) -> str:
     """The name of a source without the folders of this machine."""
-    return source if source.startswith(source_files.HUB) else epath.Path(source).name
+    return source if is_address(source) else epath.Path(source).name
 
 
 def _read_dmf(directory: str, fields: Mapping[str, Any], key: str) -> Parts:
@@ -267,7 +277,8 @@ def open_parts(
 
 
 def write(
-    output: epath.PathLike, parts: Parts, *, form: str = "orbax", naming: str = "", steps: int = 4
+    output: epath.PathLike, parts: Parts, *, form: str = "orbax", naming: str = "", steps: int = 4,
+    publication: Publication | None = None,
 ) -> None:
     """Writes an export.
 
@@ -288,6 +299,7 @@ def write(
       form: one of `FORMATS`.
       naming: parameter naming scheme of a safetensors file; empty for the first of the network.
       steps: number of sampling steps of a StableHLO function.
+      publication: what the model card says of an export that is pushed to the hub.
 
     Raises:
       InputError: there is no such format or naming, or the directory is not empty or is being
@@ -298,11 +310,11 @@ def write(
         raise InputError("format", form, f"choose one of {', '.join(FORMATS)}")
     with owned_output("output", output), files.new_directory(output) as folder:
         if form == "orbax":
-            _write_orbax(folder, parts)
+            _write_orbax(folder, parts, publication)
         elif form == "safetensors":
-            _write_safetensors(folder, parts, naming)
+            _write_safetensors(folder, parts, naming, publication)
         else:
-            _write_stablehlo(folder, parts, steps)
+            _write_stablehlo(folder, parts, steps, publication)
 
 
 def write_frozen(output: epath.PathLike, network: Any, params: Params, *, origin: str) -> None:
@@ -327,15 +339,20 @@ def write_frozen(output: epath.PathLike, network: Any, params: Params, *, origin
     write(output, Parts(network, {kind: registry.to_config(network, kind)}, params, origin))
 
 
-def _write_orbax(folder: epath.Path, parts: Parts) -> None:
+def _write_orbax(
+    folder: epath.Path, parts: Parts, publication: Publication | None = None
+) -> None:
     stored_params.write_params(folder, parts.params)
     if parts.autoencoder is not None:
         _write_orbax(_autoencoder_folder(folder), parts.autoencoder)
-    usage = model_card.ORBAX + model_card.FLOW_MAP * ("model" in parts.config)
-    _write_config_and_card(folder, parts, usage)
+    latents = parts.autoencoder is not None
+    usage = model_card.orbax_usage(parts.config, publication, latents=latents)
+    _write_config_and_card(folder, parts, usage, publication)
 
 
-def _write_safetensors(folder: epath.Path, parts: Parts, naming: str) -> None:
+def _write_safetensors(
+    folder: epath.Path, parts: Parts, naming: str, publication: Publication | None = None
+) -> None:
     chosen = namings.naming_of(parts.network, naming)
     tensors = namings.to_named_tensors(parts.network, parts.params, chosen)
     progress.log(f"written as {chosen.name}" + (f"; {chosen.notes}" if chosen.notes else ""))
@@ -344,7 +361,9 @@ def _write_safetensors(folder: epath.Path, parts: Parts, naming: str) -> None:
     _save(tensors, folder / stored_params.SAFETENSORS_FILE, metadata)
     if parts.autoencoder is not None:
         _write_safetensors(_autoencoder_folder(folder), parts.autoencoder, "")
-    _write_config_and_card(folder, parts, model_card.SAFETENSORS.format(naming=chosen.name))
+    latents = parts.autoencoder is not None
+    usage = model_card.safetensors_usage(chosen.name, publication, latents=latents)
+    _write_config_and_card(folder, parts, usage, publication)
 
 
 def _autoencoder_folder(folder: epath.Path) -> epath.Path:
@@ -354,7 +373,9 @@ def _autoencoder_folder(folder: epath.Path) -> epath.Path:
     return inner
 
 
-def _write_stablehlo(folder: epath.Path, parts: Parts, steps: int) -> None:
+def _write_stablehlo(
+    folder: epath.Path, parts: Parts, steps: int, publication: Publication | None
+) -> None:
     if "model" not in parts.config:
         raise InputError(
             "format", "stablehlo",
@@ -373,7 +394,9 @@ def _write_stablehlo(folder: epath.Path, parts: Parts, steps: int) -> None:
     package = os.path.dirname(flatbuffers.__file__)
     unneeded = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / flatbuffers.__name__, ignore=unneeded)
-    _write_config_and_card(folder, parts, stablehlo.usage(parts.network, space, steps=steps))
+    usage = stablehlo.usage(parts.network, space, steps=steps)
+    usage = model_card.stablehlo_usage(usage, publication)
+    _write_config_and_card(folder, parts, usage, publication)
 
 
 def _save(
@@ -384,7 +407,10 @@ def _save(
     os.chmod(path, 0o644)
 
 
-def _write_config_and_card(folder: epath.Path, parts: Parts, usage: str) -> None:
-    text = model_card.model_card(parts.config, parts.params, origin=parts.origin, usage=usage)
+def _write_config_and_card(
+    folder: epath.Path, parts: Parts, usage: str, publication: Publication | None
+) -> None:
+    text = model_card.model_card(parts.config, parts.params, origin=parts.origin, usage=usage,
+                                 publication=publication)
     config = without_local_paths(parts.config)
     stored_params.write_config_and_card(folder, config, text, origin=parts.origin)

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dmf import registry
 from dmf.checkpoints import params as stored_params
 from dmf.checkpoints import power_ema
+from dmf.checkpoints.located import local_directory
 from dmf.checkpoints.stored_config import without_foreign_paths
 from dmf.data.build import Data, data
 from dmf.data.latent_origin import check_origin
@@ -26,7 +27,6 @@ from dmf.models.encoders.tiled_decoding import describe_tiles
 from dmf.models.flow_map import NetworkFlowMap
 from dmf.objectives.build import interpolant
 from dmf.registry import at
-from dmf.runtime.paths import user_path
 from dmf.runtime.progress import log
 from dmf.runtime.sharding import make_mesh, parameter_shardings, with_shardings
 from dmf.sampling.build import Sampling, sampling
@@ -132,7 +132,7 @@ def read_config(directory: epath.PathLike) -> ConfigDict:
         config = config_from_json(stored)
     except InputError as error:
         raise error.within(f"checkpoint={directory}") from None
-    autoencoder = user_path(directory) / AUTOENCODER
+    autoencoder = local_directory(directory) / AUTOENCODER
     if not config.latents.autoencoder and autoencoder.exists():
         config.latents.autoencoder = str(autoencoder)
     return config

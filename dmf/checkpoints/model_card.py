@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
+from dmf.checkpoints import hub_card
+from dmf.checkpoints.hub_card import Publication
 from dmf.models import FROZEN_KINDS
 from dmf.types import Params
 
-_CARD = """# {title}
+_CARD = """{header}# {title}
 
 Written by `dmf`, Decoupled MeanFlow in JAX and Flax.
 
@@ -18,16 +20,36 @@ Written by `dmf`, Decoupled MeanFlow in JAX and Flax.
 
 {usage}"""
 
-ORBAX = """`params/` is an Orbax checkpoint (`orbax.checkpoint.StandardCheckpointer().restore`), and
-`config.json` the config.
+_ORBAX = """`params/` is an Orbax checkpoint (`orbax.checkpoint.StandardCheckpointer().restore`),
+and `config.json` the config.
 """
-FLOW_MAP = """
-    dmf sample --checkpoint=DIR --steps=4 --output=samples.png
+_FROZEN = """
+Commands of `dmf` take it as `{address}` where they take such a network.
+"""
+_FLOW_MAP = """
+```bash
+dmf sample --checkpoint={address} --steps={steps} --output=samples.png
+```
 
-    flow_map, config = dmf.load("DIR")   # u(x_t, t, r, y), t = 1 is noise
+The same in Python, without the guidance and the sampler of `config.json`:
+
+```python
+{example}
+```
 """
-SAFETENSORS = """`model.safetensors` has the names, shapes and layouts of {naming}, float32;
-`config.json` is the config. `dmf convert` reads it back.
+_SAFETENSORS = """`model.safetensors` has the names, shapes and layouts of {naming}, float32;
+`config.json` is the config. `dmf convert` reads it back:
+
+```bash
+dmf convert {address}{file} --output=export{rest}
+```
+"""
+_DOWNLOAD = """
+The package `huggingface_hub` downloads this folder:
+
+```bash
+hf download {repository} --local-dir=export
+```
 """
 
 _NETWORKS = {"dit": "diffusion transformer", "in_context_dit": "in-context transformer"}
@@ -40,7 +62,67 @@ def trained(config: Mapping[str, Any], step: int | None, std: float | None = Non
             f"{data['batch_size']}" + ("" if std is None else f", EMA of std={std}"))
 
 
-def model_card(config: Mapping[str, Any], params: Params, *, origin: str, usage: str) -> str:
+def orbax_usage(
+    config: Mapping[str, Any], publication: Publication | None, *, latents: bool
+) -> str:
+    """How to use an export with Orbax parameters.
+
+    Args:
+      config: the config as JSON holds it.
+      publication: of an export that is pushed; None for one on the disk.
+      latents: whether the export holds the autoencoder of the latents that the network makes.
+    """
+    address = publication.address if publication else "DIR"
+    if "model" not in config:
+        return _ORBAX + _FROZEN.format(address=address)
+    steps = max(config["sampling"]["steps"], default=4)
+    example = _example(config, address, steps, latents)
+    return _ORBAX + _FLOW_MAP.format(address=address, steps=steps, example=example)
+
+
+def _example(config: Mapping[str, Any], address: str, steps: int, latents: bool) -> str:
+    """Lines of Python that load a flow map and, on the linear path, sample from it."""
+    shift = config["sampling"]["shift"]
+    options = f"steps={steps}" + (f", shift={shift}" if shift != 1 else "")
+    load = ["import dmf, jax", "",
+            f'flow_map, config = dmf.load("{address}")    # u(x_t, t, r, y), t = 1 is noise']
+    sample = [
+        "noise = jax.random.normal(jax.random.key(0), (4, *flow_map.network.sample_shape))",
+        "labels = jax.numpy.arange(4) % max(flow_map.network.num_classes, 1)",
+        f"samples = dmf.sample(flow_map, noise, labels, {options})",
+    ]
+    decode = ["latent_space, decoder = dmf.load_latent_space(config)",
+              "samples = latent_space.decode(decoder, samples)"] if latents else []
+    pixels = ["images = dmf.to_uint8(samples)    # [4, height, width, channels]"]
+    is_linear = config["objective"].get("interpolant", "linear") in ("linear", {"name": "linear"})
+    return "\n".join([*load, *sample, *decode, *pixels] if is_linear else load)
+
+
+def safetensors_usage(naming: str, publication: Publication | None, *, latents: bool) -> str:
+    """How to use an export as safetensors.
+
+    Args:
+      naming: parameter naming scheme of the file.
+      publication: of an export that is pushed; None for one on the disk.
+      latents: whether the export holds the autoencoder of the latents that the network makes.
+    """
+    address, file, rest = "DIR", "", ""
+    if publication:
+        address, file = publication.address, "/model.safetensors"
+        rest = f" --autoencoder={address}/autoencoder{file}" * latents
+    return _SAFETENSORS.format(naming=naming, address=address, file=file, rest=rest)
+
+
+def stablehlo_usage(usage: str, publication: Publication | None) -> str:
+    """How to use a StableHLO function: `dmf.sampling.stablehlo.usage`, and on the hub how to
+    download it."""
+    return usage + _DOWNLOAD.format(repository=publication.repository) if publication else usage
+
+
+def model_card(
+    config: Mapping[str, Any], params: Params, *, origin: str, usage: str,
+    publication: Publication | None = None,
+) -> str:
     """The model card of a network, in Markdown.
 
     Args:
@@ -48,13 +130,15 @@ def model_card(config: Mapping[str, Any], params: Params, *, origin: str, usage:
       params: parameters of the network.
       origin: one line that says where the parameters come from.
       usage: how to use the files of the export.
+      publication: of an export that is pushed, whose card has a header; None for one on the disk.
     """
     rows = _network_rows(config) if "model" in config else _frozen_rows(config)
     title = rows.pop("title")
     rows |= {"parameters": f"{sum(w.size for w in jax.tree.leaves(params)):,}", "origin": origin}
     rows = {name: str(value).replace("|", "\\|") for name, value in rows.items()}
     lines = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return _CARD.format(title=title, rows=lines, usage=usage)
+    header = hub_card.header(config, publication) if publication else ""
+    return _CARD.format(header=header, title=title, rows=lines, usage=usage)
 
 
 def _network_rows(config: Mapping[str, Any]) -> dict[str, Any]:

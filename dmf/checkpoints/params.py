@@ -20,11 +20,11 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dmf.checkpoints import stored_config
+from dmf.checkpoints.located import local_directory
 from dmf.checkpoints.orbax_files import check_stored, tree_metadata
 from dmf.errors import Damaged, InputError, RunError
 from dmf.runtime.checksums import check_checksums, checksums, reading_errors
 from dmf.runtime.files import absolute, is_regular_file, write_json
-from dmf.runtime.paths import user_path
 from dmf.types import Params
 
 FORMAT = 2
@@ -50,7 +50,7 @@ def split_step(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
     >>> [str(part) for part in split_step("runs/digits")]
     ['runs/digits', 'None']
     """
-    path = user_path(directory)
+    path = local_directory(directory)
     if path.parent.name == CHECKPOINTS and path.name.isdigit():
         return path.parent.parent, int(path.name)
     return path, None
@@ -148,7 +148,7 @@ def latest_step(workdir: epath.PathLike) -> int | None:
     Args:
       workdir: a workdir, or one of its checkpoints/STEP, whose step is returned if it exists.
     """
-    run, step = split_step(absolute(workdir))
+    run, step = split_step(absolute(local_directory(workdir)))
     folder = run / CHECKPOINTS
     if step is not None:
         return step if (folder / str(step)).exists() else None
@@ -184,7 +184,7 @@ def check_saved(directory: epath.PathLike, ema: str) -> None:
         are.
       RunError: the checkpoint is damaged.
     """
-    directory = absolute(directory)
+    directory = absolute(local_directory(directory))
     check_format(directory)
     with _damage_reported(directory):
         _params_item(directory, ema)
@@ -219,7 +219,7 @@ def restore_params(
         names a parameter.
       RunError: the checkpoint is damaged.
     """
-    directory = absolute(directory)
+    directory = absolute(local_directory(directory))
     check_format(directory)
     with _damage_reported(directory):
         return restore_item(

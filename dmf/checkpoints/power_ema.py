@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from dmf.checkpoints import params as stored_params
+from dmf.checkpoints.located import local_directory
 from dmf.checkpoints.params import CHECKPOINTS, EMA_PREFIX, SNAPSHOTS
 from dmf.errors import Damaged, InputError, RunError
 from dmf.registry import at
@@ -160,7 +161,7 @@ def synthesise(
         has another architecture.
       RunError: a snapshot or the checkpoint is damaged.
     """
-    directory, total = absolute(directory), None
+    directory, total = absolute(local_directory(directory)), None
     chosen, summary = weighted_averages(directory, std)
     log(summary)
     for weight, item in chosen:
@@ -178,7 +179,7 @@ def weighted_averages(
     Raises:
       InputError: there is no run, it kept no power EMAs, or they are too few for this width.
     """
-    stored, step = stored_averages(absolute(directory), std)
+    stored, step = stored_averages(absolute(local_directory(directory)), std)
     wanted = Profile(step, exponent(std))
     solution, error = weights([average.profile for average in stored], wanted)
     steps, widths = ({average.profile[i] for average in stored} for i in range(2))

@@ -39,6 +39,9 @@ def config(
     Raises:
       InputError: no such file or field, or a value that it cannot have.
     """
+    from dmf.checkpoints.located import look_again
+
+    look_again()
     return config_flag.resolved(config, config_flag.as_flags(overrides))
 
 

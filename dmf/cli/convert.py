@@ -47,7 +47,7 @@ def convert(
     4
 
     Args:
-      source: a file, a directory or hf:OWNER/REPO/FILE.
+      source: a file, a directory or hf:OWNER/REPO/FILE; hf:OWNER/REPO for an export.
       output: the directory to make.
       others: more files of the same network.
       key: part of a training file (model, ema, ...), or EMA parameters of a run; empty detects it.
@@ -59,9 +59,9 @@ def convert(
     Raises:
       InputError: the checkpoint cannot be read.
     """
-    from dmf.checkpoints import export
+    from dmf.checkpoints import export, located
     from dmf.default_config import Config
-
+    located.look_again()
     given = (split_depth, num_heads, input_size, alignment_depth, groups)
     fields = {field: n for (_, field, _), n in zip(_FIELDS, given, strict=True) if n is not None}
     export.convert(os.fspath(source), output, fields=fields, others=others, key=key, naming=naming,

@@ -32,6 +32,7 @@ from etils import epath
 
 from dmf.cli import config_flag, flags
 from dmf.errors import InputError
+from dmf.runtime.hub import is_address
 
 # Flags, and the fields of `config.evaluation` that they set.
 _FIELDS = {
@@ -58,7 +59,8 @@ def define(values: absl_flags.FlagValues) -> None:
     text, number, several = (
         absl_flags.DEFINE_string, absl_flags.DEFINE_integer, absl_flags.DEFINE_list
     )
-    text("checkpoint", "", "a run, one of its checkpoints/STEP, or an export", flag_values=values)
+    text("checkpoint", "", "a run, one of its checkpoints/STEP, an export, or hf:OWNER/REPO",
+         flag_values=values)
     text("images", "", "a set of images in place of a flow map", flag_values=values)
     number("resolution", 0, "side of a centre crop of --images; 0 for none", flag_values=values)
     text("reference", None, "statistics or images to compare with", flag_values=values)
@@ -110,6 +112,9 @@ def run(values: absl_flags.FlagValues, overrides: Sequence[str]) -> epath.Path:
         if values[flag].present:
             raise InputError(f"--{flag}", values[flag].value, "it is for samples of a flow map; "
                              "leave it out")
+    if is_address(values.checkpoint) and not (values.output or makes_reference):
+        raise InputError("--output", remedy="it must be given for a checkpoint of the Hugging Face "
+                         "hub; --help says what it is")
     config = _config(values, overrides)
     if makes_reference:
         output, write = epath.Path(makes_reference), _make_reference

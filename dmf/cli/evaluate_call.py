@@ -44,7 +44,8 @@ def evaluate(
     [1, 2]
 
     Args:
-      checkpoint: a run, one of its checkpoints/STEP, or an export; empty with `images`.
+      checkpoint: a run, one of its checkpoints/STEP, an export, or hf:OWNER/REPO for one of the
+        Hugging Face hub; empty with `images`.
       overrides: values by dotted field of the config of the checkpoint, as
         {"model.conditioning": "decoupled", "model.split_depth": 4}.
       images: a set of images in place of a flow map: a folder, .zip, .tar or .npz, or a TFDS name.
@@ -63,7 +64,8 @@ def evaluate(
       interval: intervals of guided times (start, end) to search, in [0, 1].
       guide: another checkpoint, for autoguidance.
       guide_ema: EMA parameters of `guide`.
-      output: a .json file; evaluation.json in the run by default, required with `images`.
+      output: a .json file; evaluation.json in the run by default, required with `images` and with
+        hf:OWNER/REPO.
       keep_features: whether the features are written too.
       reconstruction, autoencoder: whether `images` are compared with their reconstructions, and the
         export that makes these.
@@ -76,6 +78,9 @@ def evaluate(
       InputError: arguments that cannot be used, or do not go together; they are named as flags.
       RunError: the checkpoint is damaged, or samples are not finite.
     """
+    from dmf.checkpoints.located import look_again
+
+    look_again()
     values = absl_flags.FlagValues()
     evaluate_verb.define(values)
     names = tuple(values)

@@ -20,7 +20,7 @@ def load(
 ) -> "tuple[dmf.models.flow_map.NetworkFlowMap, ConfigDict]":
     """The flow map of a run or an export, ready to call, and its config.
 
-    For example, one step of sampling from noise (t = 1) to images (r = 0):
+    One step of sampling from noise (t = 1) to images (r = 0):
 
     >>> flow_map, config = dmf.load("runs/digits_sit")
     >>> noise = jax.random.normal(jax.random.key(0), (10, 8, 8, 1))
@@ -33,8 +33,8 @@ def load(
     4
 
     Args:
-      directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, or an
-        export.
+      directory: a workdir, whose newest checkpoint is loaded, one of its checkpoints/STEP, an
+        export, or hf:OWNER/REPO or hf:OWNER/REPO@REVISION for an export on the Hugging Face hub.
       overrides: values by dotted field of the config, as --config.FIELD=VALUE of `dmf sample`.
       ema: EMA parameters of a run, also std=WIDTH (from power EMAs); empty for the raw parameters.
 
@@ -46,9 +46,9 @@ def load(
       InputError: there is no checkpoint, EMA or field; or the checkpoint has another architecture.
       RunError: the checkpoint is damaged.
     """
-    from dmf.checkpoints import load as checkpoints
-
+    from dmf.checkpoints import load, located
+    located.look_again()
     config, given = None, config_flag.as_flags(overrides)
     if given:
-        config = config_flag.overridden_stored(checkpoints.read_config(directory), given)
-    return checkpoints.load(directory, ema=ema, config=config)
+        config = config_flag.overridden_stored(load.read_config(directory), given)
+    return load.load(directory, ema=ema, config=config)

@@ -24,7 +24,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     """Samples from a run or an export into one file or folder."""
     values = absl_flags.FlagValues()
     text, number = absl_flags.DEFINE_string, absl_flags.DEFINE_integer
-    text("checkpoint", None, "a run, one of its checkpoints/STEP, or an export", flag_values=values)
+    text("checkpoint", None, "a run, one of its checkpoints/STEP, an export, or hf:OWNER/REPO",
+         flag_values=values)
     text("output", None, "a .png, .npz or .array_record file, or a folder", flag_values=values)
     absl_flags.DEFINE_list("steps", ["4"], "sampling steps; several numbers for a grid",
                            flag_values=values)

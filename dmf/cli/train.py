@@ -59,6 +59,9 @@ def train(
       RunError: the loss is not finite, the disk is full, or another process was lost.
       Stopped: the run received SIGTERM, SIGHUP or Ctrl-C; everything is saved.
     """
+    from dmf.checkpoints.located import look_again
+
+    look_again()
     return _train(config_flag.resolved(config, config_flag.as_flags(overrides)), workdir,
                   coordinator, processes, process)
 

@@ -22,6 +22,7 @@ from etils import epath
 
 from dmf.errors import InputError
 from dmf.runtime import processes, progress
+from dmf.runtime.hub import is_address
 from dmf.runtime.paths import user_path
 
 # The lock file within a workdir.
@@ -45,8 +46,12 @@ def owned(lock: epath.Path, field: str, subject: epath.PathLike) -> Iterator[Non
       subject: its value.
 
     Raises:
-      InputError: on every process: another process owns it, or the lock file cannot be written.
+      InputError: on every process: another process owns it, the lock file cannot be written, or
+        an address of the Hugging Face hub is given.
     """
+    if is_address(subject):
+        raise InputError(field, subject, "give a local path; of the Hugging Face hub checkpoints "
+                         "are read, and dmf export --push=OWNER/REPO uploads one")
     held, failure = _Lock(pathlib.Path(os.path.abspath(lock))), ""
     if processes.is_first_process() and "://" not in os.fspath(lock):
         try:

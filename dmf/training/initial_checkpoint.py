@@ -8,13 +8,13 @@ number of classes may differ: the label embedding is then initialised anew, and 
 from collections.abc import Collection, Iterator
 from typing import Any
 
-from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dmf import registry
 from dmf.checkpoints import load
+from dmf.checkpoints.located import local_directory
 from dmf.checkpoints.params import CONFIG_FILE, is_within, latest_step
 from dmf.data.build import Data
 from dmf.errors import InputError
@@ -49,10 +49,10 @@ def inherit(config: ConfigDict, given: Collection[str]) -> tuple[ConfigDict, lis
         it is not there.
     """
     directory, undecided = config.init.checkpoint, _undecided(config)
-    is_there = directory and (epath.Path(directory) / CONFIG_FILE).exists()
-    if not is_there and not (directory and undecided):
-        return config, []
     with registry.at("init"):
+        is_there = directory and (local_directory(directory) / CONFIG_FILE).exists()
+        if not is_there and not (directory and undecided):
+            return config, []
         tree, its = config.to_dict(), load.read_config(directory)
     taken = [field for field in _shared(its) if _value(tree, field) != _value(its, field)]
     if latest_step(directory) is not None:

@@ -11,8 +11,8 @@ class InitialCheckpoint:
     """The checkpoint that training starts from.
 
     Attributes:
-      checkpoint: directory of a run or an export, whose sizes, latents and path are those of this
-        run; empty to start from random parameters.
+      checkpoint: directory of a run or an export, or hf:OWNER/REPO, whose sizes, latents and path
+        are those of this run; empty to start from random parameters.
       ema: name of the EMA parameters of a run, or std=WIDTH; empty for the raw parameters.
     """
 
@@ -25,7 +25,7 @@ class TeacherCheckpoint:
     """The checkpoint of the frozen teacher, where the guidance is a teacher's.
 
     Attributes:
-      checkpoint: directory of a run or an export; empty for no teacher.
+      checkpoint: directory of a run or an export, or hf:OWNER/REPO; empty for no teacher.
       ema: name of the EMA parameters of a run, or std=WIDTH; empty for the raw parameters.
     """
 

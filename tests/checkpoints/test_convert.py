@@ -364,6 +364,6 @@ def test_the_hub(tmp_path):
     assert not (tmp_path / "two").exists()
 
 
-@pytest.mark.parametrize("source", ["hf:", "hf:owner", "hf:owner/repo", "hf:owner/repo/"])
-def test_an_address_of_the_hub_has_three_parts(tmp_path, capsys, source):
+@pytest.mark.parametrize("source", ["hf:", "hf:owner", "hf:owner/repo/", "hf:owner/repo@v1/"])
+def test_an_address_of_the_hub_is_complete(tmp_path, capsys, source):
     assert "give hf:OWNER/REPO/FILE" in refused(capsys, tmp_path, source)

@@ -58,7 +58,7 @@ def test_the_origin_of_a_converted_file_is_its_name(tmp_path):
 
 
 def test_an_export_that_another_command_is_writing_is_left_alone(tmp_path, monkeypatch):
-    def meddling(folder, written):
+    def meddling(folder, written, publication):
         (folder / "mine").touch()
         with pytest.raises(InputError, match="^output=.*out: another command is writing there"):
             export.write(tmp_path / "out", written)

@@ -73,7 +73,7 @@ def test_they_scale_the_latents_of_the_autoencoder_beside_them(tmp_path):
 
 
 def test_they_are_downloaded_with_an_autoencoder_of_the_hub(tmp_path, monkeypatch):
-    def download(source: str, repository: str, file: str, *, needed: bool = True):
+    def download(source, repository, file, *, revision=None, needed=True):
         path = epath.Path(tmp_path / repository / file)
         return path if needed or path.exists() else None
 

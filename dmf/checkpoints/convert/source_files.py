@@ -17,7 +17,7 @@ from dmf.checkpoints.convert.config_files import SCALING_FIELDS
 from dmf.checkpoints.latent_statistics import STATISTICS_FILE, read_statistics
 from dmf.errors import InputError, brief
 from dmf.runtime.files import is_regular_file
-from dmf.runtime.hub import HUB, download
+from dmf.runtime.hub import HUB, address, download
 from dmf.runtime.paths import user_path
 
 CONFIG_FILE = "config.json"
@@ -56,7 +56,7 @@ def find(source: str) -> SourceFiles:
     """The files of a checkpoint.
 
     Args:
-      source: a file, a directory, or `hf:OWNER/REPO/FILE`.
+      source: a file, a directory, or `hf:OWNER/REPO/FILE`, also with @REVISION behind REPO.
 
     Raises:
       InputError: there is no such file, it is a pointer of Git LFS, or it is unclear which file of
@@ -192,15 +192,16 @@ def _refuse_pointer(path: epath.Path) -> None:
 
 def _of_hub(source: str) -> SourceFiles:
     """The files of a repository of the hub, which are downloaded if they are not there yet."""
-    owner, _, rest = source.removeprefix(HUB).partition("/")
-    name, _, file = rest.partition("/")
-    if not file:
-        raise InputError(source, remedy="give hf:OWNER/REPO/FILE")
-    path = download(source, f"{owner}/{name}", file)
+    wanted = address(source)
+    if wanted is None or not wanted.file:
+        raise InputError(source, remedy="give hf:OWNER/REPO/FILE, or hf:OWNER/REPO of an export")
+    repository, revision, file = wanted
+    path = download(source, repository, file, revision=revision)
     folder, places = file.rpartition("/")[0], _places(path)
 
     def beside(inner: str, needed: bool = True) -> epath.Path | None:
-        return download(source, f"{owner}/{name}", f"{folder}/{inner}".lstrip("/"), needed=needed)
+        return download(source, repository, f"{folder}/{inner}".lstrip("/"), revision=revision,
+                        needed=needed)
 
     config, statistics = (beside(name, needed=False) for name in (CONFIG_FILE, STATISTICS_FILE))
     stated = _with_statistics(_config(config) if config else {}, statistics)
