@@ -91,7 +91,8 @@ def _example(config: Mapping[str, Any], address: str, steps: int, latents: bool)
         "labels = jax.numpy.arange(4) % max(flow_map.network.num_classes, 1)",
         f"samples = dmf.sample(flow_map, noise, labels, {options})",
     ]
-    decode = ["latent_space, decoder = dmf.load_latent_space(config)",
+    decode = ["latent_space, decoder = dmf.load_latent_space(config)    # on the first device",
+              "samples = jax.device_put(samples, jax.devices()[0])",
               "samples = latent_space.decode(decoder, samples)"] if latents else []
     pixels = ["images = dmf.to_uint8(samples)    # [4, height, width, channels]"]
     is_linear = config["objective"].get("interpolant", "linear") in ("linear", {"name": "linear"})

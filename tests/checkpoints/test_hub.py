@@ -293,6 +293,20 @@ def test_a_repository_is_downloaded_as_one_commit_and_looked_for_by_each_call(hu
     assert dmf.load(f"hf:me/maps@{first}")[1] == config
 
 
+def test_a_push_during_a_download_is_not_mixed_in(hub, monkeypatch):
+    put(hub, "me/maps", {"config.json": b"1", "params/x": b"1"})
+    download = hub.hf_hub_download
+
+    def slow_download(*arguments, **options):
+        path = download(*arguments, **options)
+        put(hub, "me/maps", {"config.json": b"2", "params/x": b"2"})
+        return path
+
+    monkeypatch.setattr(sys.modules["huggingface_hub"], "hf_hub_download", slow_download)
+    folder = located.local_directory("hf:me/maps")
+    assert (folder / "config.json").read_text() == (folder / "params/x").read_text() == "1"
+
+
 @pytest.mark.parametrize(
     ("files", "words"),
     [
