@@ -24,10 +24,10 @@ OPEN = {"model.input_size": -1, "model.channels": -1, "model.num_classes": -1, "
 
 @pytest.fixture(autouse=True)
 def _pictures():
-    """Registered datasets: three pictures of 6 x 6 in colour of four classes, and a wide one."""
+    """Registered datasets: fifty pictures of 6 x 6 in colour of four classes, and wide ones."""
 
     def dataset(width):
-        rows = {"x": np.zeros((3, 6, width, 3), np.uint8), "y": np.zeros(3, np.int32)}
+        rows = {"x": np.zeros((50, 6, width, 3), np.uint8), "y": np.zeros(50, np.int32)}
         return InMemoryDataset(name="pictures", num_classes=4, rows=rows)
 
     with plugin_files.registered_components():
