@@ -14,7 +14,7 @@ import tiny
 from etils import epath
 from ml_collections import ConfigDict
 
-from dmf.checkpoints import export, load, model_card
+from dmf.checkpoints import export_parts, load, model_card
 from dmf.checkpoints.params import FORMAT, write_config_and_card, write_params
 from dmf.cli import config_flag
 from dmf.errors import InputError, RunError
@@ -120,7 +120,7 @@ def evaluate(folder: pathlib.Path) -> None:
 def exported(folder: pathlib.Path) -> None:
     """`dmf export` and `dmf convert` up to the first file."""
     config = config_flag.overridden_stored(load.read_config(folder), ())
-    parts = export.open_parts(folder, "", config)
+    parts = export_parts.open_parts(folder, "", config)
     model_card.model_card(parts.config, parts.params, origin=parts.origin, usage="").encode()
     json.dumps(parts.config)
 

@@ -33,7 +33,8 @@ CONFIG_READERS = (
     "default_config.py", "*/build.py", "checkpoints/load.py", "training/loop.py",
     "training/callbacks.py", "training/prepared_run.py", "training/initial_checkpoint.py",
     "training/compile.py", "training/preview.py",
-    "evaluation/evaluator.py", "checkpoints/export.py", "checkpoints/guide.py", "cli/*.py",
+    "evaluation/evaluator.py", "checkpoints/export_parts.py",
+    "checkpoints/guide.py", "cli/*.py",
 )  # fmt: skip
 NETWORK_ROOM = "models"
 

@@ -59,7 +59,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     publication = _checked(values)
     ema = f"std={values['ema-std'].value}" if values["ema-std"].present else values.ema
 
-    from dmf.checkpoints import export, load
+    from dmf.checkpoints import export, export_parts, load
     from dmf.checkpoints.params import read_config
     from dmf.runtime.progress import log
 
@@ -67,7 +67,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = None
     if overrides or not load.frozen_kind(read_config(values.checkpoint)):
         config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
-    parts = export.open_parts(values.checkpoint, ema, config)
+    parts = export_parts.open_parts(values.checkpoint, ema, config)
     options = {"form": values.format, "naming": values.naming, "steps": values.steps}
     if publication is None:
         export.write(values.output, parts, **options)

@@ -25,7 +25,7 @@ from test_convert import PT
 from test_convert_claims import stated_config
 from test_convert_sources import diffusers, sharded
 
-from dmf.checkpoints import export
+from dmf.checkpoints import export_parts
 from dmf.default_config import Config
 from dmf.errors import InputError, RunError
 
@@ -67,7 +67,7 @@ def changed(value: Any, random: np.random.Generator) -> tuple[Any, str]:
 def outcome(source: pathlib.Path, fields: dict[str, int]) -> tuple[str, Any]:
     """"refused" and the line, or "accepted" and the parts."""
     try:
-        parts = export._read(str(source), fields, "", "", Config)
+        parts = export_parts.read(str(source), fields, "", "", Config)
     except (InputError, RunError) as error:
         return "refused", str(error)
     return "accepted", parts

@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file
 from test_convert import Shape, converted, same
 
-from dmf.checkpoints import export, load
+from dmf.checkpoints import export, export_parts, load
 from dmf.checkpoints.convert import namings
 from dmf.checkpoints.convert.name_tables import ParamSlice
 from dmf.checkpoints.convert.open_checkpoint import open_checkpoint
@@ -119,9 +119,9 @@ def test_a_zip_of_a_train_state(tmp_path, capsys):
     assert "in-context transformer" in (output / "README.md").read_text()
     config.model.velocity_head = False
     assert "v_head" not in load.load_network(output, config=config)[2]
-    export.write(tmp_path / "out", export.open_parts(output, ""), form="safetensors")
+    export.write(tmp_path / "out", export_parts.open_parts(output, ""), form="safetensors")
     same(load_file(tmp_path / "out/model.safetensors"), gv.load("imf_tiny").below("params"))
-    again = export._read(str(tmp_path / "out"), {}, "", "")
+    again = export_parts.read(str(tmp_path / "out"), {}, "", "")
     assert again.network == network and again.config["latents"]["mean"] == list(tables.SCALING.mean)
 
 
