@@ -61,15 +61,15 @@ def define_verbosity(values: flags.FlagValues) -> None:
 
 
 def set_verbosity(values: flags.FlagValues) -> None:
-    """Sets what --quiet and --verbose say.
+    """Sets what --quiet and --verbose say; without them the verbosity of the process stays.
 
     Raises:
       InputError: both are given.
     """
     if values.quiet and values.verbose:
         raise InputError("--quiet, --verbose", remedy="give one of them")
-    verbosity = Verbosity.QUIET if values.quiet else Verbosity.NORMAL
-    progress.set_verbosity(Verbosity.VERBOSE if values.verbose else verbosity)
+    if values.quiet or values.verbose:
+        progress.set_verbosity(Verbosity.QUIET if values.quiet else Verbosity.VERBOSE)
 
 
 def expand_home(arguments: Sequence[str]) -> list[str]:
