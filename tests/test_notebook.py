@@ -9,8 +9,11 @@ import sys
 
 import pytest
 import tiny
+from absl import flags as absl_flags
 
+from dmf.cli import flags
 from dmf.default_config import get_config
+from dmf.runtime import progress
 
 FILE = tiny.ROOT / "examples" / "digits.ipynb"
 NOTEBOOK = json.loads(FILE.read_text())
@@ -120,3 +123,10 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"cell {len(CODE)} of {len(CODE)} ran" in done.stdout
     assert all(distance > 0 for distance in distances(done.stdout).values())
+
+
+def test_a_call_from_python_keeps_the_verbosity(monkeypatch):
+    """The notebook is quiet; `dmf.evaluate` reads its arguments as flags."""
+    monkeypatch.setattr(progress._SCREEN, "verbosity", progress.Verbosity.QUIET)
+    flags.parse("evaluate", [], absl_flags.FlagValues(), "")
+    assert progress.verbosity() is progress.Verbosity.QUIET
