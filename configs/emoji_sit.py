@@ -13,15 +13,12 @@ from configs import images_sit
 
 
 def get_config() -> ConfigDict:
-    """A transformer of 8 blocks of width 128 on 4 x 4 patches. It predicts the data, of which much
-    is white, and not the velocity, which is noisy everywhere."""
+    """The network of images_sit with 8 blocks of width 128."""
     config = images_sit.get_config()
     config.data.directory = "runs/emoji_32"
     config.data.batch_size = 64
     config.model.depth = 8
     config.model.width = 128
-    config.model.prediction = "data"
-    config.optimizer.warmup_steps = 100
     config.emas.main.decay = 0.995
     config.run.steps = 2400
     config.run.checkpoint_every = 400

@@ -12,6 +12,7 @@ dmf prepare --source=runs/emoji --output=runs/emoji_32 --resolution=32
 dmf train --config=configs/emoji_sit.py --workdir=runs/emoji_sit
 dmf train --config=configs/emoji_dmf.py --workdir=runs/emoji_dmf
 
-# From the same noise: the flow model, and the flow map.
-dmf sample --checkpoint=runs/emoji_sit --steps=1,4,32 --count=10 --output=runs/emoji_flow_model.png
-dmf sample --checkpoint=runs/emoji_dmf --steps=1,2,4 --count=10 --output=runs/emoji_flow_map.png
+# From the same noise: the flow model, and the flow map, which was trained with guidance of scale 2.
+dmf sample --checkpoint=runs/emoji_sit --steps=1,4,32 --count=20 \
+  --config.sampling.guidance.scale=2 --output=runs/emoji_flow_model.png
+dmf sample --checkpoint=runs/emoji_dmf --steps=1,2,4 --count=20 --output=runs/emoji_flow_map.png

@@ -26,7 +26,7 @@ def test_a_run_can_be(run, tmp_path):
     teacher = network(config.model) if config.teacher.checkpoint else None
     recipe = build.recipe(config, make_mesh(devices=jax.devices()[:1]), teacher)
     assert recipe.network.depth == 6
-    assert config.optimizer.decay_steps == config.run.steps
+    assert config.optimizer.decay_steps in (0, config.run.steps), "it decays to the last step"
     assert config.seed == 1
     alone = run == "flow" or run in plan.FROM_SCRATCH
     assert config.init.checkpoint == ("" if alone else f"{tmp_path}/flow")
