@@ -156,7 +156,7 @@ def safetensors_headers(tmp_path):
         path.write_bytes(with_header(other, rest))
         return done
 
-    fuzz(path, change, 600, heads=4, split_depth=2)
+    fuzz(path, change, 300, heads=4, split_depth=2)
 
 
 def stated_configs(tmp_path):
@@ -173,7 +173,7 @@ def stated_configs(tmp_path):
         return done
 
     write(config)
-    fuzz(path, change, 600, heads=4)
+    fuzz(path, change, 300, heads=4)
 
 
 def orbax_ocdbt(tmp_path):

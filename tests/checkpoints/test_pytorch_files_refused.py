@@ -250,7 +250,7 @@ def survives(path: pathlib.Path) -> bool:
 
 
 @pytest.mark.filterwarnings("ignore:invalid escape sequence")  # in a mutated name
-@pytest.mark.parametrize("count", [120, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [120, pytest.param(1500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle in a zip"])
 def test_mutations_are_read_or_refused(kind, count, path):
     random = np.random.default_rng(0)

@@ -55,14 +55,14 @@ def test_nonsense_is_refused_by_its_field(tmp_path):
 
 @pytest.mark.slow
 def test_no_value_of_any_field_ends_in_a_traceback(capsys):
-    """A third of the values of each field, another third in the next one; `python
+    """A fifth of the values of each field, other ones in the next; `python
     tests/config_fuzz.py` tries all, and prints the accepted ones to look through by hand."""
-    printed = tiny.script(config_fuzz.__file__, "", 3, timeout=1800)
+    printed = tiny.script(config_fuzz.__file__, "", 5, timeout=1800)
     counts = ast.literal_eval(printed.splitlines()[-1])
     with capsys.disabled():
         print(f"\n{printed}")
     assert counts.get("traceback", 0) == 0
-    assert counts["refused"] > 6000
+    assert counts["refused"] > 3500
 
 
 @pytest.mark.slow
@@ -70,7 +70,7 @@ def test_whole_runs_of_random_fields_end_well(_limited_memory, tmp_path, capfd):
     """Each run trains, or says in one line why not."""
     rng, counts = random.Random(0), dict.fromkeys(("trained", "refused", "failed"), 0)
     fields = [field for field in config_fuzz.fields() if field.config.model.name == "two_layers"]
-    for number in range(150):
+    for number in range(100):
         field, text = rng.choice(fields), rng.choice(config_fuzz.TEXTS)
         try:
             config = config_fuzz.with_text(field, text)
@@ -83,4 +83,4 @@ def test_whole_runs_of_random_fields_end_well(_limited_memory, tmp_path, capfd):
             counts["failed"] += 1
     with capfd.disabled():
         print(counts)
-    assert counts["trained"] > 5
+    assert counts["trained"] > 3

@@ -225,8 +225,7 @@ def test_an_overridden_loss_is_the_only_term():
 @pytest.mark.parametrize(
     ("scan", "remat"),
     [
-        (True, "dots"), (True, "none"), (True, "full"),
-        (False, "none"), (False, "dots"), (False, "full"),
+        (True, "dots"), (True, "none"), (True, "full"), (False, "none"), (False, "full"),
     ],
 )  # fmt: skip
 def test_compute_sharing_takes_no_more_memory(scan, remat):
