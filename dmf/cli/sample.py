@@ -121,9 +121,19 @@ def _write_grid(
         ])
         for steps, generate in generates.items()
     }  # fmt: skip
-    columns = min(len(set(captions)), 10) if any(captions) else 10
+    columns = _columns(captions)
     zoom = pixels.zoom_factor(next(iter(groups.values())).shape[1])
     pixels.write_png(output, pixels.captioned_grid(groups, captions, columns, zoom=zoom))
+
+
+def _columns(captions: Sequence[str]) -> int:
+    """The number of columns, at most ten, in which labels that take turns stand below each other.
+
+    >>> _columns(["cat", "dog"] * 20), _columns(["cat"] * 4), _columns([str(i) for i in range(11)])
+    (10, 4, 10)
+    """
+    different, most = len(set(captions)), min(len(captions), 10)
+    return different * (most // different) if different <= most else most
 
 
 def _labels(
