@@ -13,7 +13,7 @@ dmf train --config=configs/emoji_sit.py --workdir=runs/emoji_sit
 dmf train --config=configs/emoji_dmf.py --workdir=runs/emoji_dmf
 
 # From the same noise: the flow model, and the flow map, which was trained with guidance of scale 2.
-shown=(--labels=people,smileys,flags,symbols,hands --count=20 --seed=3)
+shown=("--labels=people,smileys,flags,symbols,hands" --count=20 --seed=3)
 dmf sample --checkpoint=runs/emoji_sit --steps=1,4,32 --config.sampling.guidance.scale=2 \
   --output=runs/emoji_flow_model.png "${shown[@]}"
 dmf sample --checkpoint=runs/emoji_dmf --steps=1,2,4 --output=runs/emoji_flow_map.png "${shown[@]}"
