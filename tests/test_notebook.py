@@ -29,6 +29,8 @@ RANGES = {
 SHORTER = {'"run.steps": 600': '"run.steps": 60, "optimizer.warmup_steps": 10',
            '"run.steps": 300': '"run.steps": 30, "optimizer.warmup_steps": 10',
            "count=2000": "count=200"}  # fmt: skip
+# On one device, where little is computed.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 # Runs the cells of stdin as Jupyter does: in one namespace, while an event loop is running.
 KERNEL = """
 import asyncio, json, sys
@@ -112,7 +114,7 @@ def test_the_stored_distances_are_in_their_ranges():
 def test_it_runs_from_top_to_bottom(tmp_path):
     """With a tenth of its training: the stored outputs are those of the whole."""
     environment = os.environ | {"PYTHONPATH": str(tiny.ROOT), "MPLBACKEND": "agg",
-                                "TMPDIR": str(tmp_path), "XLA_FLAGS": ""}
+                                "TMPDIR": str(tmp_path), "XLA_FLAGS": FAST_COMPILATION}
     cells = "\0".join(SOURCES)
     for whole, part in SHORTER.items():
         assert whole in cells
