@@ -34,8 +34,8 @@ class Interpolant:
       sigma: coefficient of the noise as a function of t in [0, 1].
       alpha_derivative: derivative of alpha in t.
       sigma_derivative: derivative of sigma in t.
-      time_of: t as a function of z = log(sigma / alpha), the inverse of the path's log ratio
-        of noise to data. A normal z gives the path's "logit-normal" time.
+      time_of: t as a function of z = log(sigma / (noise_scale alpha)), the inverse of `log_ratio`.
+        A normal z gives the path's "logit-normal" time.
     """
 
     alpha: Callable[[jax.Array], jax.Array]
@@ -56,6 +56,16 @@ class Interpolant:
         """v_t = alpha'(t) x + sigma'(t) noise, the derivative of `interpolate` in t."""
         t = per_sample(t, x)
         return self.alpha_derivative(t) * x + self.sigma_derivative(t) * noise
+
+    def log_ratio(self, t: Times) -> jax.Array:
+        """[b] log(sigma / (noise_scale alpha)), the log ratio of noise to data, with noise of unit
+        standard deviation.
+
+        >>> ratios = ScaledLinear(noise_scale=4.0).log_ratio(jnp.array([0.5, 0.75]))
+        >>> [round(ratio, 4) for ratio in ratios.tolist()]  # the logarithms of 1 and 3
+        [0.0, 1.0986]
+        """
+        return jnp.log(self.sigma(t) / (self.noise_scale * self.alpha(t)))
 
     def score(self, velocity: Images, x_t: Images, t: Times) -> Images:
         """Gradient of the log density at x_t, from the marginal velocity there; t > 0.

@@ -51,8 +51,8 @@ def dimension_shift(values: int, base: int = 4096) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogitNormal:
-    """Logit-normal t: log(sigma / alpha) ~ N(mean, std^2), the sigmoid of a normal on the linear
-    path and 2/pi atan(exp z) on the cosine path (arXiv:2403.03206).
+    """Logit-normal t: its `Interpolant.log_ratio` is z ~ N(mean, std^2), so that t is the sigmoid
+    of z on the linear path and 2/pi atan(exp z) on the cosine path (arXiv:2403.03206).
 
     >>> from dmf.objectives import LINEAR
     >>> LogitNormal(mean=0.4)(jax.random.key(0), 5, LINEAR).shape
@@ -214,7 +214,7 @@ class GapPair:
         gap = interpolant.time_of(
             self.gap_mean + self.gap_std * jax.random.normal(gap_key, (count,))
         )
-        last = jnp.log(interpolant.sigma(1 - gap) / interpolant.alpha(1 - gap))
+        last = interpolant.log_ratio(1 - gap)
         below = jax.scipy.special.ndtr((last - self.mean) / self.std)
         uniform = jax.random.uniform(r_key, (count,))
         r = interpolant.time_of(self.mean + self.std * jax.scipy.special.ndtri(uniform * below))

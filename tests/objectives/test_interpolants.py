@@ -65,8 +65,7 @@ def test_score_of_gaussian_data(path):
 @over_paths
 def test_time_of_inverts_the_log_ratio_of_noise_to_data(path):
     t = jnp.linspace(0.02, 0.98, 25)
-    z = jnp.log(path.sigma(t) / (path.noise_scale * path.alpha(t)))
-    np.testing.assert_allclose(path.time_of(z), t, atol=1e-6)
+    np.testing.assert_allclose(path.time_of(path.log_ratio(t)), t, atol=1e-6)
 
 
 def test_paths_of_equal_noise_are_equal():

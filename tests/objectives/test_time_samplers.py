@@ -14,6 +14,7 @@ from dmf.objectives import (
     LogitNormal,
     MixedPair,
     OrderedPair,
+    ScaledLinear,
     UniformTime,
     dimension_shift,
 )
@@ -25,10 +26,10 @@ over_paths = pytest.mark.parametrize("path", [LINEAR, COSINE], ids=["linear", "c
 
 
 def logit_normal_cdf(path, mean: float, std: float = 1.0):
-    """P(t <= x), from the normal distribution of log(sigma / alpha)."""
+    """P(t <= x), from the normal distribution of log(sigma / alpha) with noise of scale 1."""
 
     def log_ratio(t: np.ndarray) -> np.ndarray:
-        return special.logit(t) if path is LINEAR else np.log(np.tan(np.pi / 2 * t))
+        return np.log(np.tan(np.pi / 2 * t)) if path is COSINE else special.logit(t)
 
     return lambda t: stats.norm.cdf((log_ratio(np.asarray(t, np.float64)) - mean) / std)
 
@@ -138,8 +139,10 @@ def test_invalid_values_are_named(make, message):
         make()
 
 
-@pytest.mark.parametrize("path", [LINEAR, pytest.param(COSINE, marks=pytest.mark.slow)],
-                         ids=["linear", "cosine"])
+@pytest.mark.parametrize("path", [
+    pytest.param(LINEAR, marks=pytest.mark.slow), pytest.param(COSINE, marks=pytest.mark.slow),
+    ScaledLinear(noise_scale=4.0),
+], ids=["linear", "cosine", "scaled"])  # fmt: skip
 def test_gap_pair_is_a_gap_and_a_truncated_end(path):
     """P(r <= x | g) = F(x) / F(1 - g), uniform in [0, 1]."""
     pair = GapPair(gap_mean=0.3, gap_std=2.0, mean=-0.4, std=1.5)
