@@ -77,7 +77,7 @@ def guided_velocities(
     network: Network,
     params: Params,
     samples: Sequence[PathSample],
-    frozen_params: Mapping[str, Params] | None = None,
+    frozen_params: Mapping[str, Params] | None = None, *, trained: bool = True,
 ) -> list[GuidedVelocity]:
     """v_g as a function of the conditional velocity, for each of several path samples.
 
@@ -87,6 +87,8 @@ def guided_velocities(
       network, params: whose velocities guide, without gradient, unless a teacher's do.
       samples: of one size, one for each term of the loss.
       frozen_params: holds the parameters of the teacher.
+      trained: whether `params` are trained by the loss, which then has the conditional velocity;
+        False, as for an EMA, computes it here where v_g contains it.
 
     Raises:
       InputError: the guidance is a teacher's, and there is none.
@@ -103,13 +105,11 @@ def guided_velocities(
         guided_velocity(guidance, s.t, s.dropped, s.v_t, u_null, s.guidance)
         for s, u_null in zip(samples, unconditional, strict=True)
     ]
-    if not guidance.uses_teacher:
+    if not guidance.needs_conditional or (trained and not guidance.uses_teacher):
         return guided
-    # The conditional velocity is the teacher's, which is known already.
-    return [
-        GuidedVelocity(each.at(velocity(s.x_t, s.t, s.t, s.y)), None)
-        for each, s in zip(guided, samples, strict=True)
-    ]
+    # The conditional velocity is the teacher's or the EMA's, which is known already.
+    return [GuidedVelocity(each.at(velocity(s.x_t, s.t, s.t, s.y)), None)
+            for each, s in zip(guided, samples, strict=True)]
 
 
 def _unconditional(

@@ -96,8 +96,9 @@ class TerminalVelocityMatching(GuidedObjective):
         """The flow-matching loss plus that of the terminal velocity (equation 12)."""
         samples = [path_sample(self.interpolant, network, batch, each) for each in draws]
         guided = guided_velocities(
-            self, network, target_params(self, params, frozen_params), samples[:1]
-        )
+            self, network, target_params(self, params, frozen_params), samples[:1],
+            trained=not self.target_ema,
+        )  # fmt: skip
 
         def flow_matching(params: Params, *inputs: Any) -> tuple[PerSample, Metrics]:
             return flow_matching_loss(self, network, params, *inputs)
@@ -111,9 +112,10 @@ class TerminalVelocityMatching(GuidedObjective):
     def flops(self, network: Network) -> float:
         """Operations of a sample: the forward and backward passes of both losses (6 forward
         passes), du/dr of the part of the network that sees r, its backward pass, the target, and
-        the guidance."""
+        the guidance, whose conditional velocity is the prediction unless an EMA guides."""
         tangent = (3 if self.differentiate_tangent else 1) * network.flops.decode
-        guidance = guidance_flops(self.guidance, network, 0.0)
+        conditional = network.flops.forward if self.target_ema else 0.0
+        guidance = guidance_flops(self.guidance, network, conditional)
         return 7 * network.flops.forward + tangent + guidance
 
 

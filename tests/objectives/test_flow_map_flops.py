@@ -15,6 +15,8 @@ from dmf.objectives.compute_sharing import ComputeSharing
 
 EACH_LOSS = ComputeSharing(unconditional_microbatches=0)
 GUIDED = {"guidance": SelfGuidance(omega=2.0), "compute_sharing": EACH_LOSS}
+GUIDED_BY_EMA = {"guidance": SelfGuidance(kappa=0.5), "compute_sharing": EACH_LOSS,
+                 "target_ema": "main"}
 
 
 def model_of(conditioning: str) -> DiT:
@@ -29,6 +31,8 @@ def model_of(conditioning: str) -> DiT:
     (Shortcut(**GUIDED), "meanflow", 4.25), (Consistency(), "meanflow", 4.0),
     (TerminalVelocityMatching(), "meanflow", 10.0), (TerminalVelocityMatching(), "decoupled", 8.0),
     (TerminalVelocityMatching(**GUIDED), "meanflow", 11.0),
+    (TerminalVelocityMatching(guidance=SelfGuidance(kappa=0.5)), "meanflow", 11.0),
+    (TerminalVelocityMatching(**GUIDED_BY_EMA), "meanflow", 12.0),
     (TerminalVelocityMatching(differentiate_tangent=False), "meanflow", 8.0),
     (AlphaFlow(last_step=9), "meanflow", 4.0), (AlphaFlow(constant_alpha=0.5), "decoupled", 4.0),
     (AlphaFlow(constant_alpha=1.0), "meanflow", 3.0), (AlphaFlow(**GUIDED), "meanflow", 5.0),

@@ -79,8 +79,8 @@ DROPPED = np.arange(5) == 0
 DRAWS = FlowMapDraws(Draws(NOISE, T[::-1], T[::-1], DROPPED), Draws(NOISE, T, R, DROPPED))
 
 
-def formula(params, fixed=None, step=1e-2):
-    """[5] losses with omega = 2, and du/dr by a central difference of fourth order; targets are
+def formula(params, fixed=None, kappa=0.0, step=1e-2):
+    """[5] losses with omega = 2 and a kappa, and du/dr by a central difference of fourth order; targets are
     computed with `fixed` parameters, or with the parameters without gradient."""
     labels = jnp.where(DROPPED, 10, BATCH.y)
     column = (slice(None), None, None, None)
@@ -92,7 +92,8 @@ def formula(params, fixed=None, step=1e-2):
     fixed = fixed or own
     x_t, v_t = (1 - t[column]) * BATCH.x + t[column] * NOISE, NOISE - BATCH.x
     null = u(x_t, t, t, fixed, jnp.full(5, 10))
-    v_g = jnp.where(DROPPED[column], v_t, 2 * v_t - null)
+    guided = 2 * v_t + kappa * u(x_t, t, t, fixed) - (1 + kappa) * null
+    v_g = jnp.where(DROPPED[column], v_t, guided)
     flow_matching = u(x_t, t, t) - v_g
     x_t = (1 - T[column]) * BATCH.x + T[column] * NOISE
     near, far = ((u(x_t, T, R + h) - u(x_t, T, R - h)) / (2 * h) for h in (step, 2 * step))
@@ -112,7 +113,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula():
         gradient = jax.grad(lambda params: jnp.mean(loss(params)))(params)
         return loss(params), jnp.concatenate([g.ravel() for g in jax.tree.leaves(gradient)])
 
-    of_ema = dataclasses.replace(objective, target_ema="main")
+    of_ema = dataclasses.replace(objective, target_ema="main",
+                                 guidance=SelfGuidance(omega=2.0, kappa=0.4))
 
     def loss_of(objective, frozen=None):
         return lambda params: objective.loss(
@@ -121,7 +123,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_formula():
 
     ema = jax.tree.map(lambda leaf: 0.9 * leaf, PARAMS)
     losses = (formula, loss_of(objective), loss_of(detached),
-              lambda params: formula(params, ema), loss_of(of_ema, {"target": ema}))
+              lambda params: formula(params, ema, 0.4), loss_of(of_ema, {"target": ema}))
     with jax.enable_x64(True):
         expected, found, other, *both = gv.jit(lambda params: [values(f, params) for f in losses])(
             jax.tree.map(lambda leaf: leaf.astype(jnp.float64), PARAMS)

@@ -26,7 +26,7 @@ OBJECTIVES = {
     "shortcut": Shortcut(guidance=SelfGuidance(omega=1.5), time_bins=2),
     "consistency": Consistency(tangent=Tangent(warmup_steps=3), time_bins=2),
     "terminal_velocity_matching": TerminalVelocityMatching(
-        target_ema="main", guidance=SelfGuidance(omega=1.5), time_bins=2
+        target_ema="main", guidance=SelfGuidance(omega=1.5, kappa=0.3), time_bins=2
     ),
 }
 ERRORS = {"alpha_flow": {"mean_flow_error", "alpha"},
