@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dmf.errors import InputError
+from dmf.errors import InputError, check_between
 from dmf.objectives.interpolants import LINEAR, Interpolant
 from dmf.objectives.time_samplers import shift_times
 from dmf.registry import build, define_kind, runtime_field
@@ -201,11 +201,15 @@ class EulerMaruyama(Sampler):
     drift and adds no noise.
 
     Attributes:
-      last_time: where the last step begins, in (0, 1).
+      last_time: where the last step begins, from 1e-6 to 0.99.
     """
 
     last_time: float = 1e-4
     stochastic = True
+
+    def __post_init__(self):
+        # The score divides by the time; at 1 all steps but the last would have no length.
+        check_between(self, 1e-6, 0.99, "last_time")
 
     def schedule(self, steps, shift):
         """The steps + 1 times, from 1 to 0.

@@ -311,6 +311,8 @@ def test_invalid_values_are_named():
         (lambda: uniform_schedule(4, -1.0), r"^shift=-1\.0: "),
         (lambda: uniform_schedule(4, float("nan")), "^shift=nan: "),
         (lambda: ConsistencyTrajectory(gamma=1.5), r"^gamma=1\.5: "),
+        *((lambda last=last: EulerMaruyama(last_time=last),
+           f"^last_time={last}: give a number from 1e-06 to 0.99") for last in (0.0, -0.1, 1.0)),
     ):
         with pytest.raises(InputError, match=message):
             make()
