@@ -69,7 +69,7 @@ class AlphaFlow(MeanFlow):
         with guidance, 0 for none. At alpha = 0 there is nothing to bound, as the target with a
         small alpha is close to u.
       tangent: how du/dt is computed and bounded at alpha = 0; `velocity` is also that of the step
-        to x_s.
+        to x_s. A warm-up is for constant_alpha = 0: with the schedule, du/dt enters at its end.
     """
 
     time_pair: TimePair = component_field("time_pair", OrderedPair(
@@ -86,6 +86,10 @@ class AlphaFlow(MeanFlow):
         check_between(self, 0.0, 1e6, "clip")
         if self.constant_alpha is not None:
             self._check_constant()
+        elif self.tangent.warmup_steps:
+            raise InputError("tangent.warmup_steps", self.tangent.warmup_steps, "du/dt enters at "
+                             "the end of the schedule of alpha; leave it 0, or give "
+                             "constant_alpha=0")
         elif self.last_step and self.first_step >= self.last_step:
             raise InputError("first_step", self.first_step, "the schedule of alpha must start "
                              f"before it ends, at step {self.last_step}")

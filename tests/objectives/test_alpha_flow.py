@@ -201,7 +201,7 @@ def recipe(objective):
 def test_a_run_gives_the_schedule_its_length():
     assert recipe(AlphaFlow()).objective.last_step == 70
     assert recipe(AlphaFlow(last_step=30)).objective.last_step == 30
-    constant = AlphaFlow(constant_alpha=0.5)
+    constant = AlphaFlow(constant_alpha=0.0, tangent=Tangent(warmup_steps=9))
     assert recipe(constant).objective == constant
     assert registry.build("objective", registry.to_config(constant)) == constant
 
@@ -219,6 +219,8 @@ def test_a_run_gives_the_schedule_its_length():
     (lambda: AlphaFlow(clip=-1.0), r"^clip=-1\.0: give a number from 0\.0 to"),
     (lambda: AlphaFlow(first_step=9, last_step=9), r"^first_step=9: the schedule of alpha must"),
     (lambda: AlphaFlow(last_step=-1), r"^last_step=-1: "),
+    (lambda: AlphaFlow(tangent=Tangent(warmup_steps=9)),
+     r"^tangent\.warmup_steps=9: du/dt enters at .* leave it 0, or give constant_alpha=0$"),
     (lambda: recipe(AlphaFlow(first_step=80)), r"^objective\.first_step=80: .* at step 70$"),
     (lambda: AlphaFlow().alpha(3), r"^last_step=0: give the training step .* alpha reaches 0"),
     (lambda: AlphaFlow(guidance=TeacherGuidance()), r"^guidance\.name=teacher: AlphaFlow guides"),
