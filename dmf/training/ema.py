@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dmf.checkpoints.power_ema import exponent
 from dmf.errors import InputError
@@ -17,14 +18,14 @@ class ConstantEma:
     """EMA with a constant decay rate: ema_params <- decay ema_params + (1 - decay) params.
 
     Attributes:
-      decay: decay rate, in [0, 1).
+      decay: decay rate, in [0, 1), in float32 too.
     """
 
     decay: float = 0.9999
 
     def __post_init__(self):
-        if not 0 <= self.decay < 1:
-            raise InputError("decay", self.decay, "a decay rate lies in [0, 1)")
+        if not (0 <= self.decay < 1 and np.float32(self.decay) < 1):
+            raise InputError("decay", self.decay, "a decay rate lies in [0, 1), in float32 too")
 
     def rate(self, step: jax.Array, batch_size: int) -> jax.Array:
         """The decay rate after a training step.
@@ -50,7 +51,7 @@ class HalfLifeEma:
     The decay rate is 0.5^(batch size / min(images, ramp x images seen)).
 
     Attributes:
-      images: half-life in images; positive.
+      images: half-life in images; positive, and at most 1e9.
       ramp: maximum half-life as a fraction of the images seen so far; 0 for no ramp-up.
     """
 
@@ -58,8 +59,9 @@ class HalfLifeEma:
     ramp: float = 0.05
 
     def __post_init__(self):
-        if not 0 < self.images <= 1e12:
-            raise InputError("images", self.images, "a half-life is positive, and at most 1e12")
+        # Beyond, float32 rounds the decay rate to 1 for batches of 32 samples.
+        if not 0 < self.images <= 1e9:
+            raise InputError("images", self.images, "a half-life is positive, and at most 1e9")
         if not 0 <= self.ramp <= 1:
             raise InputError("ramp", self.ramp, "give 0, for no ramp-up, or more, up to 1")
 

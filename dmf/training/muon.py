@@ -8,9 +8,9 @@ import jax
 import optax
 from optax import contrib
 
-from dmf.errors import InputError, check_choice, check_valid
+from dmf.errors import InputError, check_choice
 from dmf.runtime.sharding import constrain_parts
-from dmf.training.optimizer import DECAY_RATE, Optimizer, check_adam
+from dmf.training.optimizer import Optimizer, check_adam, check_decay_rates
 from dmf.types import Params
 
 MATRICES = ("blocks", "all")
@@ -61,7 +61,7 @@ class Muon(Optimizer):
     def __post_init__(self):
         super().__post_init__()
         check_choice(self, "matrices", MATRICES)
-        check_valid(self, 0 <= self.momentum < 1, "momentum", DECAY_RATE)
+        check_decay_rates(self, "momentum")
         check_adam(self)
 
     def update_rule(self) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from dmf.errors import InputError, check_at_least, check_choice, check_valid
@@ -14,7 +15,7 @@ from dmf.training.parameter_groups import Group, by_groups, check_groups
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 DEFAULT_DECAY_FRACTION = 0.2
-DECAY_RATE, _NONE = "a decay rate lies in [0, 1)", "give 0, for none, or more"
+_DECAY_RATE, _NONE = "a decay rate lies in [0, 1), in float32 too", "give 0, for none, or more"
 
 
 def check_adam(optimizer: Any) -> None:
@@ -25,9 +26,10 @@ def check_adam(optimizer: Any) -> None:
 
 
 def check_decay_rates(optimizer: Any, *names: str) -> None:
-    """Raises InputError where a field is no decay rate in [0, 1)."""
+    """Raises InputError where a field is no decay rate in [0, 1), or is 1 in float32."""
     for name in names:
-        check_valid(optimizer, 0 <= getattr(optimizer, name) < 1, name, DECAY_RATE)
+        rate = getattr(optimizer, name)
+        check_valid(optimizer, 0 <= rate < 1 and np.float32(rate) < 1, name, _DECAY_RATE)
 
 
 def check_weight_decay(optimizer: Any) -> None:

@@ -80,8 +80,8 @@ DRAWS = FlowMapDraws(Draws(NOISE, T[::-1], T[::-1], DROPPED), Draws(NOISE, T, R,
 
 
 def formula(params, fixed=None, kappa=0.0, step=1e-2):
-    """[5] losses with omega = 2 and a kappa, and du/dr by a central difference of fourth order; targets are
-    computed with `fixed` parameters, or with the parameters without gradient."""
+    """[5] losses with omega = 2 and a kappa, and du/dr by a central difference of fourth order;
+    targets are computed with `fixed` parameters, or with the parameters without gradient."""
     labels = jnp.where(DROPPED, 10, BATCH.y)
     column = (slice(None), None, None, None)
 

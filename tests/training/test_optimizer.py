@@ -108,7 +108,7 @@ def test_a_decay_of_all_steps_is_linear():
         *[({name: value}, f"{name}={value}: {remedy}") for name, values, remedy in (
             ("learning_rate", (0.0, -1.0, NAN), "it must be positive"),
             ("b1", (-0.1, 1.0, NAN), "a decay rate lies in"),
-            ("b2", (-0.1, 1.0, NAN), "a decay rate lies in"),
+            ("b2", (-0.1, 1.0, 1 - 1e-8, NAN), "a decay rate lies in"),
             ("eps", (0.0, -1e-8, NAN), "it must be positive"),
             ("weight_decay", (-0.1, NAN), "give 0"),
             ("clip_norm", (-1.0, NAN), "give 0"),
@@ -195,7 +195,8 @@ def test_the_half_life_ramps_up_with_the_images_seen():
 
 @pytest.mark.parametrize(
     ("make", "field", "value"),
-    [(ConstantEma, "decay", 1.0), (ConstantEma, "decay", NAN), (HalfLifeEma, "images", 0.0),
+    [(ConstantEma, "decay", 1.0), (ConstantEma, "decay", NAN),
+     (ConstantEma, "decay", 1 - 1e-8), (HalfLifeEma, "images", 1e10), (HalfLifeEma, "images", 0.0),
      (PowerEma, "std", 0.29), (PowerEma, "std", 0.0), (PowerEma, "std", NAN),
      (HalfLifeEma, "images", NAN), (HalfLifeEma, "ramp", -1.0), (HalfLifeEma, "ramp", NAN)],
 )  # fmt: skip
