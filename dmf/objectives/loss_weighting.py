@@ -7,6 +7,7 @@ samples.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,14 +52,21 @@ class UniformWeighting:
         return error / size
 
 
+def _check_offset(weighting: Any) -> None:
+    """Raises InputError where the field `offset` is out of range."""
+    if not 1e-6 <= weighting.offset <= 1e6:
+        raise InputError("offset", weighting.offset, "it is positive, so that no error divides by "
+                         "0; give 1e-6 to 1e6")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveWeighting:
     """e / sg((e + offset)^power) of the summed squared error e (MeanFlow, arXiv:2505.13447,
     "adaptive loss weighting").
 
     Attributes:
-      power: exponent p; 0 for the summed squared error itself.
-      offset: c > 0, so that no error divides by 0.
+      power: exponent p, from 0 to 5; 0 for the summed squared error itself.
+      offset: c, from 1e-6 to 1e6, so that no error divides by 0.
     """
 
     power: float = 1.0
@@ -66,11 +74,10 @@ class AdaptiveWeighting:
     learned = False
 
     def __post_init__(self):
-        if not 0 <= self.power <= 100:
-            raise InputError("power", self.power, "give 0, for the error itself, or up to 100")
-        if not 0 < self.offset <= 1e6:
-            raise InputError("offset", self.offset, "it is positive, so that no error divides by "
-                             "0, and at most 1e6")
+        # Beyond, float32 does not hold the power of an image's error.
+        if not 0 <= self.power <= 5:
+            raise InputError("power", self.power, "give 0, for the error itself, or up to 5")
+        _check_offset(self)
 
     def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
         return error / jax.lax.stop_gradient((error + self.offset) ** self.power)
@@ -86,16 +93,14 @@ class NormalizedWeighting:
     [2.25]
 
     Attributes:
-      offset: c > 0, so that no error divides by 0; 0.1 as published.
+      offset: c, from 1e-6 to 1e6, so that no error divides by 0; 0.1 as published.
     """
 
     offset: float = 0.1
     learned = False
 
     def __post_init__(self):
-        if not 0 < self.offset <= 1e6:
-            raise InputError("offset", self.offset, "it is positive, so that no error divides by "
-                             "0, and at most 1e6")
+        _check_offset(self)
 
     def __call__(self, error: PerSample, size: int, phi: PerSample | None = None) -> PerSample:
         return error / (jnp.sqrt(jax.lax.stop_gradient(error)) + self.offset)

@@ -40,10 +40,10 @@ class Tangent:
         alone, on the guided velocity (improved MeanFlow, arXiv:2512.02012).
       finite_difference: step h of the central difference (f(+h) - f(-h)) / 2h that replaces
         jax.jvp: a check, and a way out for networks without forward mode; 1e-2 is near the best in
-        float32. 0 for jax.jvp.
+        float32, 1e-5 the least. 0 for jax.jvp.
       max_rms: largest root mean square of du/dt of a sample, which is scaled down to it; 0 for no
         bound.
-      normalization: c > 0 replaces du/dt by du/dt / (its root mean square + c) (sCM,
+      normalization: c >= 1e-6 replaces du/dt by du/dt / (its root mean square + c) (sCM,
         arXiv:2410.11081, has 0.1); 0 for none.
       warmup_steps: training steps over which the weight of du/dt rises linearly from 0 to 1 (sCM,
         arXiv:2410.11081); 0 for none.
@@ -64,6 +64,10 @@ class Tangent:
         check_between(self, 0.0, 1.0, "finite_difference")
         check_between(self, 0.0, 1e6, "normalization")
         check_between(self, 0, 10**7, "warmup_steps")
+        # Below, float32 has nothing left of a difference, or divides 0 by 0.
+        for name, least in (("finite_difference", 1e-5), ("normalization", 1e-6)):
+            if 0 < getattr(self, name) < least:
+                raise InputError(name, getattr(self, name), f"give 0 (none), or at least {least}")
         if self.max_rms and self.normalization:
             raise InputError(
                 "max_rms", self.max_rms,

@@ -9,6 +9,7 @@ from dmf.errors import InputError
 from dmf.objectives import (
     AdaptiveWeighting,
     CauchyWeighting,
+    NormalizedWeighting,
     PublishedCauchyWeighting,
     UniformWeighting,
 )
@@ -64,6 +65,17 @@ def test_adaptive_of_power_1_is_near_1():
     np.testing.assert_allclose(AdaptiveWeighting()(ERROR, SIZE), ERROR / (ERROR + 0.01), rtol=1e-6)
 
 
+@pytest.mark.parametrize("weighting", [
+    AdaptiveWeighting(power=5.0, offset=1e-6), AdaptiveWeighting(power=5.0, offset=1e6),
+    NormalizedWeighting(offset=1e-6),
+])
+def test_float32_holds_the_weights_at_the_ends_of_the_ranges(weighting):
+    errors = jnp.asarray([0.0, 1e-12, 4096.0, 1e7])
+    assert np.isfinite(weighting(errors, SIZE)).all()
+    slopes = jax.grad(lambda error: weighting(error, SIZE).sum())(errors)
+    assert (np.isfinite(slopes) & (slopes > 0)).all()
+
+
 def test_uniform_is_the_mean():
     np.testing.assert_allclose(UniformWeighting()(ERROR, SIZE), ERROR / SIZE)
     np.testing.assert_allclose(slope_in_error(UniformWeighting()), 1 / SIZE)
@@ -82,8 +94,8 @@ def test_samples_are_not_coupled(weighting):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [(field, value) for field, values in (("power", (-0.5, float("inf"), float("nan"))),
-                                          ("offset", (0.0, -1.0, float("inf"), float("nan"))))
+    [(field, value) for field, values in (("power", (-0.5, 12.0, float("inf"), float("nan"))),
+                                          ("offset", (0.0, 1e-9, -1.0, float("inf"), float("nan"))))
      for value in values],
 )  # fmt: skip
 def test_invalid_fields_of_adaptive_weighting_are_refused(field, value):

@@ -185,6 +185,8 @@ def test_warm_up_in_a_run(tmp_path):
 @pytest.mark.parametrize(("fields", "message"), [
     ({"velocity": "along"}, "velocity=along: choose one of guided, predicted"),
     ({"finite_difference": -0.1}, "finite_difference=-0.1: give 0"),
+    ({"finite_difference": 1e-9}, r"finite_difference=1e-09: give 0 \(none\), or at least 1e-05$"),
+    ({"normalization": 1e-9}, r"normalization=1e-09: give 0 \(none\), or at least 1e-06$"),
     ({"max_rms": -1.0}, "max_rms=-1.0: give 0"),
     ({"normalization": float("nan")}, "normalization=nan: give 0"),
     ({"warmup_steps": -1}, "warmup_steps=-1: give 0"),
