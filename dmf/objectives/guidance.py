@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool
 
 from dmf.errors import InputError, check_between
@@ -30,9 +31,9 @@ LARGEST_SCALE = 1000.0
 
 
 def _check_kappa(kappa: float) -> None:
-    if not 0 <= kappa < 1:
+    if not (0 <= kappa < 1 and np.float32(kappa) < 1):
         raise InputError("kappa", kappa, "the effective scale is omega / (1 - kappa), so give a "
-                         "kappa from 0 to below 1")
+                         "kappa from 0 to below 1, in float32 too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,16 +220,26 @@ class DrawnGuidance(Guidance):
     def draw(self, key: PRNGKey, count: int) -> GuidanceInput:
         """A scale and an interval for each of `count` samples."""
         keys, shape = jax.random.split(key, 3), (count,)
-        z, log_max = jax.random.uniform(keys[0], shape), math.log(self.max_scale)
-        if self.power == 1:
-            scale = jnp.exp(z * log_max)
-        else:
-            exponent = 1 - self.power
-            scale = (1 + z * (self.max_scale**exponent - 1)) ** (1 / exponent)
+        scale = self._scale_of(jax.random.uniform(keys[0], shape))
         ends = (jax.random.uniform(k, shape, minval=low, maxval=high)
                 for k, (low, high) in zip(keys[1:], (self.start_range, self.end_range),
                                           strict=True))
         return GuidanceInput(scale, *ends)
+
+    def _scale_of(self, z: PerSample) -> PerSample:
+        """The scale at which the distribution function is z in [0, 1), with p the power and M the
+        largest scale: (1 + z (M^(1 - p) - 1))^(1 / (1 - p)), and M^z for p = 1. It is computed in
+        logarithms, from the end where M^(1 - p) or its inverse is below 1, so that no power
+        overflows."""
+        exponent, log_max = 1 - self.power, math.log(self.max_scale)
+        if exponent == 0:
+            log_scale = z * log_max
+        elif exponent < 0:
+            log_scale = jnp.log1p(z * math.expm1(exponent * log_max)) / exponent
+        else:
+            from_max = jnp.log1p((1 - z) * math.expm1(-exponent * log_max)) / exponent
+            log_scale = log_max + from_max
+        return jnp.clip(jnp.exp(log_scale), 1.0, self.max_scale)
 
     def coefficients(
         self, t: Times, dropped: Dropped, guidance: GuidanceInput | None = None

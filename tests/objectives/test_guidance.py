@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from dmf.errors import InputError
 from dmf.objectives import DrawnGuidance, NoGuidance, SelfGuidance, TeacherGuidance
@@ -181,14 +182,19 @@ def test_drawn_guidance_is_that_of_each_sample():
     np.testing.assert_allclose(kappa, [0.5, 0.0, 0.5, 0.0])
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_scales_are_drawn_from_their_density(power):
-    """In proportion to scale^-power on [1, 8], by its distribution function."""
-    guidance = DrawnGuidance(power=power, start_range=(0.1, 0.3), end_range=(0.6, 1.0))
+@pytest.mark.parametrize(("power", "largest"), [
+    (1.0, 8.0), (2.0, 8.0), (1 + 1e-7, 8.0), (-20.0, 100.0), (40.0, 1000.0),
+])
+def test_scales_are_drawn_from_their_density(power, largest):
+    """In proportion to scale^-power on [1, M], by its distribution function."""
+    guidance = DrawnGuidance(power=power, max_scale=largest, start_range=(0.1, 0.3),
+                             end_range=(0.6, 1.0))
     drawn = guidance.draw(jax.random.key(0), 20_000)
-    for at in (1.5, 3.0, 6.0):
-        share = np.log(at) / np.log(8) if power == 1 else (1 - 1 / at) / (1 - 1 / 8)
-        assert abs(np.mean(np.asarray(drawn.scale) < at) - share) < 0.015
+    scales, log_max = np.asarray(drawn.scale, np.float64), (1 - power) * np.log(largest)
+    assert (scales >= 1).all() and (scales <= largest).all()
+    shares = (np.log(scales) / np.log(largest) if power == 1 else
+              np.expm1((1 - power) * np.log(scales)) / np.expm1(log_max))
+    assert stats.kstest(shares, stats.uniform.cdf).pvalue > 0.01
     for ends, (least, most) in ((drawn.start, (0.1, 0.3)), (drawn.end, (0.6, 1.0))):
         assert least <= ends.min() < least + 0.01
         assert most - 0.01 < ends.max() <= most
@@ -196,6 +202,7 @@ def test_scales_are_drawn_from_their_density(power):
 
 @pytest.mark.parametrize(("fields", "message"), [
     ({"kappa": 1.0}, "^kappa=1.0"),
+    ({"kappa": 1 - 1e-8}, "^kappa=0.99999999: .* below 1, in float32 too$"),
     ({"max_scale": 1.0}, "^max_scale=1.0: .* more than 1"),
     ({"max_scale": INFINITY}, "^max_scale=inf: "),
     ({"power": NAN}, "^power=nan: "),
