@@ -41,7 +41,8 @@ from dmf.data.tfds_records import INFO_FILE, LABELS_FILE
 from dmf.errors import InputError, RunError
 from dmf.runtime import progress
 from dmf.runtime.checksums import fingerprint
-from dmf.runtime.files import disk_errors, partial_path, sync, write_json
+from dmf.runtime.files import disk_errors, new_file, partial_path, sync, write_json
+from dmf.runtime.ownership import owned
 from dmf.runtime.paths import user_path
 from dmf.types import Params
 
@@ -77,8 +78,9 @@ def prepare(
       Whether the dataset is complete; False if shards of other processes are not written yet.
 
     Raises:
-      InputError: the directory holds other work, or lies among the images; or an image cannot be
-        read and is not to be skipped; finished shards stay.
+      InputError: the directory holds other work, or lies among the images; another command of this
+        process number is writing there; or an image cannot be read and is not to be skipped;
+        finished shards stay.
       RunError: the disk is full or cannot be written, or no image can be read.
     """
     if not 0 <= process < processes:
@@ -87,7 +89,7 @@ def prepare(
         )
     output, num_shards = user_path(output), -(-len(images) // settings.shard_size)
     _check_outside(output, images.source)
-    with disk_errors(output):
+    with disk_errors(output), owned(output / f".process-{process:05}.lock", "output", output):
         identity = _identity(images, settings, autoencoder_params, encoder_params, collector)
         record = {"settings": identity}
         if settings.autoencoder is not None:
@@ -268,13 +270,15 @@ def _finish(
     if images.labels is not None:
         buffer = io.BytesIO()
         np.save(buffer, labels)
-        (output / LABELS_FILE).write_bytes(buffer.getvalue())
-        sync(output / LABELS_FILE)
+        with new_file(output / LABELS_FILE) as partial:
+            partial.write_bytes(buffer.getvalue())
     left_out = {reason: {"count": len(names), "files": list(map(printable, names[:_NAMED]))}
                 for reason, names in images.left_out.items()}
     stored = json.loads((output / SETTINGS_FILE).read_text())
     write_json(output / SETTINGS_FILE,
                stored | {"written": written, "skipped": skipped, "left_out": left_out})
+    for left in output.glob(f".{settings.name}-{SPLIT}.{RECORDS}-*.partial"):
+        left.unlink(missing_ok=True)  # A killed command left it: all shards are whole.
     _write_info(output, settings, images.class_names, reports)
     size = sum(report["bytes"] for report in reports)
     progress.log(f"{written:,} images prepared in {output}: {_classes(images, labels)}, "

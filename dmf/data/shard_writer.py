@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import os
@@ -25,7 +26,7 @@ from dmf.data.raw_images import RawImages, decoded
 from dmf.errors import InputError, RunError, check_at_least
 from dmf.models.encoders.autoencoder import Autoencoder, as_moments, latent_side
 from dmf.models.encoders.patch_features import PatchFeatures, stored_features
-from dmf.runtime.files import sync
+from dmf.runtime.files import new_file, sync
 from dmf.runtime.sharding import batch_sharding, local_mesh, replicated
 from dmf.types import Params
 
@@ -272,22 +273,18 @@ class ShardWriter:
         size = self._settings.shard_size
         indices = range(shard * size, min((shard + 1) * size, len(self._images)))
         final = self._output / shard_name(self._settings, shard, self._num_shards)
-        partial = self._output / f".{final.name}.partial"
         report = {"length": 0, "bytes": 0, "labels": [], "skipped": []}
-        writer = array_record_module.ArrayRecordWriter(os.fspath(partial), _WRITER_OPTIONS)
-        try:
-            for crops, pixels in self._batches(indices, report["skipped"]):
-                if self._collector is not None:
-                    self._collector.add([crop.index for crop in crops], pixels)
-                for record in self._records(crops, pixels):
-                    writer.write(record)
-                    report["bytes"] += len(record)
-                report["length"] += len(crops)
-                report["labels"] += self._labels(crops)
-        finally:
-            writer.close()
-        sync(partial)
-        partial.replace(final)
+        with new_file(final) as partial:
+            writer = array_record_module.ArrayRecordWriter(os.fspath(partial), _WRITER_OPTIONS)
+            with contextlib.closing(writer):
+                for crops, pixels in self._batches(indices, report["skipped"]):
+                    if self._collector is not None:
+                        self._collector.add([crop.index for crop in crops], pixels)
+                    for record in self._records(crops, pixels):
+                        writer.write(record)
+                        report["bytes"] += len(record)
+                    report["length"] += len(crops)
+                    report["labels"] += self._labels(crops)
         sync(self._output)
         if self._collector is not None:
             self._collector.finish(shard)

@@ -1,5 +1,6 @@
 """`dmf prepare` after a crash, a full disk or a hand in its output; and what it says at its end."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -123,12 +124,51 @@ def test_a_shard_is_on_the_disk_before_its_report(images, tmp_path, monkeypatch)
         monkeypatch.setattr(module, "sync", synced(module.sync))
     prepare(images, tmp_path / "out", SETTINGS)
     order = [name for name in events if "00001" in name]
-    assert order[0] == f".{SHARD.format(1)}.partial"
+    assert order[0].startswith(f".{SHARD.format(1)}.")
     assert order[1].startswith(".00001.json")
     info = events.index("dataset_info.json")
     assert info > max(i for i, name in enumerate(events) if "array_record" in name)
-    assert {"labels.npy", "features.json"} <= set(events[:info])
-    assert any(name.startswith(".preparation.json") for name in events[:info])
+    assert "features.json" in events[:info]
+    for name in (".preparation.json", ".labels.npy"):
+        assert any(event.startswith(name) for event in events[:info])
+
+
+def test_two_commands_of_one_process_number_do_not_write_at_once(
+    images, prepared, tmp_path, monkeypatch
+):
+    """The second is refused; where no lock holds, as in buckets, both write whole shards."""
+    out, write = tmp_path / "out", shard_writer.ShardWriter._crops
+
+    def second(writer, indices):
+        monkeypatch.setattr(shard_writer.ShardWriter, "_crops", write)
+        with pytest.raises(InputError, match=f"^output={out}: another command is writing there"):
+            prepare(images, out, SETTINGS)
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare_module, "owned", lambda *_: contextlib.nullcontext())
+            assert prepare(images, out, SETTINGS)
+        yield from write(writer, indices[:2])
+        raise KeyboardInterrupt
+
+    (out / "shards").mkdir(parents=True)
+    (out / f".{SHARD.format(1)}.partial").write_text("left by a killed command")
+    monkeypatch.setattr(shard_writer.ShardWriter, "_crops", second)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(images, out, SETTINGS)
+    assert contents(out) == contents(prepared)
+
+
+def test_labels_of_a_complete_dataset_are_never_cut_short(images, prepared, tmp_path, monkeypatch):
+    folder = shutil.copytree(prepared, tmp_path / "out")
+
+    def stop(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "sync", stop)
+    monkeypatch.setattr(files, "sync", stop)
+    (folder / "labels.npy").write_bytes(labels := b"whole")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(images, folder, SETTINGS)
+    assert (folder / "labels.npy").read_bytes() == labels
 
 
 @pytest.mark.parametrize("step", range(6))
