@@ -115,7 +115,8 @@ def without_foreign_paths(
     home = os.path.realpath(directory)
     for field, section, name in named_paths(followed):
         path = section[name]
-        if exported or os.path.commonpath([home, os.path.realpath(path)]) == home:
+        place = os.path.realpath(os.path.expanduser(path))
+        if exported or os.path.commonpath([home, place]) == home:
             left_out.append(f"{field}={path!r:.200}")
             section[name] = ""
     return followed, left_out

@@ -32,8 +32,9 @@ from dmf.data.tfds_records import (
     open_records,
 )
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
-CACHE = "cache"
+CACHE, DIGITS = "cache", "digits"
 # Datasets up to this size are read once and stay in memory.
 IN_MEMORY_BYTES = 2**26
 # TFDS feature of each field that a dataset may return along with "x" and "y".
@@ -266,13 +267,28 @@ def open_dataset(
         without TensorFlow; the message says what to do.
     """
     if name == CACHE:
-        if extra:
-            raise _has_no(extra, name)
-        opener = open_latent_shards if holds_shards(directory) else open_cache
-        return opener(directory, num_classes=num_classes)
+        return _open_latents(directory, num_classes, extra)
+    if name == DIGITS:
+        _check_no_latents(directory)
     builder = open_builder(name, directory)
     chosen = _choose_features(builder.info.features, name, extra)
     return _in_memory_if_small(_open_tfds(builder, name, split, chosen), in_memory)
+
+
+def _open_latents(directory: str, num_classes: int | None, extra: str) -> Dataset:
+    """Cached latents, in whichever layout the directory holds them."""
+    if extra:
+        raise _has_no(extra, CACHE)
+    opener = open_latent_shards if directory and holds_shards(directory) else open_cache
+    return opener(directory, num_classes=num_classes)
+
+
+def _check_no_latents(directory: str) -> None:
+    """Raises InputError where the digits would be written into a directory of cached latents."""
+    is_new = directory and not (user_path(directory) / DIGITS).exists()
+    if is_new and stored_name(directory) == CACHE:
+        raise InputError("name", DIGITS, f"{directory} holds cached latents; give the "
+                         f"name {CACHE} for them")
 
 
 def stored_name(directory: str) -> str:
@@ -284,8 +300,11 @@ def stored_name(directory: str) -> str:
 
     Args:
       directory: a directory, or a .zip of cached latents.
+
+    Raises:
+      InputError: it is empty, or begins with ~ and there is no such home directory.
     """
-    place = epath.Path(directory)
+    place = user_path(directory)
     with contextlib.suppress(OSError, ValueError, AttributeError):
         if is_dataset(place):
             return str(json.loads((place / INFO_FILE).read_text()).get("name", ""))

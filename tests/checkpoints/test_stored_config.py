@@ -124,10 +124,12 @@ def test_a_path_on_the_command_line_is_followed(stranger, tmp_path, capsys):
     assert f"data.directory={tmp_path}/nowhere: there is no such" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("inside", "expected"), [(False, True), (True, False)])
-def test_a_run_keeps_the_paths_that_it_wrote(tmp_path, inside, expected):
-    run = epath.Path(tmp_path) / "run"
-    path = str((run if inside else tmp_path) / "data")
+@pytest.mark.parametrize(("path", "expected"), [
+    ("{}/data", True), ("{}/run/data", False), ("~/data", True), ("~/run/data", False),
+])
+def test_a_run_keeps_the_paths_that_it_wrote(tmp_path, monkeypatch, path, expected):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run, path = epath.Path(tmp_path) / "run", path.format(tmp_path)
     config = {"data": {"directory": path}}
     followed, left_out = stored_config.without_foreign_paths(config, run, exported=False)
     assert (followed == config) is expected

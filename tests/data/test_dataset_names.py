@@ -40,6 +40,22 @@ def test_a_name_that_contradicts_the_dataset_is_refused(prepared):
     assert config.data.name == "squares:1.2.3"
 
 
+def test_the_digits_are_not_written_into_a_directory_of_latents(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "latents").mkdir()
+    np.save(tmp_path / "latents/0.npy", np.zeros((8, 4, 4), np.float32))
+    for place in ("~/latents", f"{tmp_path}/latents"):
+        message = "^data.name=digits: .*/latents holds cached latents; give the name cache for them"
+        with pytest.raises(InputError, match=message):
+            open_dataset_of(tiny.config({"data.directory": place}))
+    assert [path.name for path in (tmp_path / "latents").iterdir()] == ["0.npy"]
+
+
+def test_cached_latents_without_a_directory_name_the_field():
+    with pytest.raises(InputError, match="^data.directory=: there is no such folder or .zip: give"):
+        open_dataset_of(tiny.config({"data.name": "cache"}))
+
+
 def test_imagenet_without_data_says_how_it_is_prepared():
     with pytest.raises(InputError, match=r"^name=imagenet_latents_256: .* dmf prepare makes one"):
         open_dataset("imagenet_latents_256")

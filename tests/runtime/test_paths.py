@@ -13,6 +13,7 @@ from dmf import __main__
 from dmf.checkpoints import export, load
 from dmf.checkpoints.params import latest_step
 from dmf.cli import config_flag, flags
+from dmf.cli.config_flag import configured
 from dmf.data.build import Data, dataset
 from dmf.data.datasets import open_dataset
 from dmf.data.image_files import open_images
@@ -38,6 +39,8 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "home/sweep.py").write_text("def get_sweep(): return [{'seed': 1}]\n")
     (tmp_path / "home/config.py").write_text(
         "from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({'seed': 1})\n")
+    (tmp_path / "home/latents").mkdir()
+    np.save(tmp_path / "home/latents/0.npy", np.zeros((8, 4, 4), np.float32))
     np.savez(tmp_path / "home/images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     return tmp_path / "home"
 
@@ -60,6 +63,8 @@ READ = {
     "checkpoint": lambda: load.read_config("~/run"),
     "step": lambda: latest_step("~/run"),
     "images": lambda: open_image_set("~/images.npz"),
+    "dataset": lambda: configured(small_network.config(), [
+        "--config.data.directory=~/latents"])[0].data.name == "cache",
     "sweep": lambda: sweeps.read_sweep("~/sweep.py"),
     "config": lambda: config_flag.load_config("~/config.py"),
     "plugin": lambda: flags.run_plugin(pathlib.Path("~/config.py")),
@@ -76,7 +81,7 @@ WRITE = {
 REFUSED = {
     "labels": lambda: open_images("~/run", labels="~/none"),
     "reference": lambda: read_reference("~/none.npz"),
-    "dataset": lambda: open_dataset("digits", directory="~/none"),
+    "digits": lambda: open_dataset("digits", directory="~/none"),
     "data.directory": lambda: dataset(Data(directory="~/none"), small_network.NETWORK),
 }
 
