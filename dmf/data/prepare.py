@@ -18,6 +18,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -79,8 +80,8 @@ def prepare(
 
     Raises:
       InputError: the directory holds other work, or lies among the images; another command of this
-        process number is writing there; or an image cannot be read and is not to be skipped;
-        finished shards stay.
+        process number is writing there; TFDS cannot store the names of the classes; or an image
+        cannot be read and is not to be skipped; finished shards stay.
       RunError: the disk is full or cannot be written, or no image can be read.
     """
     if not 0 <= process < processes:
@@ -89,6 +90,7 @@ def prepare(
         )
     output, num_shards = user_path(output), -(-len(images) // settings.shard_size)
     _check_outside(output, images.source)
+    _check_class_names(images)
     with disk_errors(output), owned(output / f".process-{process:05}.lock", "output", output):
         identity = _identity(images, settings, autoencoder_params, encoder_params, collector)
         record = {"settings": identity}
@@ -119,6 +121,20 @@ def _check_outside(output: epath.Path, source: str) -> None:
     if folder.is_dir() and pathlib.Path(output).resolve().is_relative_to(folder.resolve()):
         raise InputError("output", output, f"it lies in source={source}; choose a directory "
                          "outside")
+
+
+def _check_class_names(images: RawImages) -> None:
+    """Raises InputError where TFDS cannot store the names of the classes: it writes each on a line
+    of UTF-8, without the spaces around it, and takes no name twice."""
+    labels: dict[str, int] = {}
+    for label, name in enumerate(images.class_names):
+        stored = name.strip()
+        if not stored or re.search(r"[\r\n\ud800-\udfff]", stored):
+            raise InputError("source", images.source, f"the class {label} has the name {name!r}; "
+                             "give it a name of one line of UTF-8")
+        if labels.setdefault(stored, label) != label:
+            raise InputError("source", images.source, f"the classes {labels[stored]} and {label} "
+                             f"have one name, {stored!r}; give each a name of its own")
 
 
 def _left_out(images: RawImages) -> str:

@@ -1,6 +1,7 @@
 """`dmf prepare` after a crash, a full disk or a hand in its output; and what it says at its end."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -210,6 +211,20 @@ def test_a_full_disk_at_the_end_leaves_no_dataset(images, prepared, tmp_path, mo
 def test_an_output_among_the_images_is_refused_in_python_too(images, tmp_path):
     with pytest.raises(InputError, match="it lies in source="):
         prepare(images, f"{images.source}/cats/out", SETTINGS)
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (("crane", "dog", "crane "), "the classes 0 and 2 have one name, 'crane'; give each a name of"),
+    (("a", "caf\udce9"), r"the class 1 has the name 'caf\\udce9'; give it a name of one line of U"),
+    (("a", "\ud800"), r"the class 1 has the name '\\ud800'; give it a name of one line of UTF-8$"),
+    (("a\nb",), r"the class 0 has the name 'a\\nb'; give it a name of one line of UTF-8$"),
+    (("a", " "), "the class 1 has the name ' '; give it a name of one line of UTF-8$"),
+])  # fmt: skip
+def test_class_names_that_cannot_be_stored_are_refused_first(images, tmp_path, names, message):
+    named = dataclasses.replace(images, class_names=names, labels=images.labels % len(names))
+    with pytest.raises(InputError, match=f"^source={images.source}: {message}"):
+        prepare(named, tmp_path / "out", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_it_says_what_is_there_and_what_is_next(images, tmp_path, capsys):
