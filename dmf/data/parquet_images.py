@@ -25,7 +25,12 @@ from PIL import Image
 from dmf.data.image_files import UnreadableImage
 from dmf.data.image_transforms import open_image
 from dmf.data.parquet_files import find_files
-from dmf.data.stored_labels import NO_LABELS, checked_labels, numbered_classes
+from dmf.data.stored_labels import (
+    NO_LABELS,
+    check_no_classes,
+    checked_labels,
+    numbered_classes,
+)
 from dmf.data.tfds_records import damage_named
 from dmf.errors import InputError, brief
 
@@ -202,6 +207,8 @@ def _images(
     if columns.label:
         numbers = checked_labels(labels, names, stated or class_count)
         classes = classes or numbered_classes(numbers, class_count)
+    else:
+        check_no_classes(class_count)
     return ParquetImages(
         names=names, labels=numbers, class_names=classes, source=source,
         files=RowGroups(groups, columns.image),

@@ -56,3 +56,13 @@ def numbered_classes(labels: Int64[np.ndarray, "n"], class_count: int) -> tuple[
                          f"{present[-1]}: number the classes without gaps, or give "
                          "--num-classes")
     return tuple(str(number) for number in range(class_count or present[-1] + 1))
+
+
+def check_no_classes(class_count: int) -> None:
+    """Checks that no number of classes is given for images without labels.
+
+    Raises:
+      InputError: it is; the field is "num-classes".
+    """
+    if class_count:
+        raise InputError("num-classes", class_count, "the images have no labels; leave it out")

@@ -23,7 +23,12 @@ from PIL import Image
 from dmf.data.archives import HIDDEN, TarMember, is_hidden, member_reader, open_archive
 from dmf.data.image_files import NO_IMAGES, SUFFIXES, UnreadableImage
 from dmf.data.image_transforms import open_image
-from dmf.data.stored_labels import NO_LABELS, checked_labels, numbered_classes
+from dmf.data.stored_labels import (
+    NO_LABELS,
+    check_no_classes,
+    checked_labels,
+    numbered_classes,
+)
 from dmf.errors import InputError
 from dmf.runtime.paths import user_path
 
@@ -175,7 +180,8 @@ def open_shards(
     Raises:
       InputError: a shard is missing, damaged or compressed, there are no images, or the labels are
         not whole numbers, not in range, not without gaps or not at all images; its field is
-        "source".
+        "source". Or a field or a number of classes is given, and no image has a label; its field
+        is "label-column" or "num-classes".
     """
     for shard in shards:
         if not shard.exists():
@@ -184,9 +190,6 @@ def open_shards(
     names = list(itertools.chain.from_iterable(part.names for part in lists))
     if not names:
         raise InputError("source", source, f"no images in it; it takes {' '.join(SUFFIXES)}")
-    left_out: dict[str, list[str]] = {}
-    for reason, others in itertools.chain.from_iterable(part.left_out.items() for part in lists):
-        left_out.setdefault(reason, []).extend(others)
     places = [(i, *member) for i, part in enumerate(lists) for member in part.members]
     try:
         labels = list(itertools.chain.from_iterable(part.labels for part in lists))
@@ -194,10 +197,21 @@ def open_shards(
         classes = () if numbers is None else numbered_classes(numbers, class_count)
     except InputError as error:
         raise InputError("source", source, error.remedy) from None
+    if numbers is None:
+        _check_no_field(label_field)
+        check_no_classes(class_count)
     return ShardedImages(
         names=names, labels=numbers, class_names=classes, shards=tuple(shards),
-        places=np.array(places, np.int64), source=source, left_out=left_out,
+        places=np.array(places, np.int64), source=source, left_out=_all_left_out(lists),
     )  # fmt: skip
+
+
+def _all_left_out(lists: Sequence[_Shard]) -> dict[str, list[str]]:
+    """The names of the files that are left out of some shards, by the reason."""
+    left_out: dict[str, list[str]] = {}
+    for reason, names in itertools.chain.from_iterable(part.left_out.items() for part in lists):
+        left_out.setdefault(reason, []).extend(names)
+    return left_out
 
 
 def _all_or_none(
@@ -211,6 +225,13 @@ def _all_or_none(
         raise InputError("", remedy=f"{names[without[0]]} has no label, as {len(without):,} of "
                          f"{len(names):,} images; give each a {_CLASS} or a {_JSON}")
     return checked_labels(labels, names, class_count)
+
+
+def _check_no_field(label_field: str) -> None:
+    """Raises InputError where a field of labels is given for images without labels."""
+    if label_field not in ("", NO_LABELS):
+        raise InputError("label-column", label_field, f"no image has a {_JSON}, which would hold "
+                         f"that field; leave it out for the labels of {_CLASS} files")
 
 
 def _members(shard: epath.Path, source: str) -> Mapping[str, TarMember | str | None]:

@@ -128,6 +128,8 @@ def test_bad_files(folder, tmp_path):
     refused("a.parquet/2 has no label: give each row one, or --label-column=none$",
             write(tmp_path / "a.parquet", label=[0, 1, None, 1, 1, 1, 1]))
     refused("^num-classes=5: the files name 3 classes; leave it out$", folder, class_count=5)
+    refused("^num-classes=3: the images have no labels; leave it out$", folder, class_count=3,
+            label_column="none")
     refused("^labels-file=a.csv: it has no effect on parquet files", folder, labels="a.csv")
     refused("^source=.*/none.parquet: there is no such folder or file$", tmp_path / "none.parquet")
     pq.write_table(pq.read_table(tmp_path / "a.parquet").slice(0, 0), tmp_path / "empty.parquet")

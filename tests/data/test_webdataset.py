@@ -141,6 +141,14 @@ def test_bad_shards(folder):
             folder, label_column="id")
 
 
+def test_options_of_labels_where_no_image_has_one(tmp_path):
+    source = shard(tmp_path / "a.tar", *sample(0, 0), *sample(2, 1)).with_name("*.tar")
+    refused("^label-column=label: no image has a .json, which would hold that field; leave it out "
+            "for the labels of .cls files$", source, label_column="label")
+    refused("^num-classes=2: the images have no labels; leave it out$", source,
+            label_column="none", class_count=2)
+
+
 @pytest.mark.parametrize("option", [{"split": "test"}, {"directory": "x"}, {"image_column": "x"}])
 def test_options_without_an_effect(folder, option):
     refused("it has no effect on a WebDataset; leave it out$", folder, **option)
