@@ -176,15 +176,15 @@ def open_parquet(
     parquet = _parquet(source)
     files = find_files(source, split)
     try:
-        opened = {path: _open_file(parquet, path) for path in files}
-        first = opened[files[0]].schema_arrow
+        with _open_file(parquet, files[0]) as file:
+            first = file.schema_arrow
         columns = choose_columns(first, image_column, label_column)
         groups, names, labels = [], [], []
-        for path, file in opened.items():
-            groups += _row_groups(path, file, columns, first)
-            names += [f"{path.name}/{row}" for row in range(file.metadata.num_rows)]
-            labels += _labels(path, file, columns)
-            file.close()
+        for path in files:
+            with _open_file(parquet, path) as file:
+                groups += _row_groups(path, file, columns, first)
+                names += [f"{path.name}/{row}" for row in range(file.metadata.num_rows)]
+                labels += _labels(path, file, columns)
         return _images(source, columns, groups, names, labels, class_count)
     except InputError as error:
         if error.field:
@@ -229,6 +229,9 @@ def _open_file(parquet: Any, path: epath.Path) -> Any:
     try:
         return parquet.ParquetFile(os.fspath(path))
     except (OSError, ValueError) as error:
+        if getattr(error, "errno", None):  # Of the system, which says nothing about the content.
+            raise InputError("", remedy=f"{path}: it cannot be read ({os.strerror(error.errno)})"
+                             ) from None
         raise InputError("", remedy=f"{path}: it is no whole parquet file ({brief(error)}); copy "
                          "it again") from None
 

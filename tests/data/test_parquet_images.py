@@ -1,5 +1,6 @@
 """Images in parquet files, as the Hugging Face hub stores them: splits, columns, and bad files."""
 
+import errno
 import json
 import pathlib
 import sys
@@ -140,6 +141,23 @@ def test_bad_files(folder, tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     refused("^source=.*0a1b.parquet: it is no whole parquet file .*; copy it again$", folder)
+
+
+def test_one_file_is_open_at_a_time(folder, monkeypatch):
+    """There may be more files than a process can open."""
+    opened = []
+
+    class File(pq.ParquetFile):
+        def __init__(self, path):
+            if not all(file.closed for file in opened):
+                raise OSError(errno.EMFILE, f"Failed to open {path}: Too many open files")
+            super().__init__(path)
+            opened.append(self)
+
+    monkeypatch.setattr(pq, "ParquetFile", File)
+    assert open_raw_images(str(folder)).labels.tolist() == LABELS
+    with File(folder / "data/test-00000-of-00001.parquet"):
+        refused("^source=.*0a1b.parquet: it cannot be read .Too many open files.$", folder)
 
 
 def test_a_row_without_an_image_is_one_that_cannot_be_read(tmp_path):
