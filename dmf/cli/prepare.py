@@ -25,6 +25,13 @@ from dmf.cli import flags
 from dmf.errors import InputError
 from dmf.runtime import progress
 
+# Flags that have an effect only beside one of others.
+_BESIDE = {
+    "dtype": ("autoencoder", "features"), "mirror": ("autoencoder", "features"),
+    "keep-images": ("autoencoder",), "features-side": ("features",),
+    "protocol": ("reference",), "inception": ("reference",), "dinov2": ("reference",),
+}  # fmt: skip
+
 
 def _define(values: absl_flags.FlagValues) -> None:
     """Defines the flags."""
@@ -73,6 +80,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     flags.require(values, "source", "output", "resolution")
     if values.unreadable not in ("skip", "fail"):
         raise InputError("--unreadable", values.unreadable, "choose skip or fail")
+    _check_effects(values)
 
     from dmf.data.prepare import prepare
     from dmf.data.raw_images import open_raw_images
@@ -111,6 +119,14 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     if is_complete:
         progress.log(f"next: {_next_command(values, settings, len(images.class_names))}")
     print(values.output)
+
+
+def _check_effects(values: absl_flags.FlagValues) -> None:
+    """Raises InputError for a flag that has no effect on what is prepared."""
+    for flag, others in _BESIDE.items():
+        if values[flag].present and not any(values[other].value for other in others):
+            raise InputError(f"--{flag}", values[flag].value, "it has no effect without "
+                             f"--{' or --'.join(others)}; leave it out")
 
 
 def _default_name(values: absl_flags.FlagValues) -> str:

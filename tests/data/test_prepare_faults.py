@@ -227,6 +227,22 @@ def test_class_names_that_cannot_be_stored_are_refused_first(images, tmp_path, n
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("flag", "said"), [
+    ("--dtype=nonsense", "--dtype=nonsense: it has no effect without --autoencoder or --features"),
+    ("--nomirror", "--mirror=False: it has no effect without --autoencoder or --features"),
+    ("--keep-images", "--keep-images=True: it has no effect without --autoencoder"),
+    ("--features-side=-3", "--features-side=-3: it has no effect without --features"),
+    ("--protocol=bogus", "--protocol=bogus: it has no effect without --reference"),
+    ("--inception=/nowhere", "--inception=/nowhere: it has no effect without --reference"),
+    ("--dinov2=/nowhere", "--dinov2=/nowhere: it has no effect without --reference"),
+])
+def test_flags_without_an_effect(images, tmp_path, capsys, flag, said):
+    flags = [f"--source={images.source}", f"--output={tmp_path}/out", "--resolution=8", flag]
+    assert tiny.dmf("prepare", *flags) == 2
+    assert capsys.readouterr().err == f"dmf prepare: {said}; leave it out\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_it_says_what_is_there_and_what_is_next(images, tmp_path, capsys):
     source = shutil.copytree(images.source, tmp_path / "images")
     for name in ("cats/a.tif", "dogs/b.tif", "cats/.DS_Store", "dogs/broken.png"):
