@@ -202,7 +202,7 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
         _clear_leftovers(directory)
         partial = partial_path(directory)
         partial.mkdir(parents=True)
-        with _locked(partial):
+        with _locked(partial, required=False):
             try:
                 yield partial
                 if directory.exists():
@@ -214,18 +214,24 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
 
 
 def _clear_leftovers(directory: epath.Path) -> None:
-    """Removes what killed processes left of a new directory; living ones hold a lock on theirs."""
+    """Removes what killed processes left of a new directory. Living ones hold a lock on theirs;
+    what cannot be locked or removed stays."""
     for left in directory.parent.glob(f".{glob.escape(directory.name)}.*.partial"):
         if left.is_dir() and not os.path.islink(left):
-            with suppress(BlockingIOError), _locked(left):
+            with suppress(OSError), _locked(left, required=True):
                 left.rmtree()
 
 
 @contextmanager
-def _locked(directory: epath.Path) -> Iterator[None]:
+def _locked(directory: epath.Path, *, required: bool) -> Iterator[None]:
     """Locks a directory while the context or the process lives; buckets have no locks.
 
+    Args:
+      directory: an existing directory.
+      required: whether a disk without locks is an error; otherwise the directory stays unlocked.
+
     Raises:
+      OSError: the disk has no locks, as some shared disks, and one is required.
       BlockingIOError: another process holds the lock.
     """
     if "://" in os.fspath(directory):
@@ -233,7 +239,17 @@ def _locked(directory: epath.Path) -> Iterator[None]:
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, required=required)
         yield
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, *, required: bool) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        if required:
+            raise

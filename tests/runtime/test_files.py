@@ -112,6 +112,22 @@ def test_a_directory_that_is_being_written_is_left_to_its_process(tmp_path, othe
     assert [p.name for p in path.iterdir()] == ["config.json"]
 
 
+def test_a_disk_without_locks_is_written_and_leftovers_stay(tmp_path, monkeypatch):
+    """There a leftover may be another process's, which is writing it."""
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    path, left = epath.Path(tmp_path) / "export", tmp_path / ".export.left.partial"
+    left.mkdir()
+    with monkeypatch.context() as context:
+        context.setattr(files.fcntl, "flock", unsupported)
+        with files.new_directory(path):
+            pass
+    assert path.exists() and left.exists()
+    with files.new_directory(path):
+        assert not left.exists()
+
+
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSPC])
 def test_a_full_disk_is_found_when_a_file_is_synced(tmp_path, monkeypatch, number):
     """But a file system without the operation is no error."""
