@@ -4,9 +4,10 @@ For directories of runs or sweeps: writes an interactive page, report.html, with
 and how far they are, their curves, scores and samples; and the numbers as runs.csv, metrics.csv and
 distances.csv.
 
-For evaluations of flow maps, each NAME=FILE one that `dmf evaluate` wrote, with one protocol:
-prints a table of a metric against sampling steps, and writes it as report.md, with the curves as
-distance.png; where guidance was searched, also the curves over the guidance scale as guidance.png.
+For evaluations of flow maps, each NAME=FILE one that `dmf evaluate` wrote, with one protocol,
+number of samples, reference and feature network: prints a table of a metric against sampling steps,
+and writes it as report.md, with the curves as distance.png; where guidance was searched, also the
+curves over the guidance scale as guidance.png.
 """
 
 from collections.abc import Sequence

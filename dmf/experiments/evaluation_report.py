@@ -74,19 +74,44 @@ def is_flow_map_row(row: Mapping[str, Any]) -> bool:
 
 
 def check_comparable(evaluations: Mapping[str, Evaluation], metric: str) -> None:
-    """Raises InputError if an evaluation lacks the metric, or if two evaluations have different
-    protocols or references."""
-    first, *others = evaluations
+    """Checks that the numbers of several evaluations mean the same.
+
+    Raises:
+      InputError: an evaluation lacks the metric, or two differ in the protocol, the number of
+        samples, the reference or the feature networks. What an older file lacks is not compared.
+    """
     for name, evaluation in evaluations.items():
         if not all(isinstance(row.get(metric), int | float) for row in evaluation["results"]):
             metrics = ", ".join(evaluation["protocol"]["metrics"])
             raise InputError("metric", metric, f"{name} has {metrics}")
-    for field in ("protocol", "reference"):
-        for name in others:
-            a, b = (evaluations[n][field]["name"] for n in (first, name))
-            if a != b:
-                raise InputError(name, remedy=f"its {field} is {b}, and that of {first} is {a}; "
-                                 f"only evaluations with the same {field} can be compared")
+    firsts: dict[str, tuple[str, Any]] = {}
+    for name, evaluation in evaluations.items():
+        for field, its in _settings(evaluation).items():
+            first, value = firsts.setdefault(field, (name, its))
+            if its != value:
+                raise InputError(name, remedy=f"its {field} is {its}, and that of {first} is "
+                                 f"{value}; only evaluations with the same {field} can be compared")
+
+
+def _settings(evaluation: Evaluation) -> dict[str, Any]:
+    """What evaluations that are compared must share, by the name of the field. The metrics of the
+    protocol need not be the same, nor the path of a network, whose parameters have a digest."""
+    protocol, reference = evaluation["protocol"], evaluation["reference"]
+    fields = {"protocol": protocol["name"], "reference": reference["name"],
+              "number of samples": _counts(evaluation)}
+    fields |= {f"protocol.{field}": value for field, value in protocol.items()
+               if field not in ("name", "metrics")}
+    if "fingerprint" in reference:
+        fields["reference.fingerprint"] = reference["fingerprint"]
+    networks = evaluation.get("networks")
+    for network, its in networks.items() if isinstance(networks, dict) else ():
+        fields |= {f"networks.{network}.{field}": value for field, value in its.items()
+                   if field != "checkpoint"} if isinstance(its, dict) else {}
+    return fields
+
+
+def _counts(evaluation: Evaluation) -> str:
+    return ", ".join(f"{n:,}" for n in sorted({row["count"] for row in evaluation["results"]}))
 
 
 def _curves(evaluations: Mapping[str, Evaluation]) -> Iterator[tuple[str, Curve]]:
@@ -124,7 +149,7 @@ def markdown_table(evaluations: Mapping[str, Evaluation], metric: str) -> str:
     """A Markdown table: a row for each evaluation, a column for each number of sampling steps.
 
     Args:
-      evaluations: evaluations by the name of their row.
+      evaluations: evaluations that can be compared, by the name of their row.
       metric: name of the metric in the cells. The label agreement stands behind it, in parentheses.
 
     Returns:
@@ -145,9 +170,8 @@ def markdown_table(evaluations: Mapping[str, Evaluation], metric: str) -> str:
 
 def protocol_note(evaluation: Evaluation, metric: str) -> str:
     """Lines that name the protocol, the number of samples and the reference of a table."""
-    counts = sorted({row["count"] for row in evaluation["results"]})
-    note = (f"Protocol {evaluation['protocol']['name']}, {', '.join(f'{n:,}' for n in counts)} "
-            f"samples, against {evaluation['reference']['name']}.")
+    note = (f"Protocol {evaluation['protocol']['name']}, {_counts(evaluation)} samples, against "
+            f"{evaluation['reference']['name']}.")
     baseline = _baseline(evaluation, metric)
     if baseline is not None:
         note += f"\nTwo random halves of the data differ by {baseline:.2f}."
@@ -181,7 +205,7 @@ def write_report(
       The text of report.md.
 
     Raises:
-      InputError: an evaluation lacks the metric, or protocols or references differ.
+      InputError: the evaluations cannot be compared, see `check_comparable`.
     """
     metric = metric or next(iter(evaluations.values()))["protocol"]["metrics"][0]
     check_comparable(evaluations, metric)

@@ -70,6 +70,39 @@ def test_numbers_that_cannot_be_compared_are_refused(field, message):
         evaluation_report.check_comparable({"flow": FLOW}, "fid")
 
 
+def network(parameters, checkpoint="a.npz"):
+    return {"inception": {"checkpoint": checkpoint, "parameters": parameters, "input": "bilinear"}}
+
+
+@pytest.mark.parametrize(
+    ("ours", "its", "message"),
+    [
+        ({"reference": {"name": "digits", "fingerprint": "f"}},
+         {"reference": {"name": "digits", "fingerprint": "g"}}, r"reference.fingerprint is g, and"),
+        ({"networks": network("f")}, {"networks": network("g")},
+         r"networks.inception.parameters is g, and that of flow is f; only evaluations with the"),
+        ({"protocol": FLOW["protocol"] | {"rounding": "down"}},
+         {"protocol": FLOW["protocol"] | {"rounding": "nearest"}}, "protocol.rounding is nearest"),
+        ({}, {"results": [{**FLOW["results"][0], "count": 500}]},
+         "number of samples is 500, and that of flow is 5,000"),
+    ],
+    ids=["fingerprint", "networks", "rounding", "count"],
+)
+def test_equal_names_do_not_hide_other_measures(ours, its, message):
+    ours, its = {**FLOW, **ours}, {**FLOW, **its}
+    with pytest.raises(InputError, match=f"map: its {message}"):
+        evaluation_report.check_comparable({"flow": ours, "map": its}, "fd_pixels")
+    evaluation_report.check_comparable({"flow": ours, "again": ours}, "fd_pixels")
+
+
+def test_neither_another_path_nor_what_older_files_lack_keeps_apart():
+    here, there = ({**FLOW, "networks": network("f", path)} for path in ("a.npz", "b.npz"))
+    evaluation_report.check_comparable({"older": FLOW, "a": here, "b": there}, "fd_pixels")
+    other = {**FLOW, "networks": network("g")}
+    with pytest.raises(InputError, match="and that of a is f"):
+        evaluation_report.check_comparable({"older": FLOW, "a": here, "b": other}, "fd_pixels")
+
+
 def test_the_command_prints_the_table_and_draws_the_picture(tmp_path, capsys):
     for name, one in (("flow", FLOW), ("map", MAP)):
         (tmp_path / f"{name}.json").write_text(json.dumps(one))
