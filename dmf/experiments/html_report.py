@@ -87,8 +87,8 @@ def page_data(runs: Sequence[Run], directory: epath.PathLike) -> dict[str, Any]:
     Returns:
       `runs` with name, links and newest grid; `table`, whose `fields` first columns after the name
       are config fields, with `higher` for each column of a measure: whether a higher number is
-      better; `protocols` of all evaluations; `curves` and `scores`, the panels of the plots; and
-      `thinned`: whether points of a curve are left out.
+      better; `protocols` of all evaluations; `curves` and `scores`, the panels of the plots, those
+      of `curves` with `higher` too; and `thinned`: whether points of a curve are left out.
     """
     places = {run.name: i for i, run in enumerate(runs)}
     table, final = tables.runs_table(runs), tables.final_scores(runs)
@@ -103,9 +103,7 @@ def page_data(runs: Sequence[Run], directory: epath.PathLike) -> dict[str, Any]:
             "higher": {score.column: score.higher_is_better for score in final} | _RANKED,
         },
         "protocols": sorted({score.protocol for score in final}),
-        "curves": [_titled(title) | {"lines": {i: _columns(_thinned(points))
-                                               for i, points in lines.items() if points}}
-                   for title, lines in curves],
+        "curves": [_curve(title, lines) for title, lines in curves],
         "scores": _score_panels(final, places),
         "thinned": any(len(points) > _MAX_POINTS
                        for _, lines in curves for points in lines.values()),
@@ -141,6 +139,14 @@ def _cell(value: Any) -> Any:
     return str(value) if isinstance(value, int) and abs(value) > _MAX_STEP else value
 
 
+def _curve(title: str, lines: Mapping[int, Sequence[tuple[int, float]]]) -> dict[str, Any]:
+    """A panel of curves. With a protocol it is of an evaluation, and is called METRIC/EMA/STEPS."""
+    titled = _titled(title)
+    metric = titled["title"].partition("/")[0] if titled["protocol"] else ""
+    drawn = {i: _columns(_thinned(points)) for i, points in lines.items() if points}
+    return titled | {"higher": tables.higher_is_better(metric), "lines": drawn}
+
+
 def _titled(title: str) -> dict[str, str]:
     name, _, protocol = title.partition("\n")
     return {"title": name, "protocol": protocol}
@@ -152,14 +158,16 @@ def _finite(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The smallest and the largest value of each stretch of a line of too many points, so that no
-    spike is lost."""
-    size = -(-2 * len(points) // _MAX_POINTS)
-    if size <= 2:
+    """Of a line of too many points the first and the last, and the smallest and the largest of each
+    stretch between them, so that no spike is lost."""
+    if len(points) <= _MAX_POINTS:
         return list(points)
-    stretches = (points[i : i + size] for i in range(0, len(points), size))
-    return [point for stretch in stretches
-            for point in sorted({min(stretch, key=_value), max(stretch, key=_value)})]  # fmt: skip
+    first, *between, last = points
+    size = -(-2 * len(between) // (_MAX_POINTS - 2))
+    stretches = (between[i : i + size] for i in range(0, len(between), size))
+    inner = [point for stretch in stretches
+             for point in sorted({min(stretch, key=_value), max(stretch, key=_value)})]  # fmt: skip
+    return [first, *inner, last]
 
 
 def _value(point: tuple[int, float]) -> float:

@@ -79,8 +79,13 @@ class Score:
     @property
     def higher_is_better(self) -> bool:
         """Whether the metric is known and a larger number is better."""
-        metric = find_metric(self.metric)
-        return metric is not None and metric.higher_is_better
+        return higher_is_better(self.metric)
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether a name is that of a registered metric of which a larger number is better."""
+    found = find_metric(metric)
+    return found is not None and found.higher_is_better
 
 
 def _identity(evaluation: Mapping[str, Any]) -> str:

@@ -180,6 +180,23 @@ def test_a_spike_survives_thinning():
     assert (7777, 100.0) in thin and len(thin) <= 2000
 
 
+@pytest.mark.parametrize("count", [1, 2000, 2001, 2003, 9_999])
+def test_the_first_and_the_last_value_survive_thinning(count):
+    line = [(step, float(step % 7)) for step in range(count)]
+    line[0], line[-1] = (0, 2.5), (count - 1, 3.5)
+    thin = html_report._thinned(line)
+    assert (thin[0], thin[-1]) == (line[0], line[-1]) and thin == sorted(thin)
+    assert thin == line if count <= 2000 else len(thin) <= 2000
+
+
+def test_of_curves_those_of_evaluations_say_whether_more_is_better(tmp_path):
+    keys = ("evaluation/label_agreement/main/1", "evaluation/fd_pixels/main/1")
+    rows = [row(8, label_agreement=0.5, **dict.fromkeys(keys, 0.5))]
+    write(tmp_path / "run", metrics=rows, evaluations=[evaluation(VALUES)])
+    curves = html_report.page_data(runs.find_runs([tmp_path]), tmp_path)["curves"]
+    assert {curve["title"] for curve in curves if curve["higher"]} == {"label_agreement/main/1"}
+
+
 def test_scores_have_a_line_for_each_run_and_ema(tmp_path):
     found = runs.find_runs([two_runs(tmp_path / "sweep")])
     data = html_report.page_data(found, tmp_path)

@@ -43,10 +43,10 @@ function measures() {
                                             higher: Boolean(higher[title]), column: i}))
     .filter(m => m.column > fields && m.title in higher);
   const titles = new Set(found.map(m => m.title));
-  for (const {title, protocol, lines} of DATA.curves) {
+  for (const {title, protocol, higher, lines} of DATA.curves) {
     if (titles.has(title)) continue;
     const values = rows.map((_, run) => lines[run] ? lines[run][1].at(-1) : null);
-    found.push({title: `${title}, last ${protocol}`.trim(), values, higher: false, column: -1});
+    found.push({title: `${title}, last ${protocol}`.trim(), values, higher, column: -1});
   }
   return found.filter(m => m.values.some(isNumber));
 }
