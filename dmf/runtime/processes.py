@@ -217,6 +217,9 @@ def check_same(settings: Mapping[str, Any]) -> None:
 def check_shared(workdir: epath.Path) -> None:
     """Checks that all processes share one workdir.
 
+    The others look for it once the first process has made it: clients of a network file system
+    remember for half a minute that something was not there.
+
     Raises:
       InputError: on every process; it names the processes that do not see the workdir of the first
         one, or says why the first one cannot write it.
@@ -224,8 +227,9 @@ def check_shared(workdir: epath.Path) -> None:
     if is_single_process():
         return
     (name, *_) = all_gather(f".shared-{uuid.uuid4().hex}")
-    marker, is_new, failure = workdir / name, not workdir.exists(), ""
+    marker, is_new, failure = workdir / name, False, ""
     if is_first_process():
+        is_new = not workdir.exists()
         try:
             workdir.mkdir(parents=True, exist_ok=True)
             marker.touch()

@@ -23,7 +23,7 @@ from etils import epath
 from dmf.checkpoints import manager
 from dmf.checkpoints.load import load_network
 from dmf.checkpoints.params import latest_step
-from dmf.errors import Lost
+from dmf.errors import InputError, Lost
 from dmf.runtime import checksums, files, processes
 from dmf.training import loop, metrics_writer
 from dmf.training.loop import train
@@ -352,6 +352,26 @@ def test_processes_with_different_configs_all_say_so(tmp_path):
         assert ("config.optimizer.learning_rate: it is 0.001 on process 0 and 0.5 on process 1"
                 in run.log(i))
     assert not run.workdir.exists()
+
+
+def test_a_workdir_is_not_looked_for_before_it_is_made(tmp_path, monkeypatch):
+    """Its client of a network file system would remember that it was not there."""
+    workdir = epath.Path(tmp_path) / "run"
+    looked, exists = [], type(workdir).exists
+
+    def gather(value):
+        if value == "":  # That the first process could make it.
+            assert not looked
+            workdir.mkdir()
+        return [value]
+
+    monkeypatch.setattr(type(workdir), "exists", lambda path: looked.append(path) or exists(path))
+    monkeypatch.setattr(processes, "is_single_process", lambda: False)
+    monkeypatch.setattr(processes, "is_first_process", lambda: False)
+    monkeypatch.setattr(processes, "all_gather", gather)
+    with pytest.raises(InputError, match="not every host sees it"):
+        processes.check_shared(workdir)
+    assert [path.parent for path in looked] == [workdir]
 
 
 @pytest.mark.slow
