@@ -41,6 +41,15 @@ for flag; do case $flag in --workdir=*) folder=${flag#*=} ;; esac; done
 mkdir -p "$folder" && echo '{"step": 10}' > "$folder/metrics.jsonl"
 exit 75
 """
+# An interpreter of a version, which ends after the first file of an environment if DIES is set.
+INTERPRETER = """#!/usr/bin/env bash
+case $* in
+  "-m venv "*) mkdir -p "$3/bin" && cp "$0" "$3/bin/python" && [ -z "${DIES:-}" ] || exit 9
+    echo "PATH=$PWD/$3/bin:\\$PATH" > "$3/bin/activate" ;;
+  "-m pip "*) echo "VERSION installs ${*: -1}" ;;
+  *print*) echo VERSION ;;
+esac
+"""
 STUBS = ("dmf", "srun", "scontrol", "gcloud", "kubectl", "docker", "nvidia-smi")
 
 
@@ -92,6 +101,33 @@ def test_shellcheck_finds_nothing():
 def test_bash_can_read_them():
     for script in SCRIPTS:
         subprocess.run(["bash", "-n", script], check=True)
+
+
+def in_environment(folder: pathlib.Path, **variables: str) -> subprocess.CompletedProcess:
+    """What becomes of an environment for python3.11, or for python3.13 with PYTHON."""
+    for name, version in (("python3", "3.11"), ("python3.13", "3.13")):
+        (folder / name).write_text(INTERPRETER.replace("VERSION", version))
+        (folder / name).chmod(0o755)
+    return subprocess.run(
+        ["bash", "-c", f". {LAUNCH}/environment.sh ."], capture_output=True, text=True, timeout=60,
+        env={"PATH": f"{folder}:/usr/bin:/bin", **variables}, cwd=folder,
+    )  # fmt: skip
+
+
+def test_an_environment_that_was_left_half_made_is_completed(tmp_path):
+    assert in_environment(tmp_path, DIES="yes").returncode == 9
+    again = in_environment(tmp_path)
+    assert (again.returncode, again.stdout, again.stderr) == (0, "3.11 installs .\n", "")
+
+
+def test_an_environment_of_another_python_than_asked_for_is_refused(tmp_path):
+    assert in_environment(tmp_path).returncode == 0
+    refused = in_environment(tmp_path, PYTHON="python3.13")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == ("PYTHON=python3.13: it is Python 3.13, and .venv has 3.11; name "
+                              "another folder, DMF_VENV=...\n")
+    new = in_environment(tmp_path, PYTHON="python3.13", DMF_VENV="new")
+    assert (new.stdout, new.stderr) == ("3.13 installs .\n", "")
 
 
 def test_local_prints_a_command_for_each_process(tmp_path):
