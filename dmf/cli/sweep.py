@@ -59,6 +59,18 @@ def _check_flags(values: absl_flags.FlagValues) -> None:
                          "more, with --launcher=local or --launcher=slurm")
     if "://" in values.workdir and values.launcher != "print":
         raise InputError("--workdir", values.workdir, "the logs of a sweep need a file system")
+    _check_launcher(values)
+
+
+def _check_launcher(values: absl_flags.FlagValues) -> None:
+    """Raises InputError for flags that the launcher cannot use here."""
+    from dmf.experiments import local_launcher, slurm_launcher
+
+    if values.launcher == "local":
+        local_launcher.device_shares(values.parallel or 1, local_launcher.visible_gpus())
+    elif values.launcher == "slurm":
+        slurm_launcher.check_installed()
+        slurm_launcher.parse_parameters(values.slurm)
 
 
 def _sweep(values: absl_flags.FlagValues, common: Sequence[str]) -> None:
@@ -152,8 +164,6 @@ def _launch(
     workdir = pathlib.Path(values.workdir)
     for name, config in configs.items():
         check_workdir(workdir / name, config)
-    gpus = local_launcher.visible_gpus() if values.launcher == "local" else []
-    shares = local_launcher.device_shares(values.parallel or 1, gpus)
     with local_launcher.sweep_lock(workdir) as lock:
         jobs = [
             local_launcher.Job(name=name, directory=workdir / name,
@@ -166,6 +176,8 @@ def _launch(
         if values.launcher == "slurm":
             _submit(values, jobs)
             return
+        gpus = local_launcher.visible_gpus()
+        shares = local_launcher.device_shares(values.parallel or 1, gpus)
         pool = local_launcher.JobPool(jobs, shares, lock)
         pool.run()
     local_launcher.report_failures(pool.failures, len(commands))

@@ -82,8 +82,8 @@ def visible_gpus() -> list[str]:
     if visible is not None:
         return [name for name in visible.split(",") if name.strip() and name.strip() != "-1"]
     command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     return []
 
 
@@ -91,7 +91,13 @@ def uses_cpu() -> bool:
     """Whether JAX would use the CPU here: JAX_PLATFORMS says so, or there is no GPU and no TPU."""
     if os.environ.get("JAX_PLATFORMS", "") == "cpu":
         return True
-    return not (visible_gpus() or any(map(glob.glob, TPU_DEVICE_FILES)))
+    return not (visible_gpus() or _has_tpu())
+
+
+def _has_tpu() -> bool:
+    """Whether JAX would use TPU chips here, if there are no GPUs."""
+    is_cpu = os.environ.get("JAX_PLATFORMS", "") == "cpu"
+    return not is_cpu and any(map(glob.glob, TPU_DEVICE_FILES))
 
 
 def device_shares(parallel: int, gpus: Sequence[str]) -> list[DeviceShare]:
@@ -106,10 +112,13 @@ def device_shares(parallel: int, gpus: Sequence[str]) -> list[DeviceShare]:
       One share for each process.
 
     Raises:
-      InputError: there are fewer GPUs than processes.
+      InputError: there are fewer GPUs than processes, or several for the chips of a TPU host.
     """
     if parallel < 1:
         raise InputError("--parallel", parallel, "give 1 or more")
+    if parallel > 1 and not gpus and _has_tpu():
+        raise InputError("--parallel", parallel, "one process takes all TPU chips of this host; "
+                         "give 1, or set JAX_PLATFORMS=cpu")
     if 0 < len(gpus) < parallel:
         raise InputError("--parallel", parallel, f"there are {len(gpus)} GPUs here, and each run "
                          "needs one of its own; give as many or fewer")

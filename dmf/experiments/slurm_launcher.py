@@ -84,7 +84,7 @@ def _ignore_submitit_signal() -> None:
 def _device_ids() -> dict[str, str]:
     """The variable that gives a task all GPUs of its node; JAX takes one GPU by default."""
     count = os.environ.get("SLURM_GPUS_ON_NODE", "")
-    if not count.isdigit():
+    if not count.isdecimal():
         return {}
     return {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(int(count))))}
 
@@ -107,7 +107,7 @@ def parse_parameters(text: str) -> dict[str, Any]:
         if not (name and equals and value):
             raise InputError("--slurm", text, "give NAME=VALUE,..., as "
                              "timeout_min=600,slurm_partition=gpu")
-        parameters[name] = int(value) if value.isdigit() else value
+        parameters[name] = int(value) if value.isdecimal() else value
     return parameters
 
 
@@ -165,11 +165,18 @@ def _status(path: epath.Path, before: str | None, new: str | None) -> str:
     return f"job {before}, still waiting or running (according to {path} and sacct)"
 
 
-def _executor(folder: pathlib.Path, parameters: Mapping[str, Any], cluster: str) -> Any:
+def check_installed() -> None:
+    """Raises InputError if submitit is not installed."""
     try:
-        import submitit
+        import submitit  # noqa: F401
     except ImportError:
         raise InputError("--launcher", "slurm", "it needs submitit; pip install submitit") from None
+
+
+def _executor(folder: pathlib.Path, parameters: Mapping[str, Any], cluster: str) -> Any:
+    check_installed()
+    import submitit
+
     try:
         executor = submitit.AutoExecutor(folder, cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**{**DEFAULTS, **parameters})

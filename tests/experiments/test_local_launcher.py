@@ -150,6 +150,8 @@ def test_gpus_are_those_that_jax_would_use(tmp_path, monkeypatch, variables, fou
         monkeypatch.setenv(name, value)
     assert local_launcher.visible_gpus() == found
     if found == ["0", "1"]:
+        (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho it has failed\nexit 9\n")
+        assert local_launcher.visible_gpus() == []
         monkeypatch.setenv("PATH", "/nowhere")
         assert local_launcher.visible_gpus() == []
 

@@ -173,6 +173,7 @@ def test_parameters_are_names_and_values():
         "timeout_min": 600, "slurm_partition": "gpu"
     }
     assert slurm_launcher.parse_parameters("") == {}
+    assert slurm_launcher.parse_parameters("mem=²") == {"mem": "²"}
     with pytest.raises(InputError, match="--slurm=fast: give NAME=VALUE"):
         slurm_launcher.parse_parameters("fast")
 

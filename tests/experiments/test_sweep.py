@@ -5,6 +5,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -116,6 +117,7 @@ def test_runs_are_given_the_plugins(tmp_path, capsys, monkeypatch, launcher, wor
     monkeypatch.setitem(registry._COMPONENTS, "weighting", {**registry._COMPONENTS["weighting"]})
     monkeypatch.setattr(local_launcher.JobPool, "run", lambda pool: given.extend(pool._waiting))
     monkeypatch.setattr(slurm_launcher, "submit", lambda jobs, *rest: given.extend(jobs) or {})
+    monkeypatch.setattr(slurm_launcher, "check_installed", lambda: None)
     file = tmp_path / "own.py"
     file.write_text(PLUGIN)
     overrides = [{"objective.weighting.name": "of_a_plugin", "seed": seed} for seed in (0, 1)]
@@ -172,6 +174,29 @@ def test_a_sweep_that_cannot_be_is_one_line_before_anything_starts(tmp_path, cap
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("dmf sweep: ") and named in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "arguments", "named"),
+    [
+        ("0,1", ["--parallel=3"], "--parallel=3: there are 2 GPUs here"),
+        ("", ["--parallel=2"], "--parallel=2: one process takes all TPU chips of this host"),
+        ("", ["--launcher=slurm", "--slurm=partition"], "--slurm=partition: give NAME=VALUE"),
+        ("", ["--launcher=slurm"], "--launcher=slurm: it needs submitit"),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_cannot_do_is_refused_before_the_files_are_read(
+    tmp_path, capsys, monkeypatch, gpus, arguments, named
+):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.setattr(local_launcher, "TPU_DEVICE_FILES", [str(tmp_path)])
+    if "submitit" in named:
+        monkeypatch.setitem(sys.modules, "submitit", None)
+    else:
+        monkeypatch.setattr(slurm_launcher, "check_installed", lambda: None)
+    assert sweep(tmp_path, *arguments, config="nowhere.py") == 2
+    assert capsys.readouterr().err.startswith(f"dmf sweep: {named}")
 
 
 def test_a_workdir_of_another_sweep_is_refused(tmp_path, capsys, monkeypatch):
