@@ -51,7 +51,7 @@ def split_step(directory: epath.PathLike) -> tuple[epath.Path, int | None]:
     ['runs/digits', 'None']
     """
     path = local_directory(directory)
-    if path.parent.name == CHECKPOINTS and path.name.isdigit():
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
         return path.parent.parent, int(path.name)
     return path, None
 

@@ -212,7 +212,7 @@ def stored_averages(directory: epath.Path, std: float) -> tuple[list[Stored], in
                          "--config.emas.narrow.std=0.05 --config.emas.wide.name=power "
                          "--config.emas.wide.std=0.1")
     snapshots = {int(path.name): path for path in (run / SNAPSHOTS).glob("[0-9]*")
-                 if path.name.isdigit()}
+                 if path.name.isdecimal()}
     folders = {saved: path for saved, path in snapshots.items() if saved < step}
     folders[step] = run / CHECKPOINTS / str(step)
     return [Stored(Profile(saved, width), folders[saved] / f"{EMA_PREFIX}{name}")

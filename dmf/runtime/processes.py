@@ -92,7 +92,7 @@ def _check_flags(coordinator: str, processes: int, process: int) -> None:
     if process >= processes:
         raise InputError("--process", process, f"with --processes={processes} it is between 0 and "
                          f"{processes - 1}")
-    if not coordinator.rpartition(":")[2].isdigit():
+    if not coordinator.rpartition(":")[2].isdecimal():
         raise InputError("--coordinator", coordinator, "give host:port of the first process")
     if process == 0:
         _check_port(coordinator)
@@ -119,7 +119,7 @@ def _check_single_process() -> None:
     """Raises InputError if the environment says that this is one of several processes."""
     for name in PROCESS_COUNT_VARIABLES:
         count = os.environ.get(name, "1")
-        if count.isdigit() and int(count) > 1:
+        if count.isdecimal() and int(count) > 1:
             raise InputError(
                 name, count,
                 "there are several processes, and JAX does not know how they connect; give "

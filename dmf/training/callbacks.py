@@ -280,7 +280,7 @@ class Profiler:
         self._tracing = False
         if not steps:
             self._first = self._last = 0
-        elif first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+        elif first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
             self._first, self._last = int(first), int(last)
         else:
             raise InputError(

@@ -45,7 +45,7 @@ def check_position(workdir: epath.Path, position: Callable[[int], Mapping[str, A
     Raises:
       InputError: the data, the teacher or the encoder of the alignment have changed.
     """
-    folders = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdigit()]
+    folders = [path for path in (workdir / CHECKPOINTS).glob("*") if path.name.isdecimal()]
     for folder in sorted(folders, key=lambda path: int(path.name), reverse=True):
         with suppress(Damaged):  # `CheckpointManager.restore` says what is damaged.
             stored, given = read_position(folder), position(int(folder.name))

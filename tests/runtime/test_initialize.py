@@ -17,6 +17,7 @@ FROM_RUNTIME = jax.errors.JaxRuntimeError
     (("", 2, 1), "give all three"),
     (("localhost:1", 2, 2), "--process=2: with --processes=2 it is between 0 and 1"),
     (("localhost", 2, 0), "--coordinator=localhost: give host:port"),
+    (("localhost:²", 2, 0), "--coordinator=localhost:²: give host:port"),
 ])  # fmt: skip
 def test_invalid_flags_are_refused(flags, message):
     with pytest.raises(InputError, match=message):

@@ -195,7 +195,7 @@ def _jax_name(name: str) -> str:
     if name in _JAX_NAMES:
         return _JAX_NAMES[name]
     *parts, leaf = name.split(".")
-    parts = [f"layers_{part}" if part.isdigit() else part for part in parts]
+    parts = [f"layers_{part}" if part.isdecimal() else part for part in parts]
     return "/".join(["net", *parts, "_flax_linear", "kernel" if leaf == "weight" else leaf])
 
 

@@ -166,9 +166,9 @@ def _jax_name(name: str, pixels: bool) -> str:
         inner = "" if pixels else "_flax_embedding/"
         return f"net/y_embedder/embedding_table/{inner}embedding"
     parts = name.split(".")
-    if parts[1:2] == ["mlp"] and parts[2].isdigit():  # a sequence of layers
+    if parts[1:2] == ["mlp"] and parts[2].isdecimal():  # a sequence of layers
         parts[2] = f"layers_{parts[2]}"
-    elif parts[1:] and parts[1].isdigit():  # a list of blocks
+    elif parts[1:] and parts[1].isdecimal():  # a list of blocks
         parts[:2] = [f"{parts[0]}_{parts[1]}"]
     return "/".join(["net", *parts[:-1], "kernel" if parts[-1] == "weight" else parts[-1]])
 
