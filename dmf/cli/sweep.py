@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from dmf.cli import config_flag, flags
 from dmf.errors import InputError
 from dmf.experiments.sweeps import Variant
+from dmf.runtime.paths import user_path
 
 LAUNCHERS = ("local", "slurm", "print")
 
@@ -76,10 +77,14 @@ def _check_launcher(values: absl_flags.FlagValues) -> None:
 def _sweep(values: absl_flags.FlagValues, common: Sequence[str]) -> None:
     from dmf.experiments import sweeps
 
-    sys.path.append(str(pathlib.Path.cwd()))  # A sweep file may import its neighbours from here.
-    variants = sweeps.variants(sweeps.read_sweep(flags.shipped_file("--sweep", values.sweep)))
-    _check_apart(variants, common)
+    # The config first: where both import from a folder of one name, that of the config is taken.
     base = config_flag.load_config(values.config)
+    file = pathlib.Path(user_path(flags.shipped_file("--sweep", values.sweep)))
+    with flags.errors_of_file("--sweep", file):
+        for place in (file, file.resolve().parent):  # configs/sweeps/FILE imports from configs.
+            flags.allow_imports_beside(place)
+    variants = sweeps.variants(sweeps.read_sweep(str(file)))
+    _check_apart(variants, common)
     configs = {v.name: config_flag.configured(base, [*common, *v.flags])[0]
                for v in variants}
     sweeps.check_distinct(

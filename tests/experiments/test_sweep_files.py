@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import sys
 
 import pytest
 import tiny
@@ -36,3 +37,19 @@ def test_a_sweep_builds_with_the_configs_it_is_for(path, capsys, monkeypatch):
         assert tiny.dmf("sweep", *given, "--launcher=print") == 0, capsys.readouterr().err
         lines = capsys.readouterr().out.splitlines()
         assert len(set(lines)) == COUNTS[path.stem]
+
+
+@pytest.mark.parametrize("place", ["mine/sweeps", "mine"])
+def test_a_sweep_imports_from_its_own_folder_and_that_above(place, tmp_path, monkeypatch, capsys):
+    """As `dmf:sweeps/objectives` does from the configs of an installed package."""
+    (tmp_path / "mine/sweeps").mkdir(parents=True)
+    (tmp_path / "mine/base.py").write_text("SEEDS = 3, 4\n")
+    file = tmp_path / place / "seeds.py"
+    file.write_text("from mine.base import SEEDS\n\n"
+                    "def get_sweep():\n    return [{'seed': seed} for seed in SEEDS]\n")
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    arguments = [f"--config={tiny.CONFIG}", f"--sweep={file}", f"--workdir={tmp_path}/out"]
+    assert tiny.dmf("sweep", *arguments, "--launcher=print") == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert re.findall(r"--config.seed=(\d)", printed) == ["3", "4"]
