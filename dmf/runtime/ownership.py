@@ -180,12 +180,23 @@ class _Lock:
         self._remove_directories()
 
     def _create(self) -> bool:
-        """Creates the file if there is none; whether this process has created it."""
+        """Creates the file if there is none; whether this process has created it.
+
+        Raises:
+          OSError: the file cannot be written, as on a full disk; none is left.
+        """
         try:
-            with self._path.open("x") as file:
-                file.write(json.dumps(dataclasses.asdict(self._owner)) + f"\n{0:020}\n")
+            file = self._path.open("x")
         except FileExistsError:
             return False
+        try:
+            with file:
+                file.write(json.dumps(dataclasses.asdict(self._owner)) + f"\n{0:020}\n")
+        except OSError:
+            with suppress(OSError):
+                self._path.unlink()
+            self._remove_directories()
+            raise
         return True
 
     def _content(self) -> bytes | None:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -155,6 +156,21 @@ def test_an_owner_that_was_taken_for_dead_stops(lock):
         _, told = process.communicate(timeout=30)
     assert process.returncode == 1
     assert "has taken it over, because this process stood still: this one stops" in told
+
+
+def test_a_full_disk_leaves_no_lock_without_an_owner(lock, monkeypatch):
+    """For whose owner the next command would wait a minute."""
+    def full(path, mode="r", **more):
+        if mode != "x":
+            return original(path, mode, **more)
+        path.touch()
+        return open("/dev/full", "w")
+
+    original = pathlib.Path.open
+    monkeypatch.setattr(pathlib.Path, "open", full)
+    with pytest.raises(InputError, match="it cannot be written .No space left"), own(lock):
+        pass
+    assert not lock.parent.exists()
 
 
 def test_a_lock_that_cannot_be_written_is_one_line(tmp_path):
