@@ -10,7 +10,7 @@ import math
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -120,9 +120,21 @@ def find_runs(directories: Iterable[epath.PathLike]) -> list[Run]:
             raise InputError(os.fspath(directory), remedy="it is no run and holds none; give the "
                              "workdir of dmf train or dmf sweep")
         paths |= {os.fspath(path): path for path in inside}
-    top = posixpath.commonpath(paths) if len(paths) > 1 else posixpath.dirname(next(iter(paths)))
-    by_name = {posixpath.relpath(path, top): paths[path] for path in paths}
+    by_name = dict(zip(_names(list(paths)), paths.values(), strict=True))
     return [read_run(by_name[name], name) for name in sorted(by_name, key=_natural_order)]
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """The paths from the folder that has all of them; whole ones where some are in buckets, and
+    others are not.
+
+    >>> _names(["/runs/a/1", "/runs/b/1"]), _names(["gs://bucket/a", "/runs/a"])
+    (['a/1', 'b/1'], ['gs://bucket/a', '/runs/a'])
+    """
+    if len({"://" in path for path in paths}) > 1:
+        return list(paths)
+    top = posixpath.commonpath(paths) if len(paths) > 1 else posixpath.dirname(paths[0])
+    return [posixpath.relpath(path, top) for path in paths]
 
 
 def _is_run(path: epath.Path) -> bool:

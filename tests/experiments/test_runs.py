@@ -46,6 +46,13 @@ def test_runs_are_directories_or_lie_in_them_in_natural_order(tmp_path):
     assert only(tmp_path / "two").name == only(tmp_path / "two/depth=9").name == "depth=9"
 
 
+def test_runs_in_a_bucket_and_here_are_called_by_their_paths():
+    """And runs of one kind by their paths from the folder that has all of them."""
+    assert runs._names(["gs://bucket/a", "/runs/a"]) == ["gs://bucket/a", "/runs/a"]
+    assert runs._names(["gs://bucket/a/1", "gs://bucket/b/1"]) == ["a/1", "b/1"]
+    assert runs._names(["gs://one/a", "gs://two/a"]) == ["one/a", "two/a"]
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty", "export"])
 def test_a_directory_without_a_run_is_refused(tmp_path, name):
     (tmp_path / "empty").mkdir()
