@@ -201,13 +201,15 @@ class Evaluator:
           RunError: some images hold NaN or infinity.
         """
         self.check(images.shape, images.count, labelled=images.labels is not None)
-        identity = [images.identity, self._features_identity, self.reference.fingerprint]
+        stored = self.protocol.features if self._features_folder else self.protocol.stored_features
+        # A row that was finished without its features is another one: their file is missing.
+        identity = [images.identity, self._features_identity, self.reference.fingerprint,
+                    sorted(stored), self._features_folder is not None]
         folder_name = "".join(c if c.isalnum() else "-" for c in images.name)
         folder = claim_folder(self._folder / folder_name, identity)
         row_file = folder / "row.json"
         if (finished := self._finished_row(row_file)) is not None:
             return finished
-        stored = self.protocol.features if self._features_folder else self.protocol.stored_features
         statistics = self.collector.collect(
             images.read, images.count, folder,
             feature_strides=dict.fromkeys(stored, 1), name=images.name,

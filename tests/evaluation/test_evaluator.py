@@ -1,6 +1,8 @@
 """Numbers of `dmf evaluate` against plain computations, in every form that images and references
 come in, and what it refuses."""
 
+import contextlib
+import dataclasses
 import json
 import pickle
 
@@ -15,6 +17,7 @@ import tiny_networks
 
 from dmf import registry
 from dmf.checkpoints import load
+from dmf.data.image_sets import open_image_set
 from dmf.evaluation import metrics, reference_statistics
 from dmf.evaluation.build import evaluation, protocol
 from dmf.evaluation.evaluated_images import evaluated_image_set
@@ -253,6 +256,34 @@ def test_what_was_interrupted_goes_on(tmp_path, real, monkeypatch, capsys):
     again = of_run(tmp_path / "cut.json", *flags)
     assert again["results"] == whole["results"]
     assert "1 step:" not in capsys.readouterr().err, "a finished row is not made again"
+
+
+@pytest.mark.parametrize(("metric", "parts"), [("fd_pixels", 1), ("fd_pixels", 3),
+                                               ("precision", 3)])
+def test_the_features_of_an_interrupted_row_are_whole(tmp_path, monkeypatch, metric, parts):
+    """Work that was begun without them is begun anew: after a part, or after the row."""
+    config = tiny.config({"evaluation.metrics": (metric,), "evaluation.inception": "I"})
+    rows = np.random.default_rng(0).integers(0, 256, (72, 3, 3, 1)).astype(np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=rows)
+    config.evaluation.reference = str(tmp_path / "a.npz")
+    images = evaluated_image_set(open_image_set(config.evaluation.reference))
+    reads = []
+
+    def read(*arguments):
+        reads.append(arguments)
+        if len(reads) > parts:
+            raise KeyboardInterrupt
+        return images.read(*arguments)
+
+    work = tmp_path / "parts"
+    evaluator = Evaluator(config, work)
+    assert evaluator.reference.fingerprint
+    with contextlib.suppress(KeyboardInterrupt):
+        evaluator.measure(dataclasses.replace(images, read=read))
+    kept = Evaluator(config, work, features_folder=tmp_path / "features")
+    kept.measure(images)
+    (file,) = (tmp_path / "features").iterdir()
+    assert {len(features) for features in np.load(file).values()} == {72}
 
 
 @pytest.mark.slow
