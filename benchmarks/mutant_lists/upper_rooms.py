@@ -244,8 +244,8 @@ _CLI = (
     Mutant(
         "evaluate_ema", "dmf evaluate takes the raw parameters whatever --ema is",
         "dmf/cli/evaluate.py",
-        "load.load_network(values.checkpoint, ema, mesh=",
-        'load.load_network(values.checkpoint, "", mesh=',
+        "load.load_network(checkpoint, ema, mesh=",
+        'load.load_network(checkpoint, "", mesh=',
         ("tests/cli/test_command_line.py",),
     ),
     Mutant(

@@ -198,6 +198,7 @@ def open_parts(
       InputError: there is no checkpoint, or no such EMA parameters.
       RunError: the checkpoint is damaged.
     """
+    directory = load.newest_checkpoint(directory)
     stored = stored_params.read_config(directory)
     kind, std = load.frozen_kind(stored), power_ema.requested_std(ema)
     if kind:
@@ -208,7 +209,7 @@ def open_parts(
         )
         return Parts(network, stored, params, stored_params.read_origin(directory))
     network, config, params = load.load_network(directory, ema, config=config)
-    step = stored_params.latest_step(directory)
+    _, step = stored_params.split_step(directory)
     exported = load.config_to_json(config)
     origin = stored_params.read_origin(directory) or model_card.trained(exported, step, std)
     decoder = open_parts(config.latents.autoencoder, "") if config.latents.autoencoder else None

@@ -7,7 +7,8 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dmf.checkpoints.load import load_network
+from dmf.checkpoints.load import load_network, newest_checkpoint
+from dmf.checkpoints.params import split_step
 from dmf.errors import InputError
 from dmf.models.build import latents, network
 from dmf.registry import at
@@ -17,8 +18,9 @@ from dmf.types import Network, Params
 
 def load_guide(
     directory: epath.PathLike, ema: str, *, config: ConfigDict, mesh: Mesh, scales: Iterable[float]
-) -> tuple[Network, Params]:
-    """The network of a guide and its parameters (autoguidance, arXiv:2406.02507).
+) -> tuple[tuple[Network, Params], int | None]:
+    """The network of a guide with its parameters (autoguidance, arXiv:2406.02507), and the step
+    that they are of; None for those of an export.
 
     Args:
       directory: a run, one of its checkpoints/STEP, or an export.
@@ -37,13 +39,14 @@ def load_guide(
                          "another one, --config.sampling.guidance.scale=2")
     log(f"loading {directory}, {ema or 'raw'} parameters")
     with at("guide"):
-        guide, its_config, params = load_network(directory, ema, mesh=mesh)
+        checkpoint = newest_checkpoint(directory)
+        guide, its_config, params = load_network(checkpoint, ema, mesh=mesh)
     for difference in _differences(network(config.model), guide):
         raise InputError("guide", directory, difference)
     for field, ours, its in data_differences(config, its_config):
         raise InputError("guide", directory, f"its {field} is {its}, and that of the checkpoint "
                          f"{ours}; give a guide of the same path and latents")
-    return guide, params
+    return (guide, params), split_step(checkpoint)[1]
 
 
 def _differences(guided: Network, guide: Network) -> Iterator[str]:

@@ -77,6 +77,20 @@ def load_params(
     return stored_params.restore_params(directory, target, ema=ema, **allowed)
 
 
+def newest_checkpoint(directory: epath.PathLike) -> epath.PathLike:
+    """The checkpoints/STEP that a run stands for now, whatever its training saves later: who loads
+    several parts of a run, or states its step, asks once. Other directories are returned.
+
+    Args:
+      directory: a workdir, one of its checkpoints/STEP, or an export.
+    """
+    run, asked = stored_params.split_step(directory)
+    step = None if stored_params.is_export(directory) else stored_params.latest_step(directory)
+    if step is None or asked is not None:
+        return directory
+    return run / stored_params.CHECKPOINTS / str(step)
+
+
 def check_params(directory: epath.PathLike, ema: str) -> None:
     """Checks that a run or an export has some parameters, without reading them.
 

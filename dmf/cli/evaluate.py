@@ -216,32 +216,36 @@ def _evaluator(
 def _evaluate_checkpoint(
     config: Any, values: absl_flags.FlagValues, output: epath.Path
 ) -> None:
-    from dmf.checkpoints.params import latest_step
+    from dmf.checkpoints.load import newest_checkpoint
+    from dmf.checkpoints.params import split_step
     from dmf.evaluation import flow_map_evaluation
     from dmf.evaluation.build import evaluated_steps, evaluation
     from dmf.models.build import network
     from dmf.objectives.build import interpolant
     from dmf.sampling.build import sampling
 
+    # A run may save other checkpoints meanwhile: all is read from one, and that is stated.
+    checkpoint = newest_checkpoint(values.checkpoint)
     settings = evaluation(config.evaluation)
     sampled = sampling(config.sampling, interpolant(config.objective))
-    emas, steps = _emas(values, settings.emas), evaluated_steps(settings, sampled)
+    emas = _emas(checkpoint, settings.emas, are_named=values.ema is not None)
+    steps = evaluated_steps(settings, sampled)
     labelled = bool(network(config.model).num_classes)
     evaluator = _evaluator(config, values, output, labelled=labelled)
     scales = settings.guidance_scales or (sampled.guidance.scale,)
-    guide = flags.load_guide(values, config, evaluator.mesh, scales)
+    guide, guide_step = flags.load_guide(values, config, evaluator.mesh, scales)
     generator = _generator(config, sampled, evaluator.mesh, guide)
-    params = _params(config, values, emas, evaluator.mesh)
+    params = _params(config, checkpoint, emas, evaluator.mesh)
     rows = flow_map_evaluation.evaluate(evaluator, generator, settings, params, steps=steps)
-    source = {"checkpoint": values.checkpoint, "step": latest_step(values.checkpoint)}
+    source = {"checkpoint": values.checkpoint, "step": split_step(checkpoint)[1]}
     result = flow_map_evaluation.result(evaluator, generator, settings, rows, **source)
     if guide is not None:
         result["guide"] = {**result["guide"], "checkpoint": values.guide,
-                           "ema": values["guide-ema"].value, "step": latest_step(values.guide)}
+                           "ema": values["guide-ema"].value, "step": guide_step}
     evaluator.finish(_write_result, output, result)
 
 
-def _emas(values: absl_flags.FlagValues, emas: tuple[str, ...]) -> tuple[str, ...]:
+def _emas(checkpoint: Any, emas: tuple[str, ...], *, are_named: bool) -> tuple[str, ...]:
     """The EMA parameters to evaluate, which the checkpoint has; an export has one set, and one is
     evaluated unless --ema names several.
 
@@ -254,10 +258,10 @@ def _emas(values: absl_flags.FlagValues, emas: tuple[str, ...]) -> tuple[str, ..
     if not emas:
         raise InputError("evaluation.emas", emas, "give one name or several, '' for the raw "
                          "parameters")
-    if values.ema is None and is_export(values.checkpoint):
+    if not are_named and is_export(checkpoint):
         emas = emas[:1]
     for ema in emas:
-        check_params(values.checkpoint, ema)
+        check_params(checkpoint, ema)
     return emas
 
 
@@ -272,15 +276,15 @@ def _generator(config: Any, settings: Any, mesh: Any, guide: Any) -> Any:
 
 
 def _params(
-    config: Any, values: absl_flags.FlagValues, emas: Sequence[str], mesh: Any
+    config: Any, checkpoint: Any, emas: Sequence[str], mesh: Any
 ) -> Iterator[tuple[str, Any]]:
     """Yields the name of each set of EMA parameters and the parameters, one after the other."""
     from dmf.checkpoints import load
     from dmf.runtime.progress import log
 
     for ema in emas:
-        log(f"loading {values.checkpoint}, {ema or 'raw'} parameters")
-        yield ema, load.load_network(values.checkpoint, ema, mesh=mesh, config=config)[2]
+        log(f"loading {checkpoint}, {ema or 'raw'} parameters")
+        yield ema, load.load_network(checkpoint, ema, mesh=mesh, config=config)[2]
 
 
 def _write_result(output: epath.Path, result: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ dmf.load("hf:OWNER/REPO").
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags as absl_flags
@@ -59,7 +59,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     publication = _checked(values)
     ema = f"std={values['ema-std'].value}" if values["ema-std"].present else values.ema
 
-    from dmf.checkpoints import export, export_parts, load
+    from dmf.checkpoints import export, export_parts, load, push
     from dmf.checkpoints.params import read_config
     from dmf.runtime.progress import log
 
@@ -67,13 +67,16 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = None
     if overrides or not load.frozen_kind(read_config(values.checkpoint)):
         config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
-    parts = export_parts.open_parts(values.checkpoint, ema, config)
+    checkpoint = load.newest_checkpoint(values.checkpoint)
+    parts = export_parts.open_parts(checkpoint, ema, config)
     options = {"form": values.format, "naming": values.naming, "steps": values.steps}
     if publication is None:
         export.write(values.output, parts, **options)
         print(values.output)
     else:
-        print(_push(values, publication, parts, ema, options))
+        publication = _with_scores(publication, values.checkpoint, checkpoint, parts, ema)
+        print(push.push(parts, publication, private=values.private,
+                        message=values["commit-message"].value, **options))
 
 
 def _checked(values: absl_flags.FlagValues) -> Any:
@@ -105,16 +108,12 @@ def _checked(values: absl_flags.FlagValues) -> Any:
     return publication
 
 
-def _push(
-    values: absl_flags.FlagValues, publication: Any, parts: Any, ema: str,
-    options: Mapping[str, Any],
-) -> str:
-    """Pushes an export; returns the address of the commit on the web."""
-    from dmf.checkpoints.push import push
+def _with_scores(publication: Any, given: str, checkpoint: Any, parts: Any, ema: str) -> Any:
+    """A publication with the scores that were measured on a checkpoint, which `given` names."""
+    from dmf.checkpoints.params import split_step
     from dmf.experiments.card_scores import card_scores
 
-    if "model" in parts.config:
-        scores = card_scores(values.checkpoint, parts.network, ema)
-        publication = dataclasses.replace(publication, scores=scores)
-    return push(parts, publication, private=values.private,
-                message=values["commit-message"].value, **options)
+    if "model" not in parts.config:
+        return publication
+    scores = card_scores(given, parts.network, ema, step=split_step(checkpoint)[1])
+    return dataclasses.replace(publication, scores=scores)

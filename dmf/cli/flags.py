@@ -257,8 +257,8 @@ def define_guide(values: flags.FlagValues) -> None:
 
 def load_guide(
     values: flags.FlagValues, config: Any, mesh: Any, scales: Sequence[float]
-) -> tuple[Any, Any] | None:
-    """The network of --guide and its parameters; None without the flag.
+) -> tuple[tuple[Any, Any] | None, int | None]:
+    """The network of --guide with its parameters, and their step; None without the flag.
 
     Args:
       values: with the flags of `define_guide`.
@@ -275,7 +275,7 @@ def load_guide(
     if not values.guide:
         if ema.present:
             raise InputError("--guide-ema", ema.value, "it is of --guide=DIR; give that too")
-        return None
+        return None, None
     return guide.load_guide(values.guide, ema.value, config=config, mesh=mesh, scales=scales)
 
 

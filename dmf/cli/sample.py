@@ -83,7 +83,7 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     # No more devices than there are chunks: images do not depend on their number.
     mesh = local_mesh(-(-values.count // chunk))
     labels, captions = _labels(values, network(config.model).num_classes, data(config.data))
-    guide = flags.load_guide(values, config, mesh, [settings.guidance.scale])
+    guide, _ = flags.load_guide(values, config, mesh, [settings.guidance.scale])
     log(f"loading {values.checkpoint}")
     latents = load.load_latent_space(config)
     flow_network, config, params = load.load_network(

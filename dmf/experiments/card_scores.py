@@ -9,7 +9,7 @@ from etils import epath
 
 from dmf import registry
 from dmf.checkpoints.hub_card import Score
-from dmf.checkpoints.params import is_export, latest_step, split_step
+from dmf.checkpoints.params import is_export, split_step
 from dmf.errors import InputError
 from dmf.evaluation.result_rows import guidance_name
 from dmf.experiments.evaluation_report import Evaluation, metric_title, read_evaluation
@@ -17,7 +17,9 @@ from dmf.runtime.progress import log
 from dmf.training.metrics_writer import evaluation_file
 
 
-def card_scores(checkpoint: epath.PathLike, network: Any, ema: str) -> tuple[Score, ...]:
+def card_scores(
+    checkpoint: epath.PathLike, network: Any, ema: str, *, step: int | None
+) -> tuple[Score, ...]:
     """The scores that `dmf evaluate`, or the evaluation during training, left with a checkpoint.
 
     Scores of another step, of other EMA parameters or of another network are no scores of what is
@@ -27,8 +29,8 @@ def card_scores(checkpoint: epath.PathLike, network: Any, ema: str) -> tuple[Sco
       checkpoint: a workdir, one of its checkpoints/STEP, or an export.
       network: the network that is exported.
       ema: name of the EMA parameters that are exported; of an export it is ignored.
+      step: of the parameters that are exported; None for those of an export.
     """
-    step = latest_step(checkpoint)
     paths = [path for path in _files(checkpoint, step) if path.exists()]
     for path in paths:
         try:

@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shlex
+import shutil
 import sys
 
 import hub_stand_in
@@ -251,7 +252,7 @@ def test_the_hub_refuses_a_push(hub, tmp_path, failure, words):
 )
 def test_scores_of_something_else_are_left_out(exported, capsys, fields, words):
     (exported / "evaluation.json").write_text(evaluation(**fields))
-    assert card_scores(exported, NETWORK, "main") == ()
+    assert card_scores(exported, NETWORK, "main", step=None) == ()
     assert f"evaluation.json: {words}; the model card" in capsys.readouterr().err
 
 
@@ -263,17 +264,36 @@ def test_the_scores_of_a_run_are_those_of_its_parameters(tmp_path, capsys):
     path = run / "evaluation.json"
     rows = [ROW, ROW | {"ema": "", "fd_pixels": 3.0}]
     path.write_text(evaluation(step=8, results=rows))
-    values = [[score.value for score in card_scores(run, NETWORK, ema)]
+    values = [[score.value for score in card_scores(run, NETWORK, ema, step=8)]
               for ema in ("main", "", "std=0.1")]
     assert values == [[0.12346], [3.0], []]
     assert "it has no row of the EMA parameters 'std=0.1'" in capsys.readouterr().err
     best = ROW | {"guidance": 2.0, "interval": [0.0, 0.5], "fd_pixels": 1.0}
     path.write_text(evaluation(step=8, results=[best, ROW], best=best))
-    (score,) = card_scores(run, NETWORK, "main")
+    (score,) = card_scores(run, NETWORK, "main", step=8)
     assert score.title == "Frechet distance, 2 steps, guidance 2.0, interval 0.0:0.5"
     (run / "evaluations").mkdir()
     (run / "evaluations/00000004.json").write_text(evaluation(step=4))
-    assert card_scores(run / "checkpoints/4", NETWORK, "main")
+    assert card_scores(run / "checkpoints/4", NETWORK, "main", step=4)
+
+
+def test_a_card_has_no_score_of_a_checkpoint_that_is_saved_meanwhile(
+    hub, tmp_path, monkeypatch, capsys
+):  # fmt: skip
+    run, load_params = tmp_path / "run", load.load_params
+    shutil.copytree(small_network.run(), run)
+    later = (run / "checkpoints/8").rename(tmp_path / "8")
+    (run / "evaluation.json").write_text(evaluation(step=8))
+
+    def and_saves(*arguments, **options):
+        params = load_params(*arguments, **options)
+        later.rename(run / "checkpoints/8")
+        return params
+
+    monkeypatch.setattr(load, "load_params", and_saves)
+    assert tiny.dmf("export", f"--checkpoint={run}", "--push=me/maps", "--license=mit") == 0
+    assert "it is of step 8, and the checkpoint of 4; the model card" in capsys.readouterr().err
+    assert "objective, 4 steps of" in hub.repositories["me/maps"].files["README.md"].decode()
 
 
 # Used as checkpoints.

@@ -2,6 +2,7 @@
 and what cannot be searched is refused in one line."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from dmf.evaluation import metrics
 from dmf.evaluation.build import Evaluation
 from dmf.evaluation.evaluator import Evaluator
 from dmf.evaluation.flow_map_evaluation import guided_generators
+from dmf.runtime.checksums import fingerprint
 from dmf.runtime.sharding import local_mesh
 from dmf.sampling.build import Sampling
 from dmf.sampling.generator import Generator
@@ -160,6 +162,30 @@ def test_a_guide_is_searched_as_the_null_condition_is(tmp_path, reference, gener
     assert len(generated) == 3
 
 
+def test_a_checkpoint_that_is_saved_meanwhile_changes_nothing(tmp_path, reference, monkeypatch):
+    """All parameters, of the guide too, are of the step that the result states."""
+    run, output, load_params = tmp_path / "run", tmp_path / "e.json", load.load_params
+    shutil.copytree(small_network.run(), run)
+    later, loaded = (run / "checkpoints/8").rename(tmp_path / "8"), []
+
+    def and_saves(network, directory, ema, **options):
+        params = load_params(network, directory, ema, **options)
+        loaded.append((ema, fingerprint(params)))
+        if later.exists():
+            later.rename(run / "checkpoints/8")
+        return params
+
+    with monkeypatch.context() as patch:
+        patch.setattr(load, "load_params", and_saves)
+        assert evaluate(output, reference, f"--checkpoint={run}", f"--guide={run}", "--guidance=2",
+                        "--steps=1", "--ema=main,") == 0  # fmt: skip
+    result = json.loads(output.read_text())
+    assert result["step"] == result["guide"]["step"] == 4 and not later.exists()
+    ours = {ema: fingerprint(load.load_network(run / "checkpoints/4", ema)[2])
+            for ema in ("main", "")}
+    assert loaded == [(ema, ours[ema]) for ema in ("main", "main", "")]
+
+
 def test_scale_1_is_no_guidance_as_an_input_either():
     """The interval that stands first makes no difference to the images without guidance."""
     network = test_generator.Asked()
@@ -180,12 +206,12 @@ BAD = {
     "no number": (["--guidance=1,two"], "--guidance=1,two: give numbers, for example (0.5, 1.5)"),
     "negative": (["--guidance=1,-2"], "evaluation.guidance_scales=(1.0, -2.0): give numbers from"),
     "no scale": (["--interval=0.4:0.65"], "the only guidance scale is 1, which is none in every"),
-    "no ema": (["--ema=main,slow,"], "ema=slow: RUN has main"),
+    "no ema": (["--ema=main,slow,"], "ema=slow: RUN/checkpoints/8 has main"),
     "too few steps": (["--steps=2,0"], "evaluation.steps=(2, 0): sampling needs at least 1 step"),
     "no guide": (["--guidance=2", "--guide=nowhere"], "guide.checkpoint=nowhere: it holds no"),
     "no scale for a guide": (["--guide=RUN"], "guide=RUN: the guidance scale is 1, which is no"),
     "no ema of the guide": (["--guidance=2", "--guide=RUN", "--guide-ema=slow"],
-                            "guide.ema=slow: RUN has main"),
+                            "guide.ema=slow: RUN/checkpoints/8 has main"),
     "ema of no guide": (["--guide-ema=main"], "--guide-ema=main: it is of --guide=DIR"),
     "of images": (["--checkpoint=", "--images=x.npz", "--guidance=2"],
                   "--guidance=2: it is for samples of a flow map; leave it out"),
