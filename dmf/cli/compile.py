@@ -38,6 +38,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     from dmf.runtime import files
     from dmf.training import compile, compile_report
 
+    if values.output:
+        files.check_output_file("--output", values.output)
     topology, bandwidth = values.topology, values["slice-bandwidth"].value * 1e9
     if topology:  # Accelerators of this machine are left to other processes.
         jax.config.update("jax_platforms", "cpu")

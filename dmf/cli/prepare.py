@@ -194,9 +194,11 @@ def _collector(values: absl_flags.FlagValues, count: int) -> Any:
     from dmf.default_config import get_config
     from dmf.evaluation.crop_statistics import CropStatistics
     from dmf.evaluation.evaluator import Evaluator
+    from dmf.runtime.files import check_output_file
 
     if not values.reference.endswith(".npz"):
         raise InputError("--reference", values.reference, "give an .npz file to write")
+    check_output_file("--reference", values.reference)
     config = get_config()
     for field in ("protocol", "inception", "dinov2"):
         config.evaluation[field] = values[field].value

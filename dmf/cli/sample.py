@@ -48,12 +48,15 @@ def main(verb: str, arguments: Sequence[str]) -> None:
 def _check(values: absl_flags.FlagValues) -> None:
     """Raises InputError for a flag that is out of range, before anything is loaded."""
     from dmf.data.pixels import ROUNDINGS
-    from dmf.sampling.image_writers import WRITERS, output_suffix
+    from dmf.runtime.files import check_output_file
+    from dmf.runtime.paths import user_path
+    from dmf.sampling.image_writers import check_output, output_suffix
 
     suffix = output_suffix(values.output)
-    if suffix not in (".png", *WRITERS):
-        raise InputError("--output", values.output, "give a .png for a grid, a .npz, a "
-                         ".array_record, or a folder to make")
+    if suffix == ".png":
+        check_output_file("--output", values.output)
+    else:
+        check_output(user_path(values.output))
     if values.rounding not in ROUNDINGS:
         raise InputError("--rounding", values.rounding, f"choose one of {', '.join(ROUNDINGS)}")
     steps = flags.whole_numbers("steps", values.steps)

@@ -63,7 +63,7 @@ class Evaluator:
 
         Raises:
           InputError: a field that cannot be used, a missing network, or a folder that is a
-            symbolic link.
+            symbolic link or a file.
         """
         self._config, self._settings = config, evaluation(config.evaluation)
         self.protocol = protocol(self._settings, labelled=labelled)
@@ -71,6 +71,8 @@ class Evaluator:
         self._features_folder = epath.Path(features_folder) if features_folder else None
         for written in filter(None, (self._folder, self._features_folder)):
             refuse_link(written)
+            if written.exists() and not written.is_dir():
+                raise InputError("output", written, "dmf makes a folder there; remove the file")
         self._networks = {
             name: load.load_encoder(getattr(self._settings, name), name)
             for name in _NETWORKS if getattr(self._settings, name)

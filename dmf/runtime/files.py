@@ -115,6 +115,18 @@ def check_no_device(path: epath.Path) -> None:
                          "give the path of a file")
 
 
+def check_output_file(field: str, path: epath.PathLike) -> None:
+    """Checks, before the work that it is the output of, that a file can be written at a path.
+
+    Raises:
+      InputError: a folder, a device, a pipe or a socket is there.
+    """
+    path = user_path(path)
+    if path.is_dir():
+        raise InputError(field, path, "it is a folder; give the path of a file")
+    check_no_device(path)
+
+
 @contextmanager
 def new_file(path: epath.Path) -> Iterator[epath.Path]:
     """A context that writes a file, which appears under its name at the end. Until then, and if the

@@ -24,7 +24,7 @@ from dmf.data import pixels
 from dmf.data.image_files import LABELS_FILES
 from dmf.data.image_sets import ARRAY
 from dmf.errors import InputError
-from dmf.runtime.files import disk_errors, new_directory, new_file
+from dmf.runtime.files import check_output_file, disk_errors, new_directory, new_file
 from dmf.runtime.ownership import owned_output
 from dmf.runtime.paths import user_path
 from dmf.runtime.processes import barrier
@@ -64,7 +64,7 @@ def write_images(
       RunError: an image contains NaN or infinity, or the disk is full.
     """
     output = user_path(output)
-    _check_output(output)
+    check_output(output)
     with owned_output("--output", output), disk_errors(output):
         work = [identity, chunk_size, len(labels)]
         folder = claim_folder(output.parent / f".{output.name}.parts", work)
@@ -89,16 +89,23 @@ def output_suffix(output: epath.PathLike) -> str:
     return suffix if suffix in WRITERS or suffix[1:].isalpha() else ""
 
 
-def _check_output(output: epath.Path) -> None:
+def check_output(output: epath.Path) -> None:
+    """Checks, before any image is generated, that images can be written to a path.
+
+    Raises:
+      InputError: the path has another suffix, or something is there that is not to be replaced.
+    """
     suffix = output_suffix(output)
     if suffix not in WRITERS:
         raise InputError(
             "--output", output,
             "give a .png for a grid, a .npz, a .array_record, or a folder to make",
         )
-    if output.is_dir() and (suffix or any(output.iterdir())):
+    if suffix:
+        check_output_file("--output", output)
+    elif output.is_dir() and any(output.iterdir()):
         raise InputError("--output", output, "it is a folder that is not empty; choose another")
-    if not suffix and output.is_file():
+    elif output.exists() and not output.is_dir():
         raise InputError("--output", output, "it is a file; choose another")
 
 

@@ -116,3 +116,10 @@ def test_too_few_images_are_found_before_anything_is_written(tmp_path, capsys):
     message = "reference.npz: fid needs more than 6 images (the feature dimension); got 6"
     assert message in capsys.readouterr().err
     assert not (tmp_path / "data").exists()
+
+
+def test_a_folder_at_the_place_of_the_reference_is_refused_at_once(tmp_path, capsys):
+    (tmp_path / "reference.npz").mkdir()
+    assert run_prepare(tmp_path) == 2
+    assert "reference.npz: it is a folder; give the path of a file" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()

@@ -286,6 +286,14 @@ def test_the_features_of_an_interrupted_row_are_whole(tmp_path, monkeypatch, met
     assert {len(features) for features in np.load(file).values()} == {72}
 
 
+def test_a_file_at_the_place_of_the_features_is_refused_at_once(tmp_path, real, capsys):
+    (tmp_path / "e_features").touch()
+    arguments = [f"--images={real}", f"--reference={real}", f"--output={tmp_path}/e.json"]
+    assert evaluate(*arguments, *ADM, "--keep-features") == 2
+    assert "e_features: dmf makes a folder there; remove the file\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["e_features"]
+
+
 @pytest.mark.slow
 def test_a_row_that_is_cut_is_measured_again(tmp_path, monkeypatch):
     evaluator = Evaluator(tiny.config({"evaluation.metrics": ("fd_pixels",)}), tmp_path)

@@ -158,6 +158,14 @@ def test_invalid_flags_are_refused(tmp_path, capsys, flag, name, words):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["x.png", "x.npz"])
+def test_a_folder_at_the_place_of_the_file_is_refused_at_once(tmp_path, capsys, name):
+    (tmp_path / name).mkdir()
+    assert sample(tmp_path / name, "--count=2", "--steps=1") == 2
+    refusal = f"--output={tmp_path}/{name}: it is a folder; give the path of a file"
+    assert capsys.readouterr().err == f"dmf sample: {refusal}\n"
+
+
 @pytest.mark.slow
 def test_a_folder_may_have_a_dot_in_its_name(tmp_path):
     output = tmp_path / "samples_cfg1.5"
