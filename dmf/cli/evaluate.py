@@ -9,9 +9,9 @@ Measures how far images are from a reference, by a protocol: adm, edm2, meanflow
 needs no network and is the default. The images are those of a flow map, for each number of sampling
 steps and each set of EMA parameters, or a set: a folder, .zip or .tar of files, an .npz (arr_0), or
 a TFDS name. The reference is a file of statistics (ADM's or a plain .npz, EDM2's .pkl, or one that
---make-reference wrote), a set of images, or, without one, the dataset that the checkpoint was
-trained on. Writes JSON with every setting beside the numbers; the same command resumes where it was
-interrupted.
+--make-reference wrote), or a set of images; by default it is the dataset that the checkpoint was
+trained on, and images have none. Writes JSON with every setting beside the numbers; the same
+command resumes where it was interrupted.
 
 With --guidance and --interval it searches guidance at sampling: each scale in each interval, for
 each of --ema and --steps. Equal images are generated once. A table (.md) and a plot (.png) of the
@@ -30,9 +30,8 @@ from typing import Any
 from absl import flags as absl_flags
 from etils import epath
 
-from dmf.cli import config_flag, flags
+from dmf.cli import config_flag, evaluate_flags, flags
 from dmf.errors import InputError
-from dmf.runtime.hub import is_address
 
 # Flags, and the fields of `config.evaluation` that they set.
 _FIELDS = {
@@ -46,12 +45,6 @@ _FIELDS = {
 }
 # Flags of a search of guidance, and their fields.
 _SEARCH = {"guidance": "guidance_scales", "interval": "guidance_intervals"}
-# Flags of a reconstruction: those that it needs or takes, and those that are for nothing else.
-_OF_RECONSTRUCTION = ("images", "resolution", "autoencoder", "lpips", "inception", "rounding",
-                      "output", "reconstruction")
-_ONLY_OF_RECONSTRUCTION = ("autoencoder", "lpips")
-# Flags of generated samples, which a set of images has none of.
-_OF_FLOW_MAPS = ("steps", "ema", *_SEARCH, "guide", "guide-ema")
 
 
 def define(values: absl_flags.FlagValues) -> None:
@@ -62,8 +55,10 @@ def define(values: absl_flags.FlagValues) -> None:
     text("checkpoint", "", "a run, one of its checkpoints/STEP, an export, or hf:OWNER/REPO",
          flag_values=values)
     text("images", "", "a set of images in place of a flow map", flag_values=values)
-    number("resolution", 0, "side of a centre crop of --images; 0 for none", flag_values=values)
-    text("reference", None, "statistics or images to compare with", flag_values=values)
+    number("resolution", 0, "side of a centre crop of --images; 0 for none", flag_values=values,
+           lower_bound=0)
+    text("reference", None, "statistics or images to compare with; required with --images",
+         flag_values=values)
     text("make-reference", "", "an .npz of reference statistics to write", flag_values=values)
     text("protocol", None, "adm, edm2, meanflow or pixels", flag_values=values)
     text("inception", None, "Inception, an export of dmf convert", flag_values=values)
@@ -74,7 +69,7 @@ def define(values: absl_flags.FlagValues) -> None:
     text("rounding", None, "nearest, half_up or down; as the protocol by default",
          flag_values=values)
     several("steps", None, "numbers of sampling steps, as 1,2,4", flag_values=values)
-    number("count", None, "number of samples", flag_values=values)
+    number("count", None, "number of samples of a flow map", flag_values=values)
     several("ema", None, "EMA parameters to use, also std=0.1; '' for the raw parameters",
             flag_values=values)
     text("guidance", None, "guidance scales, as 1,2,4", flag_values=values)
@@ -96,25 +91,14 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     define(values)
     of_evaluations = tuple(values)
     overrides = config_flag.parse_with_overrides(verb, arguments, values, __doc__)
-    check_reconstruction(values, of_evaluations)
+    evaluate_flags.check_reconstruction(values, of_evaluations)
     print(run(values, overrides))
 
 
 def run(values: absl_flags.FlagValues, overrides: Sequence[str]) -> epath.Path:
     """Evaluates what the flags say; returns the file that is written."""
     makes_reference = values["make-reference"].value
-    if bool(values.checkpoint) == bool(values.images) and not (
-        values.checkpoint and makes_reference
-    ):
-        raise InputError("--checkpoint or --images", remedy="give one of them; --help says what "
-                         "they are")
-    for flag in _OF_FLOW_MAPS if values.images or makes_reference else ():
-        if values[flag].present:
-            raise InputError(f"--{flag}", values[flag].value, "it is for samples of a flow map; "
-                             "leave it out")
-    if is_address(values.checkpoint) and not (values.output or makes_reference):
-        raise InputError("--output", remedy="it must be given for a checkpoint of the Hugging Face "
-                         "hub; --help says what it is")
+    evaluate_flags.check(values)
     config = _config(values, overrides)
     if makes_reference:
         output, write = epath.Path(makes_reference), _make_reference
@@ -123,30 +107,17 @@ def run(values: absl_flags.FlagValues, overrides: Sequence[str]) -> epath.Path:
         output, write = epath.Path(values.output), _evaluate_reconstruction
     elif values.images:
         flags.require(values, "output")
+        evaluate_flags.check_reference(config, overrides)
         output, write = epath.Path(values.output), _evaluate_images
     else:
         output, write = _output(values), _evaluate_checkpoint
+    from dmf.runtime.files import check_output_file
     from dmf.runtime.ownership import owned_output
 
+    check_output_file("--make-reference" if makes_reference else "--output", output)
     with owned_output("--output", output):
         write(config, values, output)
     return output
-
-
-def check_reconstruction(values: absl_flags.FlagValues, names: Sequence[str]) -> None:
-    """Raises InputError for a flag of another purpose than that of the command.
-
-    Args:
-      values: the flags.
-      names: of the flags that `define` defines.
-    """
-    if values.reconstruction:
-        unfit, remedy = set(names) - set(_OF_RECONSTRUCTION), "it has no effect on --reconstruction"
-    else:
-        unfit, remedy = set(_ONLY_OF_RECONSTRUCTION), "it is for --reconstruction"
-    for flag in names:
-        if flag in unfit and values[flag].present:
-            raise InputError(f"--{flag}", values[flag].value, f"{remedy}; leave it out")
 
 
 def _config(values: absl_flags.FlagValues, overrides: Sequence[str]) -> Any:

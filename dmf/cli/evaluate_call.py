@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags as absl_flags
 
-from dmf.cli import config_flag, flags
+from dmf.cli import config_flag, evaluate_flags, flags
 from dmf.cli import evaluate as evaluate_verb
 
 
@@ -50,7 +50,8 @@ def evaluate(
         {"model.conditioning": "decoupled", "model.split_depth": 4}.
       images: a set of images in place of a flow map: a folder, .zip, .tar or .npz, or a TFDS name.
       resolution: side of a centre crop of `images`, in pixels; None for none.
-      reference: statistics or images to compare with; the dataset of the checkpoint by default.
+      reference: statistics or images to compare with; the dataset of the checkpoint by default,
+        required with `images`.
       make_reference: an .npz of reference statistics to write, instead of measuring.
       protocol: adm, edm2, meanflow or pixels, which needs no network and is the default.
       inception, dinov2: exports of `dmf.convert`, for the protocols that need them.
@@ -58,7 +59,7 @@ def evaluate(
       label_sampling: "random" or "balanced" labels; as the protocol by default.
       rounding: "nearest", "half_up" or "down"; as the protocol by default.
       steps: numbers of sampling steps.
-      count: number of samples.
+      count: number of samples of a flow map.
       ema: names of EMA parameters, also "std=0.1"; "" for the raw parameters.
       guidance: guidance scales to search, >= 0.
       interval: intervals of guided times (start, end) to search, in [0, 1].
@@ -95,6 +96,6 @@ def evaluate(
     )  # fmt: skip
     given += config_flag.as_flags(overrides)
     fields = config_flag.parse_with_overrides("evaluate", given, values, "")
-    evaluate_verb.check_reconstruction(values, names)
+    evaluate_flags.check_reconstruction(values, names)
     written = evaluate_verb.run(values, fields)
     return {} if make_reference else json.loads(written.read_text())

@@ -12,6 +12,7 @@ import tiny
 
 from dmf import registry
 from dmf.checkpoints.params import latest_step
+from dmf.cli import evaluate_flags
 from dmf.errors import InputError
 from dmf.objectives import FlowMatching
 from dmf.runtime.sharding import batch_sharding
@@ -98,6 +99,12 @@ def test_a_config_that_cannot_be(case, tmp_path, capsys):
          "--config.sampling.sheft=2.0: no such field"),
         (["evaluate", "--checkpoint=RUN", "--output=DIR", "--config.model.width=64"],
          "another architecture"),
+        (["evaluate", "--checkpoint=RUN", "--output=RUN"],
+         "it is a folder; give the path of a file"),
+        (["evaluate", "--checkpoint=RUN", "--output=DIR", "--resolution=8"],
+         "--resolution=8: it is for --images; leave it out"),
+        (["evaluate", "--images=x.npz", "--output=DIR"],
+         "--reference: it must be given with --images: a file of statistics, or a set of images"),
         (["sample", "--checkpoint=RUN", "--output=DIR.gif"], "give a .png"),
         (["sample", "--checkpoint=RUN", "--output=DIR.png", "--labels=11"], "--labels=11"),
         (["sample", "--checkpoint=RUN", "--output=DIR.png", "--labels=cat"], "--labels=cat"),
@@ -105,6 +112,8 @@ def test_a_config_that_cannot_be(case, tmp_path, capsys):
         (["sample", "--checkpoint=RUN", "--output=DIR.png", "--steps=0"], "steps=0"),
         (["sample", "--checkpoint=RUN", "--output=DIR.png", "--steps="], "--steps=: give whole"),
         (["sample", "--checkpoint=RUN", "--output=DIR.png", "--seed=3000000000"], "seed"),
+        (["compile", f"--config={tiny.CONFIG}", "--output=RUN"],
+         "it is a folder; give the path of a file"),
         (["export", "--checkpoint=RUN"], "--output: it must be given"),
         (["export", "--checkpoint=RUN", "--output=RUN"], "not empty; choose another"),
     ],
@@ -118,6 +127,30 @@ def test_a_command_that_cannot_be(arguments, named, tmp_path, capsys):
     assert code == 2
     assert named in line
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--count=70", "--label-sampling=random", "--rounding=down"])
+@pytest.mark.parametrize("purpose", ["--output", "--make-reference"])
+def test_flags_of_samples_have_no_effect_on_images(tmp_path, capsys, purpose, flag):
+    output = f"{purpose}={tmp_path}/e.npz"
+    assert tiny.dmf("evaluate", "--images=x.npz", output, flag) == 2
+    assert f"{flag}: it is for samples of a flow map; leave it out" in one_line(capsys)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--reference=digits", "--output=e.json", "--keep-features=True"])
+def test_flags_of_comparisons_have_no_effect_on_a_reference_that_is_made(tmp_path, capsys, flag):
+    made = f"--make-reference={tmp_path}/r.npz"
+    assert tiny.dmf("evaluate", "--images=x.npz", made, flag) == 2
+    assert f"{flag}: it has no effect on --make-reference; leave it out" in one_line(capsys)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_dataset_of_the_command_line_is_a_reference():
+    with pytest.raises(InputError, match=r"^--reference: it must be given with --images"):
+        evaluate_flags.check_reference(tiny.config(), ["--config.evaluation.chunk_size=2"])
+    evaluate_flags.check_reference(tiny.config(), ["--config.data.name=digits"])
+    evaluate_flags.check_reference(tiny.config({"evaluation.reference": "digits"}), [])
 
 
 def test_the_workdir_of_another_run_is_left_alone(tmp_path, capsys):
