@@ -9,6 +9,7 @@ unconditional pass (autoguidance).
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,8 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     text("output", None, "a .png, .npz or .array_record file, or a folder", flag_values=values)
     absl_flags.DEFINE_list("steps", ["4"], "sampling steps; several numbers for a grid",
                            flag_values=values)
-    number("count", 40, "number of samples", flag_values=values, lower_bound=1)
+    number("count", 40, "number of samples", flag_values=values, lower_bound=1,
+           upper_bound=10**8)
     absl_flags.DEFINE_list("labels", None, "class labels to cycle through, as numbers or by name, "
                            "or random; all by default", flag_values=values)
     number("seed", 0, "random seed of the noise", flag_values=values, lower_bound=0,
@@ -152,10 +154,12 @@ def _labels(
         sampling = "random" if values.labels else "balanced"
         labels = class_labels(indices, num_classes, sampling, values.seed)
     else:
-        chosen = np.array(_chosen(values.labels, settings), np.int32)
-        if chosen.min() < 0 or chosen.max() > num_classes:
-            raise InputError("--labels", ",".join(values.labels), f"labels go from 0 to "
-                             f"{num_classes - 1}, and {num_classes} is the null label")
+        numbers = _chosen(values.labels, settings)
+        if wrong := [number for number in numbers if not 0 <= number <= num_classes]:
+            known = f"labels go from 0 to {num_classes - 1}, and {num_classes} is the null label"
+            raise InputError("--labels", ",".join(values.labels), f"there is no label {wrong[0]}; "
+                             + (known if num_classes else "the network has none, leave it out"))
+        chosen = np.array(numbers, np.int32)
         labels = chosen[indices % len(chosen)]
     return labels, label_captions(labels, num_classes, settings.class_names)
 
@@ -172,7 +176,7 @@ def _chosen(given: Sequence[str], settings: Any) -> list[int]:
     """
     from dmf.data.build import class_names
 
-    if all(label.lstrip("-").isdecimal() for label in given):
+    if all(re.fullmatch(r"-?\d+", label) for label in given):
         return [int(label) for label in given]
     try:
         names = class_names(settings)

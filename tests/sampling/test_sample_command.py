@@ -150,9 +150,19 @@ def test_samples_have_the_names_of_their_classes(tmp_path, monkeypatch):
          "guidance; give another one, --config.sampling.guidance.scale=2"),
         ("--labels=0,random", "x.npz", "--labels=0,random: no class is called random; there are 0, "
          "1, 2, 3, 4, 5, 6, 7, 8, 9"),
+        ("--labels=1,99999999999", "x.npz", "--labels=1,99999999999: there is no label "
+         "99999999999; labels go from 0 to 9, and 10 is the null label"),
+        ("--labels=-1", "x.png", "--labels=-1: there is no label -1; labels go from 0 to 9, and 10 "
+         "is the null label"),
+        ("--labels=--1", "x.png", "--labels=--1: no class is called --1; there are 0, 1, 2, 3, 4, "
+         "5, 6, 7, 8, 9"),
+        ("--count=99999999999", "x.npz", "flag --count=99999999999: 99999999999 is not an integer "
+         "in the range [1, 100000000]"),
     ],
 )
 def test_invalid_flags_are_refused(tmp_path, capsys, flag, name, words):
+    small_network.run()
+    capsys.readouterr()
     assert sample(tmp_path / name, flag) == 2
     assert capsys.readouterr().err == f"dmf sample: {words}\n"
     assert not any(tmp_path.iterdir())
@@ -161,6 +171,8 @@ def test_invalid_flags_are_refused(tmp_path, capsys, flag, name, words):
 @pytest.mark.parametrize("name", ["x.png", "x.npz"])
 def test_a_folder_at_the_place_of_the_file_is_refused_at_once(tmp_path, capsys, name):
     (tmp_path / name).mkdir()
+    small_network.run()
+    capsys.readouterr()
     assert sample(tmp_path / name, "--count=2", "--steps=1") == 2
     refusal = f"--output={tmp_path}/{name}: it is a folder; give the path of a file"
     assert capsys.readouterr().err == f"dmf sample: {refusal}\n"
