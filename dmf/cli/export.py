@@ -22,8 +22,9 @@ from absl import flags as absl_flags
 from dmf.cli import config_flag, flags
 from dmf.errors import InputError
 
-# Flags that are for --push alone.
+# Flags that are for --push alone, and those that are for one format.
 _OF_PUSH = ("license", "datasets", "private", "commit-message")
+_OF_FORMAT = {"naming": "safetensors", "steps": "stablehlo"}
 
 
 def define(values: absl_flags.FlagValues) -> None:
@@ -67,6 +68,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = None
     if overrides or not load.frozen_kind(read_config(values.checkpoint)):
         config = config_flag.overridden_stored(load.read_config(values.checkpoint), overrides)
+        _check_options(values, config)
     checkpoint = load.newest_checkpoint(values.checkpoint)
     parts = export_parts.open_parts(checkpoint, ema, config)
     options = {"form": values.format, "naming": values.naming, "steps": values.steps}
@@ -86,14 +88,18 @@ def _checked(values: absl_flags.FlagValues) -> Any:
     Raises:
       InputError: a flag is missing, or does not go together with another one.
     """
+    from dmf.runtime.files import check_new_directory
+
     flags.require(values, "checkpoint")
     if values["ema-std"].present and values["ema"].present:
         raise InputError("--ema-std", values["ema-std"].value, "give it or --ema, not both")
+    _check_format(values)
     if not values.push:
         for flag in _OF_PUSH:
             if values[flag].present:
                 raise InputError(f"--{flag}", values[flag].value, "it is for --push; leave it out")
         flags.require(values, "output")
+        check_new_directory(values.output)
         return None
     if values.output:
         raise InputError("--output", values.output, "--push leaves no directory on this machine; "
@@ -106,6 +112,33 @@ def _checked(values: absl_flags.FlagValues) -> Any:
     )
     hub_upload.check_ready(values.push)
     return publication
+
+
+def _check_format(values: absl_flags.FlagValues) -> None:
+    """Raises InputError for an unknown format, or for a flag of another format."""
+    from dmf.checkpoints.export import FORMATS
+
+    if values.format not in FORMATS:
+        raise InputError("--format", values.format, f"choose one of {', '.join(FORMATS)}")
+    for flag, form in _OF_FORMAT.items():
+        if values[flag].present and values.format != form:
+            raise InputError(f"--{flag}", values[flag].value, f"it is for --format={form}; leave "
+                             "it out")
+
+
+def _check_options(values: absl_flags.FlagValues, config: Any) -> None:
+    """Raises InputError for a naming or a number of steps that the network or its sampler, which
+    `config` states, cannot have."""
+    from dmf.checkpoints.convert.namings import naming_of
+    from dmf.models.build import network
+    from dmf.objectives.build import interpolant
+    from dmf.sampling.build import sampling
+
+    if values.format == "safetensors":
+        naming_of(network(config.model), values.naming)
+    if values.format == "stablehlo":
+        settings = sampling(config.sampling, interpolant(config.objective))
+        settings.check_steps("--steps", (values.steps,))
 
 
 def _with_scores(publication: Any, given: str, checkpoint: Any, parts: Any, ema: str) -> Any:

@@ -193,6 +193,17 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return value
 
 
+def check_new_directory(directory: epath.PathLike) -> None:
+    """Checks that a directory can be created at a path.
+
+    Raises:
+      InputError: something is there, and no empty directory.
+    """
+    directory = absolute(directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise InputError("output", directory, "it exists and is not empty; choose another")
+
+
 @contextmanager
 def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
     """A context that creates a directory, which appears under its name at the end.
@@ -207,9 +218,8 @@ def new_directory(directory: epath.PathLike) -> Iterator[epath.Path]:
       InputError: the directory exists and is not empty.
       RunError: the disk is full or cannot be written.
     """
+    check_new_directory(directory)
     directory = absolute(directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        raise InputError("output", directory, "it exists and is not empty; choose another")
     with disk_errors(directory):
         _clear_leftovers(directory)
         partial = partial_path(directory)

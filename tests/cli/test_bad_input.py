@@ -11,6 +11,7 @@ import small_network
 import tiny
 
 from dmf import registry
+from dmf.checkpoints import load
 from dmf.checkpoints.params import latest_step
 from dmf.cli import evaluate_flags
 from dmf.errors import InputError
@@ -116,6 +117,10 @@ def test_a_config_that_cannot_be(case, tmp_path, capsys):
          "it is a folder; give the path of a file"),
         (["export", "--checkpoint=RUN"], "--output: it must be given"),
         (["export", "--checkpoint=RUN", "--output=RUN"], "not empty; choose another"),
+        (["export", "--checkpoint=RUN", "--output=DIR", "--steps=4"],
+         "--steps=4: it is for --format=stablehlo; leave it out"),
+        (["export", "--checkpoint=RUN", "--output=DIR", "--format=stablehlo", "--naming=sit"],
+         "--naming=sit: it is for --format=safetensors; leave it out"),
     ],
 )
 def test_a_command_that_cannot_be(arguments, named, tmp_path, capsys):
@@ -151,6 +156,24 @@ def test_a_dataset_of_the_command_line_is_a_reference():
         evaluate_flags.check_reference(tiny.config(), ["--config.evaluation.chunk_size=2"])
     evaluate_flags.check_reference(tiny.config(), ["--config.data.name=digits"])
     evaluate_flags.check_reference(tiny.config({"evaluation.reference": "digits"}), [])
+
+
+@pytest.mark.parametrize(("flags", "line"), [
+    (["--format=bogus"], "--format=bogus: choose one of orbax, safetensors, stablehlo"),
+    (["--format=safetensors", "--naming=bogus"], "naming=bogus: this network can be written as "),
+    (["--format=stablehlo", "--steps=0"], "--steps=(0,): sampling needs at least 1 step"),
+    (["--output=RUN"], "it exists and is not empty; choose another"),
+])  # fmt: skip
+def test_an_export_that_cannot_be_is_refused_before_parameters_are_loaded(
+    tmp_path, capsys, monkeypatch, flags, line
+):  # fmt: skip
+    run = str(tiny.flow_run())
+    capsys.readouterr()
+    monkeypatch.setattr(load, "load_params", lambda *args, **kwargs: pytest.fail("loaded"))
+    arguments = [flag.replace("RUN", run) for flag in flags]
+    assert tiny.dmf("export", f"--checkpoint={run}", f"--output={tmp_path}/x", *arguments) == 2
+    assert line in one_line(capsys)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_workdir_of_another_run_is_left_alone(tmp_path, capsys):
