@@ -54,15 +54,28 @@ def push(
 
 
 def _check_own(repository: hub_upload.Repository) -> None:
-    """Raises InputError where a repository holds the network of another project."""
-    if CONFIG_FILE not in repository.files:
-        return
+    """Raises InputError where a push would replace or delete files of another project.
+
+    A model card that is alone in a repository, as the hub makes it with the licence, is replaced.
+    """
+    files = sorted(repository.files)
+    if CONFIG_FILE in files:
+        foreign = [] if _has_config_of_dmf(repository) else [CONFIG_FILE]
+    else:
+        foreign = [path for path in files if path.partition("/")[0] in _OF_EXPORTS]
+        if set(files) <= {CARD_FILE, ".gitattributes"}:
+            foreign = []
+    if foreign:
+        raise InputError("push", repository.name, f"its {foreign[0]} is of another project, and "
+                         "would be overwritten; give another repository")
+
+
+def _has_config_of_dmf(repository: hub_upload.Repository) -> bool:
+    """Whether the `config.json` of a repository is of an export."""
     name = repository.name
     path = hub.download(name, name, CONFIG_FILE, revision=repository.commit)
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict) or "format" not in config:
-        raise InputError("push", name, f"its {CONFIG_FILE} is of another project, and would be "
-                         "overwritten; give another repository")
+        return False
+    return isinstance(config, dict) and "format" in config

@@ -179,13 +179,24 @@ def test_another_push_replaces_the_export_and_leaves_other_files(hub):
     assert len(hub.repositories["me/maps"].commits) == 3
 
 
-def test_a_repository_of_another_project_and_a_public_one_are_left_alone(hub):
-    put(hub, "me/maps", {"config.json": b'{"model_type": "bert"}'})
-    with pytest.raises(InputError, match=r"^push=me/maps: its config.json is of another project"):
+@pytest.mark.parametrize(("files", "named"), [
+    (["config.json"], "config.json"), (["model.safetensors"], "model.safetensors"),
+    (["README.md", "params/a/b"], "README.md"), (["README.md", "model.bin"], "README.md"),
+    (["autoencoder/x", "figure.png"], "autoencoder/x"),
+])
+def test_a_repository_of_another_project_is_left_alone(hub, files, named):
+    put(hub, "me/maps", dict.fromkeys(files, b'{"model_type": "bert"}'))
+    with pytest.raises(InputError, match=f"^push=me/maps: its {named} is of another project, and"):
         push(parts(), PUBLICATION)
+    assert len(hub.repositories["me/maps"].commits) == 2
+
+
+def test_a_model_card_alone_is_replaced_and_a_public_repository_is_not_taken(hub):
+    put(hub, "me/maps", {"README.md": b"---\nlicense: mit\n---", ".gitattributes": b""})
     with pytest.raises(InputError, match=r"^private=True: me/maps is public; make it private in"):
         hub_upload.open_repository("me/maps", private=True)
-    assert len(hub.repositories["me/maps"].commits) == 2
+    push(parts(), PUBLICATION)
+    assert b"library_name: dmf" in hub.repositories["me/maps"].files["README.md"]
 
 
 @pytest.mark.parametrize(
