@@ -360,10 +360,10 @@ def _damage_reported(directory: epath.Path) -> Iterator[None]:
     except Damaged as error:
         run, step = split_step(directory)
         damaged = latest_step(directory) if step is None else step
-        others = [p.name for p in (run / CHECKPOINTS).glob("[0-9]*") if p.name != str(damaged)]
-        remedy = "make it again"
-        if others:
-            remedy = f"try {CHECKPOINTS}/{max(others, key=int)}"
+        # A save that runs or was interrupted has a name that ends in more than digits.
+        others = {int(path.name) for path in (run / CHECKPOINTS).glob("[0-9]*")
+                  if path.name.isdigit()} - {damaged}  # fmt: skip
+        remedy = f"try {CHECKPOINTS}/{max(others)}" if others else "make it again"
         raise RunError(f"checkpoint={directory}: it is damaged ({error}); {remedy}") from None
 
 

@@ -13,6 +13,7 @@ from etils import epath
 
 from dmf.errors import RunError
 from dmf.runtime.files import read_json
+from dmf.runtime.hub import is_address
 
 # Fields that hold paths of the machine that trained the network.
 _LOCAL_PATHS = (
@@ -20,6 +21,10 @@ _LOCAL_PATHS = (
     ("data", "directory"), ("latents", "autoencoder"), ("evaluation", "reference"),
     ("evaluation", "inception"), ("evaluation", "dinov2"), ("run", "preview_autoencoder"),
 )  # fmt: skip
+# Names of those fields that take no address of the Hugging Face hub.
+_NO_ADDRESSES = ("directory", "reference")
+# How the paths begin that `epath` reads from elsewhere than the local disk.
+_BUCKETS = ("gs://", "s3://", "az://")
 # Far more than any config has: nested sections, and bytes.
 _MAX_DEPTH, _MAX_BYTES = 16, 2**20
 
@@ -112,11 +117,22 @@ def without_foreign_paths(
       The config with those paths empty, and "FIELD='PATH'" of each of them.
     """
     followed, left_out = copy.deepcopy(dict(config)), []
-    home = os.path.realpath(directory)
+    home = _place(directory)
     for field, section, name in named_paths(followed):
         path = section[name]
-        place = os.path.realpath(os.path.expanduser(path))
-        if exported or os.path.commonpath([home, place]) == home:
+        elsewhere = is_address(path) and name not in _NO_ADDRESSES
+        if exported or (not elsewhere and os.path.commonpath([home, _place(path)]) == home):
             left_out.append(f"{field}={path!r:.200}")
             section[name] = ""
     return followed, left_out
+
+
+def _place(path: epath.PathLike) -> str:
+    """Where a path leads, without links, as an absolute path that can be compared; that of a bucket
+    as if its scheme was a directory.
+
+    >>> _place("gs://bucket/runs/../vae")
+    '/gs:/bucket/vae'
+    """
+    text = os.path.expanduser(path)
+    return os.path.normpath(f"/{text}") if text.startswith(_BUCKETS) else os.path.realpath(text)

@@ -136,6 +136,28 @@ def test_a_run_keeps_the_paths_that_it_wrote(tmp_path, monkeypatch, path, expect
     assert left_out == ([] if expected else [f"data.directory={path!r}"])
 
 
+@pytest.mark.parametrize(("directory", "section", "name", "path", "kept"), [
+    (".", "latents", "autoencoder", "hf:me/vae", True),
+    (".", "latents", "autoencoder", "gs://bucket/vae", True),
+    (".", "latents", "autoencoder", "~/vae", True),
+    (".", "latents", "autoencoder", "vae", False),
+    (".", "data", "directory", "hf:me/vae", False),
+    (".", "data", "directory", "a://b", False),
+    ("gs://bucket/run", "data", "directory", "gs://bucket/run/data", False),
+    ("gs://bucket/run", "data", "directory", "gs://bucket/data", True),
+    ("gs://bucket/run", "data", "directory", "data", True),
+])
+def test_a_path_is_followed_from_within_the_run_where_it_leads_elsewhere(
+    tmp_path, monkeypatch, directory, section, name, path, kept
+):
+    monkeypatch.chdir(tmp_path)
+    config = {section: {name: path}}
+    _, left_out = stored_config.without_foreign_paths(
+        config, epath.Path(directory), exported=False
+    )
+    assert left_out == ([] if kept else [f"{section}.{name}={path!r}"])
+
+
 @pytest.fixture
 def precious(tmp_path):
     """A folder with a file; links in an export lead to them, and nothing changes them."""
