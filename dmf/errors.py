@@ -125,5 +125,9 @@ class Lost(RunError):
     """Another process of the run is gone."""
 
 
+class NotFinite(RunError):
+    """Samples hold NaN or infinity."""
+
+
 class Damaged(RunError):
     """The arrays on disk are not the arrays that were saved."""

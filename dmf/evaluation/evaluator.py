@@ -6,6 +6,7 @@ result is written, finished parts of the statistics and finished rows lie in a f
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from dmf.checkpoints import load
 from dmf.checkpoints.params import FORMAT
 from dmf.data.build import data, dataset
 from dmf.data.image_sets import DatasetImages, ImageSet, open_image_set
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError, NotFinite, RunError
 from dmf.evaluation import feature_extractors, metrics, requirements
 from dmf.evaluation.build import evaluation, protocol
 from dmf.evaluation.evaluated_images import EvaluatedImages, evaluated_image_set
@@ -195,12 +196,32 @@ class Evaluator:
 
     # Rows and results.
 
-    def measure(self, images: EvaluatedImages) -> dict[str, Any]:
+    def measure(self, images: EvaluatedImages, *, must_be_finite: bool = True) -> dict[str, Any]:
         """One row of a result: which images it is of, and their metrics.
+
+        Args:
+          images: the images.
+          must_be_finite: whether NaN or infinity in an image is an error; otherwise the metrics are
+            NaN, and a line says so.
 
         Raises:
           InputError: the images cannot be evaluated, see `check`.
-          RunError: some images hold NaN or infinity.
+          NotFinite: some images hold NaN or infinity, and must not.
+        """
+        try:
+            return self._measure(images)
+        except NotFinite as error:
+            if must_be_finite:
+                raise
+            processes.log(f"{images.name}: {error}")
+            return self._described(images) | dict.fromkeys(self.protocol.metrics, math.nan)
+
+    def _measure(self, images: EvaluatedImages) -> dict[str, Any]:
+        """The row of images that are finite.
+
+        Raises:
+          InputError: the images cannot be evaluated, see `check`.
+          NotFinite: some images hold NaN or infinity.
         """
         self.check(images.shape, images.count, labelled=images.labels is not None)
         stored = self.protocol.features if self._features_folder else self.protocol.stored_features
@@ -216,8 +237,7 @@ class Evaluator:
             images.read, images.count, folder,
             feature_strides=dict.fromkeys(stored, 1), name=images.name,
         )  # fmt: skip
-        row = {"protocol": self._settings.protocol, "count": images.count, **images.row}
-        row |= self._scores(statistics, images)
+        row = self._described(images) | self._scores(statistics, images)
         if jax.process_index() == 0:
             if self._features_folder:
                 features = {kind: statistics.features(kind) for kind in stored}
@@ -226,6 +246,10 @@ class Evaluator:
         scores = "  ".join(f"{metric} {row[metric]:.5g}" for metric in self.protocol.metrics)
         processes.log(f"{images.name}: {scores}")
         return row
+
+    def _described(self, images: EvaluatedImages) -> dict[str, Any]:
+        """A row without metrics."""
+        return {"protocol": self._settings.protocol, "count": images.count, **images.row}
 
     def _finished_row(self, path: epath.Path) -> dict[str, Any] | None:
         """The row that an earlier process has measured; None without one that can be read."""

@@ -58,7 +58,7 @@ def guided_generators(
 
 def evaluate(
     evaluator: Evaluator, generator: Generator, settings: Evaluation,
-    params: Iterable[tuple[str, Params]], *, steps: Sequence[int],
+    params: Iterable[tuple[str, Params]], *, steps: Sequence[int], must_be_finite: bool = True,
 ) -> list[Row]:  # fmt: skip
     """Evaluates a flow map.
 
@@ -68,6 +68,7 @@ def evaluate(
       settings: of `config.evaluation`, for count, seed, and the guidance that is searched.
       params: pairs of the name of EMA parameters ('' for the raw parameters) and the parameters.
       steps: numbers of sampling steps.
+      must_be_finite: whether NaN or infinity in samples is an error; otherwise a row of NaN.
 
     Returns:
       A row for each set of parameters, interval, scale and number of steps. Rows of equal images
@@ -75,7 +76,7 @@ def evaluate(
 
     Raises:
       InputError: the evaluator or the sampler refuses its input.
-      RunError: samples hold NaN or infinity.
+      NotFinite: samples hold NaN or infinity.
     """
     generators = guided_generators(generator, settings)
     labelled = bool(generator.num_classes)
@@ -92,7 +93,7 @@ def evaluate(
                 processes.log(f"{row_name(fields)}: the same images as {row_name(measured[key])}")
             else:
                 images = _images(evaluator, guided, settings, ema_params, mark, fields)
-                measured[key] = evaluator.measure(images)
+                measured[key] = evaluator.measure(images, must_be_finite=must_be_finite)
             rows.append({**measured[key], **fields})
     return rows
 

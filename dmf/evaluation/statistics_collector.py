@@ -8,6 +8,7 @@ devices. A finished part is a file: an interrupted collection resumes, and proce
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -16,12 +17,12 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Int, UInt8
 
-from dmf.errors import RunError, check_at_least
+from dmf.errors import NotFinite, check_at_least
 from dmf.evaluation.evaluated_images import ReadImages
 from dmf.evaluation.feature_extractors import Extractor
 from dmf.evaluation.feature_statistics import Statistics, is_whole, read_statistics
 from dmf.runtime.memoize import memoized
-from dmf.runtime.processes import barrier
+from dmf.runtime.processes import all_gather
 from dmf.runtime.progress import Progress
 from dmf.runtime.sharding import map_over_devices, replicate_on_host
 from dmf.sampling.generator import chunks
@@ -93,7 +94,8 @@ class StatisticsCollector:
           name: of the images, for the progress.
 
         Raises:
-          RunError: some images hold NaN or infinity, or a part cannot be written.
+          NotFinite: some images hold NaN or infinity; all processes raise it.
+          RunError: a part cannot be written.
         """
         size = -(-self.part_size // self.chunk_size) * self.chunk_size
         parts = {folder / f"{number:05}.npz": (first, min(first + size, count))
@@ -103,9 +105,9 @@ class StatisticsCollector:
         total = sum(last - first for first, last in (parts[path] for path in assigned))
         done = total - sum(last - first for first, last in (parts[path] for path in todo))
         progress = Progress(name, done, total, "images")
-        for path in todo:
-            self._collect_part(read, *parts[path], feature_strides, progress).write(path)
-        barrier(str(folder))
+        with _raised_in_all_processes():
+            for path in todo:
+                self._collect_part(read, *parts[path], feature_strides, progress).write(path)
         statistics = Statistics(feature_strides)
         for path in parts:
             statistics.merge(read_statistics(path, feature_strides))
@@ -136,8 +138,8 @@ class StatisticsCollector:
         if waiting:
             statistics.add(*_concatenate(waiting))
         if bad:
-            raise RunError(f"{len(bad)} of images {first} to {last - 1} hold NaN or infinity, the "
-                           f"first of them {bad[0]}: nothing can be measured on them")
+            raise NotFinite(f"{len(bad)} of images {first} to {last - 1} hold NaN or infinity, the "
+                            f"first of them {bad[0]}: nothing can be measured on them")
         return statistics
 
     def _batches(self, read: ReadImages, first: int, last: int) -> Iterator[Batch]:
@@ -161,6 +163,19 @@ class StatisticsCollector:
                 yield end(*previous)
         if current is not None:
             yield end(*current)
+
+
+@contextmanager
+def _raised_in_all_processes() -> Iterator[None]:
+    """Waits until all processes have left the block; raises NotFinite if one of them has."""
+    problem = ""
+    try:
+        yield
+    except NotFinite as error:
+        problem = str(error)
+    problems = [each for each in all_gather(problem) if each]
+    if problems:
+        raise NotFinite(problems[0])
 
 
 @memoized

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dmf import registry
 from dmf.data import pixels
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError, NotFinite
 from dmf.models.abstract_params import abstract_params
 from dmf.models.encoders.latent_space import LatentSpace
 from dmf.objectives.interpolants import in_interval
@@ -316,14 +316,14 @@ def finite_images(
     """The images of those indices that are below `stop`, on the host.
 
     Raises:
-      RunError: one of them comes from a sample that holds NaN or infinity.
+      NotFinite: one of them comes from a sample that holds NaN or infinity.
     """
     images, finite = jax.device_get(generate(indices, labels))
     inside = indices < stop
     bad = indices[inside & ~finite]
     if len(bad):
-        raise RunError(f"{len(bad)} of images {indices[0]} to {indices[inside][-1]} hold NaN or "
-                       f"infinity, the first of them {bad[0]}")
+        raise NotFinite(f"{len(bad)} of images {indices[0]} to {indices[inside][-1]} hold NaN or "
+                        f"infinity, the first of them {bad[0]}")
     return images[inside]
 
 
@@ -343,7 +343,7 @@ def class_grid(
         devices.
 
     Raises:
-      RunError: a sample holds NaN or infinity.
+      NotFinite: a sample holds NaN or infinity.
     """
     columns = min(num_classes, 10) or 10
     count = rows * columns

@@ -41,6 +41,16 @@ class Callback(abc.ABC):
     def due(self, step: int) -> bool:
         """Whether the loop calls it after a step."""
 
+    def is_done(self, step: int) -> bool:
+        """Whether nothing is left to do after a step at which a run resumes; all processes call it.
+
+        The run may have been stopped or killed after the checkpoint of the step and before the
+        call, so that the loop makes up for the call where this is False. By default it is True: no
+        step has two calls, and one at which the run was stopped may have none.
+        """
+        del step
+        return True
+
     @abc.abstractmethod
     def __call__(self, step: int, state: TrainState) -> None:
         """Acts on the train state after a step, whose arrays are sharded over the mesh and are

@@ -2,6 +2,7 @@
 and the profiler."""
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from ml_collections import ConfigDict
 from dmf.checkpoints.load import load_latent_space
 from dmf.checkpoints.manager import SnapshotManager
 from dmf.data import pixels
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError, NotFinite
 from dmf.evaluation import flow_map_evaluation
 from dmf.evaluation.build import evaluated_steps, evaluation
 from dmf.evaluation.evaluator import Evaluator
@@ -90,6 +91,13 @@ class SampleGridCallback(Callback):
     def due(self, step: int) -> bool:
         return is_due(step, self._every, self._training.run.steps)
 
+    def is_done(self, step: int) -> bool:
+        """Whether the grid of a step exists, according to the first process."""
+        return processes.all_gather(self._file(step).exists())[0]
+
+    def _file(self, step: int) -> epath.Path:
+        return self._folder / f"{step:08}.png"
+
     def __call__(self, step: int, state: TrainState) -> None:
         settings, network = self._training.sampling, self._training.recipe.network
         params = replicate_on_host(chosen_params(state, settings.ema), self._mesh)
@@ -100,17 +108,20 @@ class SampleGridCallback(Callback):
         try:
             grid = class_grid(generates, network.num_classes, names=self._class_names,
                               multiple_of=self._mesh.size)
-        except RunError as error:  # The loss is finite, so that training may go on.
+        except NotFinite as error:  # The loss is finite, so that training may go on.
             processes.log(f"step {step}: no grid of samples is written: {error}")
         else:
-            pixels.write_png(self._folder / f"{step:08}.png", grid)
+            pixels.write_png(self._file(step), grid)
             self.writers.write_image(step, SAMPLES, grid)
 
 
 class EvaluationCallback(Callback):
     """Evaluates the train state, writes the results to evaluations/STEP.json, and writes the scores
     to the metrics as evaluation/METRIC/EMA/STEPS, or .../EMA/STEPS/SCALE/START-END where guidance
-    is searched."""
+    is searched.
+
+    Where samples hold NaN or infinity, the scores in the file are NaN, and training goes on.
+    """
 
     def __init__(self, config: ConfigDict, training: Training, workdir: epath.Path):
         """Opens the reference and loads the networks of evaluation, if the run is evaluated.
@@ -169,6 +180,7 @@ class EvaluationCallback(Callback):
             settings,
             ((name, chosen_params(state, name)) for name in settings.emas),
             steps=self._steps,
+            must_be_finite=False,
         )
         result = flow_map_evaluation.result(
             evaluator, self._generator, settings, rows, step=step
@@ -176,7 +188,7 @@ class EvaluationCallback(Callback):
         evaluator.finish(write_json, evaluation_file(self._workdir, step), result)
         self.writers.write(step, {
             f"evaluation/{metric}/{_metric_place(row)}": row[metric]
-            for row in rows for metric in evaluator.protocol.metrics
+            for row in rows for metric in evaluator.protocol.metrics if math.isfinite(row[metric])
         })
 
     def best_step(self) -> int | None:
@@ -190,14 +202,14 @@ class EvaluationCallback(Callback):
         return choose(sorted(known), key=known.get) if known else None
 
     def _first_score(self, path: epath.Path, metric: str) -> float | None:
-        """The score of the first row of a file; None without one. A file that is no evaluation is
+        """The score of the first row of a file; None without a finite one. A file that is no evaluation is
         told once."""
         evaluation = read_evaluation(path) if _STEP.fullmatch(path.stem) else None
         if evaluation is None and path not in self._told:
             self._told.add(path)
             processes.log(f"{path}: it is no evaluation, and is left out")
         score = evaluation["results"][0].get(metric) if evaluation else None
-        return score if isinstance(score, int | float) else None
+        return score if isinstance(score, int | float) and math.isfinite(score) else None
 
 
 class SnapshotCallback(Callback):
@@ -226,7 +238,11 @@ class SnapshotCallback(Callback):
             )
 
     def due(self, step: int) -> bool:
+        """Whether a snapshot belongs to a step, and is not there yet."""
         return bool(self._names) and self._manager.due(step)
+
+    def is_done(self, step: int) -> bool:
+        return not self.due(step)
 
     def __call__(self, step: int, state: TrainState) -> None:
         trees = {f"{EMA_PREFIX}{name}": state.ema_params[name] for name in self._names}

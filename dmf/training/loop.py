@@ -206,10 +206,9 @@ class Loop:
         data_wait = DataWait(batches)
         log = StepLog(self.training, self.checkpoints, writers, data_wait, start)
         try:
-            if start and self.snapshot.due(start):
-                self.snapshot(start, state)
-            if start and self.evaluate.due(start) and not self.evaluate.is_done(start):
-                self.evaluate(start, state)
+            for callback in self.callbacks if start else ():
+                if callback.due(start) and not callback.is_done(start):
+                    callback(start, state)
             for step in range(start + 1, total + 1):
                 batch = data_wait.next_batch()
                 if step == start + 1:
@@ -226,8 +225,8 @@ class Loop:
                     processes.log(f"the first step is done; a line follows every {every} steps")
                 stopping = self.stop.after(step) and step < total
                 saving = stopping or self._saves_after(step)
-                up_to_date = saving or step == total or self.snapshot.due(step)
-                log.add(step, metrics, up_to_date=up_to_date)
+                up_to_date = saving or self.snapshot.due(step)
+                log.add(step, metrics, saved=saving, up_to_date=up_to_date)
                 if saving:
                     writers.flush()
                     self.snapshot.finish()

@@ -36,26 +36,30 @@ class MetricAccumulator:
 
     def __init__(
         self,
-        is_due: Callable[[int], bool],
         latest_checkpoint: Callable[[], int | None],
         max_consecutive_skips: int = 0,
     ):
         """Starts without steps.
 
         Args:
-          is_due: whether a report is due after a step.
           latest_checkpoint: returns the step of the newest checkpoint, for error messages.
           max_consecutive_skips: number of consecutive steps that may be skipped.
         """
-        self._is_due, self._latest_checkpoint = is_due, latest_checkpoint
+        self._latest_checkpoint = latest_checkpoint
         self._max_consecutive_skips = max_consecutive_skips
-        self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._pending: collections.deque[tuple[int, Metrics, bool]] = collections.deque()
         self._finite_rows: list[Mapping[str, Any]] = []
         self._skipped: list[int] = []
 
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Adds the metrics of a step, which the device may not have computed yet."""
-        self._pending.append((step, metrics))
+    def add(self, step: int, metrics: Metrics, *, report: bool) -> None:
+        """Adds the metrics of a step, which the device may not have computed yet.
+
+        Args:
+          step: number of the step.
+          metrics: its metrics.
+          report: whether a report is due after it.
+        """
+        self._pending.append((step, metrics, report))
 
     def read(self, last: int) -> Iterator[Report]:
         """Fetches the metrics of all steps up to `last`, and yields the reports that are due.
@@ -63,15 +67,15 @@ class MetricAccumulator:
         Raises:
           RunError: the loss or gradient of a step is not finite, and the step may not be skipped.
         """
-        count = sum(step <= last for step, _ in self._pending)
+        count = sum(step <= last for step, _, _ in self._pending)
         ready = [self._pending.popleft() for _ in range(count)]
-        rows = jax.device_get([metrics for _, metrics in ready])
-        for (step, _), row in zip(ready, rows, strict=True):
+        rows = jax.device_get([metrics for _, metrics, _ in ready])
+        for (step, _, report), row in zip(ready, rows, strict=True):
             if _is_finite(row):
                 self._finite_rows.append(row)
             else:
                 self._skip(step, row)
-            if self._is_due(step):
+            if report:
                 totals = {name: float(row[name]) for name in ("skipped_steps",) if name in row}
                 yield Report(step, _means(self._finite_rows) | totals, self._skipped)
                 self._finite_rows, self._skipped = [], []

@@ -75,7 +75,7 @@ class Run:
 
     Attributes:
       steps: number of training steps, 1 or more; raise it to extend a finished run.
-      log_every: steps between two log lines, 1 or more.
+      log_every: steps between two log lines, 1 or more; a checkpoint has one too.
       sample_every: steps between two grids of samples; 0 for none.
       preview_autoencoder: directory of the autoencoder that decodes these grids, an export of `dmf
         convert`, for example a TAESD; empty for that of `latents.autoencoder`.

@@ -45,7 +45,7 @@ class StepLog:
         self._latest: list[str] = []
         self._clock = Clock(start, self._total)
         self._accumulator = MetricAccumulator(
-            self._due, lambda: checkpoints.latest_step, training.recipe.optimizer.skip_nonfinite
+            lambda: checkpoints.latest_step, training.recipe.optimizer.skip_nonfinite
         )
 
     def start_clock(self, start: int) -> None:
@@ -56,17 +56,18 @@ class StepLog:
     def _due(self, step: int) -> bool:
         return is_due(step, self._training.run.log_every, self._total)
 
-    def add(self, step: int, metrics: Metrics, *, up_to_date: bool) -> None:
+    def add(self, step: int, metrics: Metrics, *, saved: bool, up_to_date: bool) -> None:
         """Adds the metrics of a step, and logs what is due.
 
         A step is logged after the next one was dispatched, so that the device never waits. With
         `up_to_date`, before a save, it is logged now, so that no state is saved whose loss is not
-        finite.
+        finite. With `saved`, before a checkpoint, a report is due, so that each step is in one
+        report also where the run resumes there.
 
         Raises:
           RunError: the loss of a step is not finite.
         """
-        self._accumulator.add(step, metrics)
+        self._accumulator.add(step, metrics, report=saved or self._due(step))
         ready = step if up_to_date else step - 1
         if up_to_date or self._due(ready):
             for report in self._accumulator.read(ready):

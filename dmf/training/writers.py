@@ -24,7 +24,8 @@ class WriterRun:
     Attributes:
       workdir: the workdir of the run.
       start_step: the step that the run starts or resumes at; whatever an earlier process wrote of
-        later steps is written again, with the same values.
+        later steps is written again, with the same values if `run.log_every` and what saves
+        checkpoints are the same.
       config: the config of the run as nested dictionaries.
       project: project of the run at a tracker; empty for the tracker's default.
     """

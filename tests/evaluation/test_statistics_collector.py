@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from etils import epath
 
-from dmf.errors import InputError, RunError
+from dmf.errors import InputError, NotFinite
+from dmf.evaluation import statistics_collector
 from dmf.evaluation.feature_extractors import Extractor
 from dmf.evaluation.feature_statistics import Statistics
 from dmf.evaluation.statistics_collector import StatisticsCollector
@@ -105,10 +106,17 @@ def test_images_that_are_not_finite_are_counted(tmp_path):
     def some_bad(indices: np.ndarray) -> GeneratedImages:
         return GeneratedImages(IMAGES[indices % COUNT], ~np.isin(indices, [14, 20, 40, 50]))
 
-    with pytest.raises(RunError, match="2 of images 12 to 23 hold NaN or infinity, the first of "
-                                       "them 14"):
+    with pytest.raises(NotFinite, match="2 of images 12 to 23 hold NaN or infinity, the first of "
+                                        "them 14"):
         collect(tmp_path, some_bad)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["00000.npz"]
+
+
+def test_images_that_are_not_finite_in_another_process_are_told_here(tmp_path, monkeypatch):
+    said = "1 of images 12 to 23 hold NaN or infinity"
+    monkeypatch.setattr(statistics_collector, "all_gather", lambda problem: [problem, said])
+    with pytest.raises(NotFinite, match=said):
+        collect(tmp_path)
 
 
 def test_what_lies_beyond_the_last_image_is_not_looked_at(tmp_path):

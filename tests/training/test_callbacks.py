@@ -32,11 +32,12 @@ def checkpoints(workdir) -> list[int]:
     return sorted(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
 
 
-# Files that are no evaluations, which a full disk, an editor or a copy may leave.
+# Files that are no evaluations, or have no score, which a full disk, an editor or a copy may leave.
 NO_EVALUATIONS = {
     "00000095.json": "", "00000096.json": '{"results": [', "00000097.json": '{"results": []}',
     "00000098.json": "3", "notes.json": '{"results": [{"fd_pixels": 0}]}',
     "00000099.json": '{"results": [{"fd_pixels": "0"}]}',
+    "00000001.json": '{"results": [{"fd_pixels": NaN}]}',
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path, scores, capsys):
     said = capsys.readouterr().err
     for name in NO_EVALUATIONS:
         told = f"{folder / name}: it is no evaluation, and is left out"
-        assert said.count(told) == (name != "00000099.json")
+        assert said.count(told) == (name not in ("00000001.json", "00000099.json"))
         (folder / name).unlink()
     assert sorted(p.name for p in folder.iterdir()) == names
     evaluation = json.loads((folder / names[1]).read_text())
