@@ -148,5 +148,5 @@ def _with_scores(publication: Any, given: str, checkpoint: Any, parts: Any, ema:
 
     if "model" not in parts.config:
         return publication
-    scores = card_scores(given, parts.network, ema, step=split_step(checkpoint)[1])
+    scores = card_scores(given, parts, ema, step=split_step(checkpoint)[1])
     return dataclasses.replace(publication, scores=scores)

@@ -217,13 +217,8 @@ class Generator:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """All that images depend on besides the parameters, the labels and the seed, as JSON."""
-        described = {
-            "sampling": registry.to_config(self._settings),
-            "model": registry.to_config(self._network, "model"),
-        }
-        if self._latent_space is not None:
-            decoder = {"parameters": fingerprint(self._frozen_params["autoencoder"])}
-            described["latents"] = dataclasses.asdict(self._latent_space) | decoder
+        latents = self._latent_space and (self._latent_space, self._frozen_params["autoencoder"])
+        described = unguided_identity(self._network, self._settings, latents)
         if self._guide is not None:
             described["guide"] = {"model": registry.to_config(self._guide, "model"),
                                   "parameters": fingerprint(self._frozen_params["guide"])}
@@ -264,6 +259,19 @@ class Generator:
         values = jax.tree.map(jnp.float32, self.guidance.values)
         whole = {"params": params, "seed": jnp.int32(seed), "guidance": values}
         return lambda indices, labels: compiled(whole, indices, labels)
+
+
+def unguided_identity(
+    network: Network, settings: Sampling, latents: tuple[LatentSpace, Params] | None
+) -> dict[str, Any]:
+    """`Generator.identity` of a flow map without a guide; the arguments are those of `Generator`."""
+    described = {
+        "sampling": registry.to_config(settings), "model": registry.to_config(network, "model"),
+    }  # fmt: skip
+    if latents is not None:
+        space, decoder = latents
+        described["latents"] = dataclasses.asdict(space) | {"parameters": fingerprint(decoder)}
+    return described
 
 
 @memoized

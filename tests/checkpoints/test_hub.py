@@ -26,6 +26,10 @@ from dmf.models.build import network
 from dmf.runtime import hub_upload
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.ownership import owned_output
+from dmf.sampling.build import Sampling
+from dmf.sampling.generator import unguided_identity
+from dmf.sampling.guidance import SamplingGuidance
+from dmf.sampling.samplers import Heun
 from dmf.training.initial_checkpoint import inherit
 from dmf.training.loop import train
 
@@ -36,6 +40,7 @@ PARAMS = tiny_exports.params(NETWORK)
 PUBLICATION = hub_card.Publication(repository="me/maps", license="mit")
 ROW = {"protocol": "pixels", "count": 72, "ema": "main", "steps": 2, "fd_pixels": 0.123456,
        "label_agreement": float("nan")}  # fmt: skip
+SAMPLED = registry.to_config(Sampling())
 
 
 @pytest.fixture
@@ -81,12 +86,11 @@ def refused(capsys, *arguments) -> str:
 
 def evaluation(**fields) -> str:
     """What `dmf evaluate` writes of the export above, as far as the model card reads it."""
-    model = registry.to_config(NETWORK, "model")
     stated = {
         "protocol": {"name": "pixels", "metrics": ["fd_pixels", "label_agreement"]},
-        "reference": {"name": "/home/me/digits"}, "step": None, "model": model, "results": [ROW],
+        "reference": {"name": "/home/me/digits"}, "step": None, "results": [ROW],
     }  # fmt: skip
-    return json.dumps(stated | fields)
+    return json.dumps(unguided_identity(NETWORK, Sampling(), None) | stated | fields)
 
 
 # Pushed.
@@ -259,11 +263,20 @@ def test_the_hub_refuses_a_push(hub, tmp_path, failure, words):
         ({"step": 600}, "it is of step 600, and the checkpoint of None"),
         ({"model": {"name": "two_layers"}}, "it is of a network with other fields"),
         ({"results": []}, "not a file that dmf evaluate wrote"),
+        ({"guide": {}}, "it is of images with a guide, which the export lacks"),
+        ({"sampling": SAMPLED | {"shift": 2.0}},
+         "it is of images with another sampling.shift"),
+        ({"sampling": registry.to_config(Sampling(guidance=SamplingGuidance(scale=2.0)))},
+         "it is of images with another sampling.guidance.scale"),
+        ({"sampling": registry.to_config(Sampling(sampler=Heun()))},
+         "it is of images with another sampling.sampler.name"),
+        ({"sampling": 3}, "it is of images with another sampling"),
+        ({"latents": {"parameters": "1"}}, "it is of images with another latents.parameters"),
     ],
 )
 def test_scores_of_something_else_are_left_out(exported, capsys, fields, words):
     (exported / "evaluation.json").write_text(evaluation(**fields))
-    assert card_scores(exported, NETWORK, "main", step=None) == ()
+    assert card_scores(exported, parts(), "main", step=None) == ()
     assert f"evaluation.json: {words}; the model card" in capsys.readouterr().err
 
 
@@ -275,17 +288,18 @@ def test_the_scores_of_a_run_are_those_of_its_parameters(tmp_path, capsys):
     path = run / "evaluation.json"
     rows = [ROW, ROW | {"ema": "", "fd_pixels": 3.0}]
     path.write_text(evaluation(step=8, results=rows))
-    values = [[score.value for score in card_scores(run, NETWORK, ema, step=8)]
+    values = [[score.value for score in card_scores(run, parts(), ema, step=8)]
               for ema in ("main", "", "std=0.1")]
     assert values == [[0.12346], [3.0], []]
     assert "it has no row of the EMA parameters 'std=0.1'" in capsys.readouterr().err
     best = ROW | {"guidance": 2.0, "interval": [0.0, 0.5], "fd_pixels": 1.0}
-    path.write_text(evaluation(step=8, results=[best, ROW], best=best))
-    (score,) = card_scores(run, NETWORK, "main", step=8)
+    searched = SAMPLED | {"guidance": {"channels": 0}}
+    path.write_text(evaluation(step=8, results=[best, ROW], best=best, sampling=searched))
+    (score,) = card_scores(run, parts(), "main", step=8)
     assert score.title == "Frechet distance, 2 steps, guidance 2.0, interval 0.0:0.5"
     (run / "evaluations").mkdir()
     (run / "evaluations/00000004.json").write_text(evaluation(step=4))
-    assert card_scores(run / "checkpoints/4", NETWORK, "main", step=4)
+    assert card_scores(run / "checkpoints/4", parts(), "main", step=4)
 
 
 def test_a_card_has_no_score_of_a_checkpoint_that_is_saved_meanwhile(
