@@ -264,7 +264,7 @@ class Generator:
 def unguided_identity(
     network: Network, settings: Sampling, latents: tuple[LatentSpace, Params] | None
 ) -> dict[str, Any]:
-    """`Generator.identity` of a flow map without a guide; the arguments are those of `Generator`."""
+    """`Generator.identity` of a flow map without a guide; the arguments are as for `Generator`."""
     described = {
         "sampling": registry.to_config(settings), "model": registry.to_config(network, "model"),
     }  # fmt: skip

@@ -202,14 +202,14 @@ class EvaluationCallback(Callback):
         return choose(sorted(known), key=known.get) if known else None
 
     def _first_score(self, path: epath.Path, metric: str) -> float | None:
-        """The score of the first row of a file; None without a finite one. A file that is no evaluation is
-        told once."""
+        """The score of the first row of a file; None without a finite one. A file that is no
+        evaluation is told once."""
         evaluation = read_evaluation(path) if _STEP.fullmatch(path.stem) else None
         if evaluation is None and path not in self._told:
             self._told.add(path)
             processes.log(f"{path}: it is no evaluation, and is left out")
         score = evaluation["results"][0].get(metric) if evaluation else None
-        return score if isinstance(score, int | float) and math.isfinite(score) else None
+        return score if isinstance(score, int | float) and abs(score) < math.inf else None
 
 
 class SnapshotCallback(Callback):
