@@ -27,7 +27,14 @@ BAD = (3, 4, 6)
 
 
 class Run(NamedTuple):
-    """A run whose steps 3, 4 and 6 are not finite."""
+    """A run whose steps 3, 4 and 6 are not finite.
+
+    Attributes:
+      state: its last state.
+      workdir: has a checkpoint of each step.
+      rows: of its metrics by step, where only the last step has a checkpoint.
+      log: what the latter prints.
+    """
 
     state: loop.TrainState
     workdir: pathlib.Path
@@ -65,10 +72,11 @@ def poisoned(small_network_registered):
 
 @pytest.fixture(scope="module")
 def run(poisoned, tmp_path_factory) -> Run:
-    workdir, log = tmp_path_factory.mktemp("skipping"), io.StringIO()
-    with contextlib.redirect_stderr(log):
-        state = loop.train(small_network.config(FIELDS), workdir)
-    rows = {row["step"]: row for row in metrics_writer.read_metrics(workdir)}
+    workdir, logged = tmp_path_factory.mktemp("skipping"), tmp_path_factory.mktemp("logged")
+    state, log = loop.train(small_network.config(FIELDS), workdir), io.StringIO()
+    with contextlib.redirect_stderr(log):  # Each checkpoint has a row of its own.
+        loop.train(small_network.config(FIELDS | {"run.checkpoint_every": 0}), logged)
+    rows = {row["step"]: row for row in metrics_writer.read_metrics(logged)}
     return Run(state, workdir, rows, log.getvalue())
 
 
