@@ -4,7 +4,7 @@
 
 `--config.init.checkpoint=DIR` names the flow model. The scores are without guidance at sampling,
 with latents decoded by sd-vae-ft-ema. It fits 16 TPU v6e or 4 v5p; on 16 v5e add
-`--config.gradient_accumulation=2`, on 256 v5e `--config.mesh.slices=16 --config.model.remat=none`.
+`--config.gradient_accumulation=2`, on 256 v5e `--config.model.remat=none`.
 It fits 8 A100 of 40 or 80 GB and 8 H100; on four nodes of 8 H100 add `--config.model.remat=none`
 (docs/scaling.md).
 """

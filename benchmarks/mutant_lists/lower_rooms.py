@@ -72,8 +72,8 @@ _RUNTIME = (
     Mutant(
         "other_work", "a folder of other work is taken for the same work",
         "dmf/runtime/resumable_work.py",
-        "if folder.exists() and stored != identity:",
-        "if folder.exists() and stored is None:",
+        "if folder.exists() and _read(path) != identity:",
+        "if folder.exists() and _read(path) is None:",
         ("tests/sampling/test_image_writers.py",),
     ),
     Mutant(

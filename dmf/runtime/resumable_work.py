@@ -4,11 +4,10 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from etils import epath
 
 from dmf.runtime.files import refuse_link, write_json
-from dmf.runtime.processes import barrier, log
+from dmf.runtime.processes import barrier, is_first_process, log
 
 IDENTITY_FILE = "work.json"
 
@@ -31,17 +30,15 @@ def claim_folder(folder: epath.Path, identity: Any) -> epath.Path:
     """
     refuse_link(folder)
     path, identity = folder / IDENTITY_FILE, json.loads(json.dumps(identity))
-    stored = _read(path)
-    if folder.exists() and stored != identity:
-        # A folder without the file was being deleted when a process was interrupted. So is one
-        # whose file cannot be read: a machine that stops may leave it empty.
-        log(f"{folder}: it holds work with other settings, which is deleted")
-        barrier(f"{folder} checked")
-        if jax.process_index() == 0:
+    # The first process alone decides: clients of a network file system may see different files.
+    if is_first_process():
+        if folder.exists() and _read(path) != identity:
+            # A folder without the file was being deleted when a process was interrupted. So is one
+            # whose file cannot be read: a machine that stops may leave it empty.
+            log(f"{folder}: it holds work with other settings, which is deleted")
             folder.rmtree()
-    barrier(f"{folder} free")
-    if jax.process_index() == 0 and _read(path) != identity:
-        write_json(path, identity)
+        if _read(path) != identity:
+            write_json(path, identity)
     barrier(f"{folder} claimed")
     return folder
 
@@ -51,7 +48,7 @@ def finish_work(
 ) -> None:
     """Writes the output with write(path, *contents), and removes the folder of unfinished work; the
     first process does it, and the others wait."""
-    if jax.process_index() == 0:
+    if is_first_process():
         write(path, *contents)
         if folder.exists():
             folder.rmtree()

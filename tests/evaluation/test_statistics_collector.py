@@ -11,6 +11,7 @@ from dmf.evaluation import statistics_collector
 from dmf.evaluation.feature_extractors import Extractor
 from dmf.evaluation.feature_statistics import Statistics
 from dmf.evaluation.statistics_collector import StatisticsCollector
+from dmf.runtime import resumable_work
 from dmf.runtime.resumable_work import claim_folder
 from dmf.runtime.sharding import make_mesh
 from dmf.sampling.generator import GeneratedImages
@@ -134,6 +135,20 @@ def test_work_of_other_settings_is_begun_anew(tmp_path, capsys):
     assert (claim_folder(folder, {"sizes": [3, 4], "seed": 0}) / "part").exists()
     assert not (claim_folder(folder, {"sizes": [3, 4], "seed": 1}) / "part").exists()
     assert "it holds work with other settings, which is deleted" in capsys.readouterr().err
+
+
+def test_processes_wait_for_each_other_whatever_their_file_systems_show(tmp_path, monkeypatch):
+    """Clients of a network file system may see work that another process has deleted."""
+    reached = []
+    monkeypatch.setattr(resumable_work, "barrier", reached.append)
+    monkeypatch.setattr(resumable_work, "is_first_process", lambda: False)
+    stale, new = (epath.Path(tmp_path / name / "work") for name in ("stale", "new"))
+    stale.mkdir(parents=True)
+    (stale / "work.json").write_text('{"seed": 1}')
+    for folder in (stale, new):
+        claim_folder(folder, {"seed": 0})
+    assert reached == [f"{folder} claimed" for folder in (stale, new)]
+    assert (stale / "work.json").exists() and not new.exists()
 
 
 @pytest.mark.parametrize("field", ["chunk_size", "part_size"])
