@@ -33,9 +33,9 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     config = config_flag.parse_with_config(verb, arguments, values, __doc__)
     _check(values)
     import jax
-    from etils import epath
 
     from dmf.runtime import files
+    from dmf.runtime.paths import user_path
     from dmf.training import compile, compile_report
 
     if values.output:
@@ -48,7 +48,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
     print(compile_report.report(compiled, values.mfu, bandwidth))
     if values.output:
         more = {"topology": topology, "collectives": [c._asdict() for c in compiled.collectives]}
-        files.write_json(epath.Path(values.output), compiled._asdict() | more)
+        files.write_json(user_path(values.output), compiled._asdict() | more)
     if compiled.fits is False:
         raise RunError(f"the step does not fit into {compiled.device}; try a larger mesh.fsdp, "
                        "model.remat=dots or full, or gradient_accumulation")

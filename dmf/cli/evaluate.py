@@ -32,6 +32,7 @@ from etils import epath
 
 from dmf.cli import config_flag, evaluate_flags, flags
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 # Flags, and the fields of `config.evaluation` that they set.
 _FIELDS = {
@@ -101,14 +102,14 @@ def run(values: absl_flags.FlagValues, overrides: Sequence[str]) -> epath.Path:
     evaluate_flags.check(values)
     config = _config(values, overrides)
     if makes_reference:
-        output, write = epath.Path(makes_reference), _make_reference
+        output, write = user_path(makes_reference), _make_reference
     elif values.reconstruction:
         flags.require(values, "images", "autoencoder", "output")
-        output, write = epath.Path(values.output), _evaluate_reconstruction
+        output, write = user_path(values.output), _evaluate_reconstruction
     elif values.images:
         flags.require(values, "output")
         evaluate_flags.check_reference(config, overrides)
-        output, write = epath.Path(values.output), _evaluate_images
+        output, write = user_path(values.output), _evaluate_images
     else:
         output, write = _output(values), _evaluate_checkpoint
     from dmf.runtime.files import check_output_file
@@ -170,7 +171,7 @@ def _output(values: absl_flags.FlagValues) -> epath.Path:
 
     run, step = split_step(values.checkpoint)
     name = "evaluation.json" if step is None else f"evaluation_{step}.json"
-    return epath.Path(values.output or run / name)
+    return user_path(values.output or run / name)
 
 
 def _evaluator(

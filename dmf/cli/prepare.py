@@ -19,11 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags as absl_flags
-from etils import epath
 
 from dmf.cli import flags
 from dmf.errors import InputError
 from dmf.runtime import progress
+from dmf.runtime.paths import user_path
 
 # Flags that have an effect only beside one of others.
 _BESIDE = {
@@ -203,7 +203,7 @@ def _collector(values: absl_flags.FlagValues, count: int) -> Any:
     for field in ("protocol", "inception", "dinov2"):
         config.evaluation[field] = values[field].value
     return CropStatistics(
-        Evaluator(config, "", labelled=False), epath.Path(values.output) / REPORTS,
+        Evaluator(config, "", labelled=False), user_path(values.output) / REPORTS,
         side=values.resolution, count=count, reference=values.reference,
         process=values.process,
     )  # fmt: skip

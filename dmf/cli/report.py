@@ -13,10 +13,10 @@ curves over the guidance scale as guidance.png.
 from collections.abc import Sequence
 
 from absl import flags as absl_flags
-from etils import epath
 
 from dmf.cli import flags
 from dmf.errors import InputError
+from dmf.runtime.paths import user_path
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def main(verb: str, arguments: Sequence[str]) -> None:
          flag_values=values)
     named = flags.parse(verb, arguments, values, __doc__)
     flags.require(values, "output")
-    directories = [a for a in named if epath.Path(a).is_dir()]
+    directories = [a for a in named if user_path(a).is_dir()]
     if not directories:
         _report_evaluations(values, named)
     elif len(directories) < len(named):
@@ -58,7 +58,7 @@ def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> 
     evaluations = {}
     for argument in named:
         name, _, path = argument.partition("=")
-        if not path or not epath.Path(path).exists():
+        if not path or not user_path(path).exists():
             raise InputError(argument, remedy="give NAME=FILE with a file that dmf evaluate wrote, "
                              "or the directory of a run")
         if name in evaluations:
@@ -73,5 +73,5 @@ def _report_evaluations(values: absl_flags.FlagValues, named: Sequence[str]) -> 
         searched = {n: e for n, e in evaluations.items() if guidance_search.is_searched(e)}
         if searched:
             metric = values.metric or next(iter(evaluations.values()))["protocol"]["metrics"][0]
-            picture = epath.Path(values.output) / "guidance.png"
+            picture = user_path(values.output) / "guidance.png"
             guidance_search.plot_search(picture, searched, metric)

@@ -19,6 +19,7 @@ from etils import epath
 
 from dmf.cli import config_flag, flags
 from dmf.errors import InputError, RunError
+from dmf.runtime.paths import user_path
 
 
 def main(verb: str, arguments: Sequence[str]) -> None:
@@ -51,7 +52,6 @@ def _check(values: absl_flags.FlagValues) -> None:
     """Raises InputError for a flag that is out of range, before anything is loaded."""
     from dmf.data.pixels import ROUNDINGS
     from dmf.runtime.files import check_output_file
-    from dmf.runtime.paths import user_path
     from dmf.sampling.image_writers import check_output, output_suffix
 
     suffix = output_suffix(values.output)
@@ -98,7 +98,7 @@ def _sample(values: absl_flags.FlagValues, overrides: Sequence[str]) -> None:
     options = {"seed": values.seed, "rounding": values.rounding}
     steps = flags.whole_numbers("steps", values.steps)
     generates = {n: generator(params, steps=n, **options) for n in steps}
-    output = epath.Path(values.output)
+    output = user_path(values.output)
     if output.suffix == ".png":
         with owned_output("--output", output):
             _write_grid(output, generates, labels, chunk * mesh.size, captions)

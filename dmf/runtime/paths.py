@@ -17,7 +17,8 @@ def user_path(path: epath.PathLike) -> epath.Path:
       path: a path; a leading ~ stands for the home directory, as in shells.
 
     Raises:
-      InputError: it is empty, or it begins with ~ and there is no such home directory.
+      InputError: it is empty, begins with ~ and there is no such home directory, or names a kind of
+        bucket that is not known.
     """
     text = os.fspath(path)
     if not text:
@@ -26,4 +27,8 @@ def user_path(path: epath.PathLike) -> epath.Path:
     if text.startswith("~") and not os.path.isabs(expanded):
         raise InputError("", remedy=f"{text}: there is no such home directory; set HOME, or give "
                          "the whole path")
-    return epath.Path(expanded)
+    try:
+        return epath.Path(expanded)
+    except KeyError as error:  # epath's, of the scheme
+        raise InputError("", remedy=f"{text}: nothing is known of {error.args[0]}; give a path, or "
+                         "a bucket as gs://, s3:// or az://") from None

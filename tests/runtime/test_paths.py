@@ -7,6 +7,7 @@ import pwd
 import numpy as np
 import pytest
 import small_network
+import tiny
 from etils import epath
 
 from dmf import __main__
@@ -106,6 +107,18 @@ def test_without_a_home_directory_a_path_is_refused(home, monkeypatch, name):
     with pytest.raises(InputError, match="there is no such home directory; set HOME"):
         act()
     assert not any(pathlib.Path.cwd().iterdir())
+
+
+@pytest.mark.parametrize("arguments", [
+    ["sample", "--checkpoint=a://b", "--output=x.png"], ["evaluate", "--checkpoint=a://b"],
+    ["report", "--output=x", "a://b"], ["train", f"--config={tiny.CONFIG}", "--workdir=a://b"],
+], ids=lambda arguments: arguments[0])  # fmt: skip
+def test_a_bucket_of_an_unknown_kind_is_one_line(home, capsys, arguments):
+    assert tiny.dmf(*arguments) == 2
+    assert capsys.readouterr().err == (
+        f"dmf {arguments[0]}: a://b: nothing is known of a://; give a path, or a bucket as gs://, "
+        "s3:// or az://\n"
+    )
 
 
 def test_a_home_directory_of_another_user(monkeypatch):
