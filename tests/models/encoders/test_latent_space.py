@@ -213,7 +213,7 @@ def test_commands_identify_their_work_by_what_images_depend_on(monkeypatch, tmp_
         image_writers, "write_images", lambda *_, identity, **__: identities.append(identity)
     )
     monkeypatch.setattr(
-        Evaluator, "measure", lambda _, subject: identities.append(subject.identity) or {}
+        Evaluator, "measure", lambda _, subject, **__: identities.append(subject.identity) or {}
     )
     for verb in ("sample", "evaluate"):
         output = tmp_path / {"sample": "images.npz", "evaluate": "result.json"}[verb]
