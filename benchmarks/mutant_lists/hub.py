@@ -31,7 +31,7 @@ MUTANTS = (
         "dmf/experiments/card_scores.py",
         'if evaluation.get("step") != step:',
         "if False:",
-        _TESTS,
+        ("tests/experiments/test_card_scores.py",),
     ),
     Mutant(
         "hub_base_model", "a model card names a local directory as the base model",

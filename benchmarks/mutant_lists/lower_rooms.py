@@ -283,7 +283,7 @@ _MODELS = (
         "dmf/models/layers.py",
         "for position in (column, row)]",
         "for position in (row, column)]",
-        ("tests/models/test_dit.py",),
+        ("tests/models/test_embeddings.py",),
     ),
     Mutant(
         "qk_norm", "queries and keys are normalized at initialisation only",

@@ -13,34 +13,23 @@ import small_network
 import tiny
 import tiny_exports
 import yaml
-from two_layers import TwoLayers
+from small_export import NETWORK, PARAMS, evaluation, parts
 
 import dmf
-from dmf import registry
 from dmf.checkpoints import export, hub_card, load, located, model_card
 from dmf.checkpoints.push import push
 from dmf.cli import evaluate_call
 from dmf.errors import InputError, RunError
-from dmf.experiments.card_scores import card_scores
 from dmf.models.build import network
 from dmf.runtime import hub_upload
 from dmf.runtime.checksums import fingerprint
 from dmf.runtime.ownership import owned_output
-from dmf.sampling.build import Sampling
-from dmf.sampling.generator import unguided_identity
-from dmf.sampling.guidance import SamplingGuidance
-from dmf.sampling.samplers import Heun
 from dmf.training.initial_checkpoint import inherit
 from dmf.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("small_network_registered")
 
-NETWORK = TwoLayers()
-PARAMS = tiny_exports.params(NETWORK)
 PUBLICATION = hub_card.Publication(repository="me/maps", license="mit")
-ROW = {"protocol": "pixels", "count": 72, "ema": "main", "steps": 2, "fd_pixels": 0.123456,
-       "label_agreement": float("nan")}  # fmt: skip
-SAMPLED = registry.to_config(Sampling())
 
 
 @pytest.fixture
@@ -61,10 +50,6 @@ def exported(tmp_path_factory):
     return folder
 
 
-def parts() -> export.Parts:
-    return export.Parts(NETWORK, load.config_to_json(small_network.config()), PARAMS, "drawn")
-
-
 def files_of(folder: pathlib.Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*") if path.is_file()}
@@ -82,15 +67,6 @@ def code(card: str, language: str) -> str:
 def refused(capsys, *arguments) -> str:
     assert tiny.dmf("export", *arguments) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
-
-
-def evaluation(**fields) -> str:
-    """What `dmf evaluate` writes of the export above, as far as the model card reads it."""
-    stated = {
-        "protocol": {"name": "pixels", "metrics": ["fd_pixels", "label_agreement"]},
-        "reference": {"name": "/home/me/digits"}, "step": None, "results": [ROW],
-    }  # fmt: skip
-    return json.dumps(unguided_identity(NETWORK, Sampling(), None) | stated | fields)
 
 
 # Pushed.
@@ -252,54 +228,6 @@ def test_the_hub_refuses_a_push(hub, tmp_path, failure, words):
     repository = hub_upload.Repository("me/x", "", ())
     with pytest.raises(error, match=f"^{re.escape(words)}"):
         hub_upload.upload(tmp_path, repository, message="m", replaces=bool)
-
-
-# Scores.
-
-
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"step": 600}, "it is of step 600, and the checkpoint of None"),
-        ({"model": {"name": "two_layers"}}, "it is of a network with other fields"),
-        ({"results": []}, "not a file that dmf evaluate wrote"),
-        ({"guide": {}}, "it is of images with a guide, which the export lacks"),
-        ({"sampling": SAMPLED | {"shift": 2.0}},
-         "it is of images with another sampling.shift"),
-        ({"sampling": registry.to_config(Sampling(guidance=SamplingGuidance(scale=2.0)))},
-         "it is of images with another sampling.guidance.scale"),
-        ({"sampling": registry.to_config(Sampling(sampler=Heun()))},
-         "it is of images with another sampling.sampler.name"),
-        ({"sampling": 3}, "it is of images with another sampling"),
-        ({"latents": {"parameters": "1"}}, "it is of images with another latents.parameters"),
-    ],
-)
-def test_scores_of_something_else_are_left_out(exported, capsys, fields, words):
-    (exported / "evaluation.json").write_text(evaluation(**fields))
-    assert card_scores(exported, parts(), "main", step=None) == ()
-    assert f"evaluation.json: {words}; the model card" in capsys.readouterr().err
-
-
-def test_the_scores_of_a_run_are_those_of_its_parameters(tmp_path, capsys):
-    run = tmp_path / "run"
-    for step in (4, 8):  # Names alone: no parameters are read.
-        (run / f"checkpoints/{step}/params").mkdir(parents=True)
-        (run / f"checkpoints/{step}/_CHECKPOINT_METADATA").write_text("{}")
-    path = run / "evaluation.json"
-    rows = [ROW, ROW | {"ema": "", "fd_pixels": 3.0}]
-    path.write_text(evaluation(step=8, results=rows))
-    values = [[score.value for score in card_scores(run, parts(), ema, step=8)]
-              for ema in ("main", "", "std=0.1")]
-    assert values == [[0.12346], [3.0], []]
-    assert "it has no row of the EMA parameters 'std=0.1'" in capsys.readouterr().err
-    best = ROW | {"guidance": 2.0, "interval": [0.0, 0.5], "fd_pixels": 1.0}
-    searched = SAMPLED | {"guidance": {"channels": 0}}
-    path.write_text(evaluation(step=8, results=[best, ROW], best=best, sampling=searched))
-    (score,) = card_scores(run, parts(), "main", step=8)
-    assert score.title == "Frechet distance, 2 steps, guidance 2.0, interval 0.0:0.5"
-    (run / "evaluations").mkdir()
-    (run / "evaluations/00000004.json").write_text(evaluation(step=4))
-    assert card_scores(run / "checkpoints/4", parts(), "main", step=4)
 
 
 def test_a_card_has_no_score_of_a_checkpoint_that_is_saved_meanwhile(
