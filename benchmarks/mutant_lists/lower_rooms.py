@@ -297,7 +297,7 @@ _MODELS = (
         "dmf/models/layers.py",
         "angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]",
         "angles = 1000 * t.astype(jnp.float32)[:, None] * frequencies[None, :]",
-        ("tests/models/test_dit.py",),
+        ("tests/models/test_embeddings.py",),
     ),
     Mutant(
         "modulation_one", "tokens are multiplied by scale and not by 1 + scale",

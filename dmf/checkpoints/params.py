@@ -362,7 +362,7 @@ def _damage_reported(directory: epath.Path) -> Iterator[None]:
         damaged = latest_step(directory) if step is None else step
         # A save that runs or was interrupted has a name that ends in more than digits.
         others = {int(path.name) for path in (run / CHECKPOINTS).glob("[0-9]*")
-                  if path.name.isdigit()} - {damaged}  # fmt: skip
+                  if path.name.isdecimal()} - {damaged}  # fmt: skip
         remedy = f"try {CHECKPOINTS}/{max(others)}" if others else "make it again"
         raise RunError(f"checkpoint={directory}: it is damaged ({error}); {remedy}") from None
 

@@ -14,6 +14,7 @@ from etils import epath
 from dmf.errors import RunError
 from dmf.runtime.files import read_json
 from dmf.runtime.hub import is_address
+from dmf.runtime.paths import BUCKETS
 
 # Fields that hold paths of the machine that trained the network.
 _LOCAL_PATHS = (
@@ -23,8 +24,6 @@ _LOCAL_PATHS = (
 )  # fmt: skip
 # Names of those fields that take no address of the Hugging Face hub.
 _NO_ADDRESSES = ("directory", "reference")
-# How the paths begin that `epath` reads from elsewhere than the local disk.
-_BUCKETS = ("gs://", "s3://", "az://")
 # Far more than any config has: nested sections, and bytes.
 _MAX_DEPTH, _MAX_BYTES = 16, 2**20
 
@@ -135,4 +134,4 @@ def _place(path: epath.PathLike) -> str:
     '/gs:/bucket/vae'
     """
     text = os.path.expanduser(path)
-    return os.path.normpath(f"/{text}") if text.startswith(_BUCKETS) else os.path.realpath(text)
+    return os.path.normpath(f"/{text}") if text.startswith(BUCKETS) else os.path.realpath(text)

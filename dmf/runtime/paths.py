@@ -6,6 +6,9 @@ from etils import epath
 
 from dmf.errors import InputError
 
+# How the paths begin that `epath` reads from elsewhere than the local disk.
+BUCKETS = ("gs://", "s3://", "az://")
+
 
 def user_path(path: epath.PathLike) -> epath.Path:
     """A path that a user gave, on the command line, in a config or in Python.
@@ -31,4 +34,4 @@ def user_path(path: epath.PathLike) -> epath.Path:
         return epath.Path(expanded)
     except KeyError as error:  # epath's, of the scheme
         raise InputError("", remedy=f"{text}: nothing is known of {error.args[0]}; give a path, or "
-                         "a bucket as gs://, s3:// or az://") from None
+                         f"a bucket as {', '.join(BUCKETS[:-1])} or {BUCKETS[-1]}") from None

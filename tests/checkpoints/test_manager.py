@@ -116,7 +116,8 @@ def test_parameters_of_a_run_are_those_of_its_newest_checkpoint(saved, ema, expe
 
 def test_parameters_that_were_saved_at_another_step_are_refused(saved):
     """Every file of them is whole; beside them a save was interrupted."""
-    (saved / "checkpoints/7.orbax-checkpoint-tmp").mkdir()
+    for left in ("7.orbax-checkpoint-tmp", "7²"):
+        (saved / "checkpoints" / left).mkdir()
     shutil.rmtree(saved / "checkpoints/5/params")
     shutil.copytree(saved / "checkpoints/3/params", saved / "checkpoints/5/params")
     with pytest.raises(RunError, match="damaged .*differs from the saved array.*try checkpoints/3"):
